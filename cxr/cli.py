@@ -1,0 +1,99 @@
+"""The command line. Heavy imports happen inside the commands, so that `cxr --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+import cxr
+from cxr.config import SYNTHETIC, TrainConfig
+from cxr.errors import UserError
+from cxr.project import options
+
+BAD_INPUT, STOPPED = 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(cxr.__version__)
+def cli() -> None:
+    """Fine-tune a pretrained ResNet to find pneumonia in chest X-rays, and track it in MLflow.
+
+    Not for clinical use.
+    """
+
+
+@cli.command()
+@options(TrainConfig)
+def train(**parameters: Any) -> None:
+    """Train one strategy, evaluate its best checkpoint on the test split once, and log everything."""
+    config = TrainConfig(**parameters)
+    from cxr.pipeline import run, summary
+    from cxr.tracking import open_run
+
+    with open_run(f"{config.strategy}-s{config.seed}") as tracker:
+        result = run(config, tracker, say=click.echo)
+    click.echo("\n" + "\n".join(summary(config, tracker, result)))
+
+
+@cli.group()
+def data() -> None:
+    """Look at data, make phantoms, download the Kaggle set."""
+
+
+@data.command("audit")
+@click.argument("folder", default=SYNTHETIC)
+@click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
+def audit_command(folder: str, cache_dir: str) -> None:
+    """Count the images of FOLDER and name what is wrong with them. Exit code 1 when files are corrupt."""
+    from cxr.data.audit import audit
+    from cxr.pipeline import read_data
+
+    content = read_data(TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip"))
+    for finding in audit(content.manifest, content.bad):
+        click.echo(finding.line())
+    sys.exit(1 if content.bad else 0)
+
+
+@data.command("fetch")
+def fetch_command() -> None:
+    """Download the Kaggle data set (1.2 GB) and print the folder to give as --data-dir."""
+    from cxr.data.fetch import fetch
+
+    click.echo(fetch())
+
+
+@data.command("synth")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="another seed draws other children")
+def synth_command(folder: Path, seed: int) -> None:
+    """Write the phantom X-rays into FOLDER/chest_xray."""
+    from cxr.data.synthetic import write_synthetic
+
+    click.echo(write_synthetic(folder, seed=seed))
+
+
+def main() -> None:
+    """Run the command line: bad input ends with one line and exit code 2, Ctrl-C and SIGTERM with 130."""
+    warnings.showwarning = _show_warning
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(STOPPED)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    if category is UserWarning:
+        click.echo(f"warning: {message}", err=True)

@@ -1,0 +1,190 @@
+"""Every parameter once: default, help, choices, bounds and search range; all else is derived from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from cxr.errors import UserError
+from cxr.strategies import STRATEGIES, Phase
+
+ARCHS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is known of one parameter beside its type and default. Bounds are inclusive unless `above`."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    search: tuple[float, float] | None = None
+    log: bool = False
+
+
+def param(default: Any, help: str, **spec: Any) -> Any:
+    """A dataclass field that carries its `Spec` in the metadata."""
+    return field(default=default, metadata={"spec": Spec(help, **spec)})
+
+
+def spec_of(item: Field[Any]) -> Spec:
+    """The `Spec` that `param` attached to a field."""
+    spec = item.metadata["spec"]
+    assert isinstance(spec, Spec)
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The parameters of one training run.
+
+    Raises `UserError` naming the option to change when a value is out of its choices or bounds.
+    """
+
+    strategy: str = param("partial", "which stages are trained, and when", choices=tuple(STRATEGIES))
+    arch: str = param("resnet18", "torchvision ResNet", choices=ARCHS)
+    weights: str = param(
+        "auto",
+        "start from: auto (ImageNet, else random with a warning), imagenet (or fail), random, "
+        "or a .pth/.safetensors file",
+    )
+    data_dir: str = param(
+        SYNTHETIC, "folder holding train/ and test/ with NORMAL/ and PNEUMONIA/, or 'synthetic' phantoms"
+    )
+    image_size: int = param(224, "side of the square input, pixels", low=32, high=1024)
+    resize: str = param(
+        "squash",
+        "how a rectangle becomes a square: squash (ignore the aspect), crop (the centre), pad (with black)",
+        choices=("squash", "crop", "pad"),
+    )
+    val_split: str = param(
+        "grouped",
+        "validation images: grouped (a share of train+val, whole patients) or official (the val folder)",
+        choices=("grouped", "official"),
+    )
+    val_fraction: float = param(0.1, "share of train+val that the grouped split holds out", above=0, high=0.5)
+    split_seed: int = param(0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0)
+    views: int = param(
+        4,
+        "augmented versions of each training image, cycled over the epochs; 0 trains without augmentation",
+        low=0,
+        high=1000,
+    )
+    batch_size: int = param(32, "images in a training step", low=2, high=4096)
+    epochs: int = param(10, "at most so many epochs for each phase", low=1, high=10000)
+    lr_head: float = param(
+        1e-3, "learning rate of the phase that trains fc", above=0, high=10, search=(1e-5, 1e-1), log=True
+    )
+    lr_top: float = param(
+        5e-4,
+        "learning rate of the phase that trains layer4 and fc",
+        above=0,
+        high=10,
+        search=(1e-6, 1e-2),
+        log=True,
+    )
+    lr_all: float = param(
+        1e-4,
+        "learning rate of the phase that trains everything",
+        above=0,
+        high=10,
+        search=(1e-6, 1e-2),
+        log=True,
+    )
+    weight_decay: float = param(0.0, "Adam's L2 penalty", low=0, high=1)
+    step_size: int = param(5, "epochs after which StepLR lowers the learning rate", low=1, high=10000)
+    gamma: float = param(0.5, "factor by which StepLR lowers it", above=0, high=1, search=(0.1, 1.0))
+    patience: int = param(3, "epochs without a better validation loss before a phase stops", low=1, high=10000)
+    seed: int = param(0, "seed of the head's initial weights, the order of images and the views", low=0)
+    device: str = param(
+        "auto",
+        "where to compute; auto takes cuda, then mps, then cpu",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )
+    precision: str = param(
+        "auto",
+        "training arithmetic; auto is bf16 on a GPU that has it, fp16 with loss scaling on other GPUs, "
+        "fp32 on the CPU. Evaluation is always fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    on_bad_image: str = param(
+        "stop",
+        "an unreadable image: stop (naming them all) or skip (and count them)",
+        choices=("stop", "skip"),
+    )
+    bootstrap: int = param(1000, "bootstrap resamples behind each 95% interval; 0 for none", low=0, high=100000)
+    cache_dir: str = param(
+        "auto", "decoded images, phantoms and checkpoints; auto is CXR_CACHE or the user's cache folder"
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), spec_of(item))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The strategy's phases, in order."""
+        return STRATEGIES[self.strategy]
+
+    def rates(self) -> tuple[float, ...]:
+        """The learning rate of each phase, in order."""
+        return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
+
+
+def _check(name: str, value: Any, spec: Spec) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if spec.choices and value not in spec.choices:
+        raise UserError(f"{option} {value}: unknown; choose one of {', '.join(spec.choices)}")
+    if not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{option} {value}: not a finite number")
+    if spec.above is not None and value <= spec.above:
+        raise UserError(f"{option} {value}: must be above {spec.above:g}")
+    if spec.low is not None and value < spec.low:
+        raise UserError(f"{option} {value}: must be at least {spec.low:g}")
+    if spec.high is not None and value > spec.high:
+        raise UserError(f"{option} {value}: must be at most {spec.high:g}")
+
+
+def types_of(cls: type) -> dict[str, type]:
+    """Name -> type of each parameter of a configuration class."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+def default_of(item: Field[Any]) -> Any:
+    """The default of a field; every parameter has one."""
+    assert item.default is not MISSING
+    return item.default
+
+
+def flatten(config: TrainConfig, prefix: str = "train") -> dict[str, str]:
+    """The resolved parameters as `train.lr_head` -> `'0.001'`: dotted keys, one spelling for each value.
+
+    Dotted, because `mlflow run` has already logged the raw text of the undotted ones.
+    """
+    return {f"{prefix}.{name}": str(value) for name, value in asdict(config).items()}
+
+
+def unflatten(params: Mapping[str, str], prefix: str = "train") -> TrainConfig:
+    """The inverse of `flatten`; keys with another prefix are ignored."""
+    types = types_of(TrainConfig)
+    texts = {key.removeprefix(f"{prefix}."): text for key, text in params.items() if key.startswith(f"{prefix}.")}
+    return TrainConfig(**{name: types[name](text) for name, text in texts.items() if name in types})

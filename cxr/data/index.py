@@ -1,0 +1,158 @@
+"""A Kaggle-shaped folder -> the manifest: one row for each image, with its patient group and split.
+
+The patient is known only as far as file names tell: `person12_bacteria_34` and `person12_virus_35` come from
+two separate counters (808 of 1,635 numbers of the training split carry both), so number and subtype
+together make the group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cxr.errors import UserError
+
+CLASSES = ("NORMAL", "PNEUMONIA")
+CLASS_TO_INDEX = {name: index for index, name in enumerate(CLASSES)}
+SUFFIXES = {".jpeg", ".jpg", ".png"}
+OFFICIAL = ("train", "val", "test")
+_PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
+_NORMAL = re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
+
+
+def find_root(data_dir: str | Path) -> Path:
+    """The folder that holds `train/`: `data_dir` itself or the once or twice nested `chest_xray` in it.
+
+    The Kaggle zip holds `chest_xray/chest_xray`. Raises `UserError` when there is none.
+    """
+    top = Path(data_dir).expanduser().absolute()
+    if not top.is_dir():
+        raise UserError(f"--data-dir {top}: no such folder; give an absolute path to the Kaggle folder")
+    for candidate in (top, top / "chest_xray", top / "chest_xray" / "chest_xray"):
+        if (candidate / "train").is_dir():
+            return candidate
+    raise UserError(f"--data-dir {top}: holds no train/ folder (nor does chest_xray/ in it)")
+
+
+def parse_name(path: str) -> tuple[str, str]:
+    """(group, subtype) told by a file's name; a name of no known pattern is a group of its own, `unknown`."""
+    stem = Path(path).stem
+    if match := _PNEUMONIA.match(stem):
+        return f"{match[1]}_{match[2]}".lower(), match[2].lower()
+    if match := _NORMAL.match(stem):
+        return match[1].upper(), "normal"
+    return path, "unknown"
+
+
+def index_folder(root: Path) -> pd.DataFrame:
+    """The manifest of `root/{train,val,test}/{NORMAL,PNEUMONIA}`, sorted by path.
+
+    Columns: path (relative, posix), label (0 NORMAL, 1 PNEUMONIA), official (split by folder), group, subtype,
+    digest (sha256 of the bytes, or `unreadable:` and the path). Raises `UserError` for a folder
+    without both classes in train and test.
+    """
+    rows = [row for split in OFFICIAL for row in _index_split(root, split)]
+    table = pd.DataFrame(rows, columns=["path", "label", "official", "group", "subtype"])
+    for split in ("train", "test"):
+        for name, label in CLASS_TO_INDEX.items():
+            if not ((table["official"] == split) & (table["label"] == label)).any():
+                raise UserError(f"{root / split / name}: holds no .jpeg, .jpg or .png; both classes are needed there")
+    table["digest"] = digest_files(root / path for path in table["path"])
+    return table
+
+
+def _index_split(root: Path, split: str) -> list[tuple[str, int, str, str, str]]:
+    rows = []
+    for folder in _visible(root / split):
+        if not folder.is_dir():
+            continue
+        name = folder.name.upper()
+        if name not in CLASS_TO_INDEX:
+            raise UserError(f"{folder}: not a class folder; {split}/ may hold {' and '.join(CLASSES)} only")
+        for file in _visible(folder):
+            if file.suffix.lower() in SUFFIXES:
+                path = file.relative_to(root).as_posix()
+                rows.append((path, CLASS_TO_INDEX[name], split, *parse_name(path)))
+    return rows
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, less `.DS_Store`, `._*` and `__MACOSX`; nothing if it does not exist."""
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def digest_files(paths: Iterable[Path]) -> list[str]:
+    """The sha256 of each file's bytes, in order; `unreadable:` and the path for one that cannot be read."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_digest_file, paths))
+
+
+def _digest_file(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return f"unreadable:{path}"
+
+
+def fingerprint(manifest: pd.DataFrame) -> str:
+    """Twelve hex digits that name a data set and its split: which images, labels and splits, in no order."""
+    lines = sorted(f"{d} {y} {s}" for d, y, s in manifest[["digest", "label", "split"]].itertuples(index=False))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, seed: int) -> pd.DataFrame:
+    """A copy with the column `split` (train, val, test).
+
+    `official` takes the folders as they are. `grouped` pools train and val and holds out `val_fraction` of
+    each class, whole groups at a time. The test split is never touched. Raises `UserError` when a class has
+    no image left in train or val.
+    """
+    table = manifest.copy()
+    table["split"] = table["official"]
+    if val_split == "grouped":
+        pool = table.index[table["official"] != "test"]
+        held = grouped_holdout(table.loc[pool, "group"], table.loc[pool, "label"], val_fraction, seed)
+        table.loc[pool, "split"] = np.where(held, "val", "train")
+    _require_both_classes(table, val_split)
+    return table
+
+
+def _require_both_classes(table: pd.DataFrame, val_split: str) -> None:
+    for split in ("train", "val"):
+        for name, label in CLASS_TO_INDEX.items():
+            if not ((table["split"] == split) & (table["label"] == label)).any():
+                raise UserError(
+                    f"--val-split {val_split}: leaves no {name} image in {split}; "
+                    "use another --val-split, --val-fraction or more data"
+                )
+
+
+def grouped_holdout(groups: pd.Series, labels: pd.Series, fraction: float, seed: int) -> np.ndarray:
+    """A boolean mask [n]: a held-out share near `fraction` of each class, no group on both sides.
+
+    Groups are shuffled by `seed` within their majority class and taken until the class's share is nearest
+    to `fraction`, at least one. A group never splits, so the share is off by at most half a group.
+    """
+    frame = pd.DataFrame({"group": groups.to_numpy(), "label": labels.to_numpy()})
+    stats = frame.groupby("group")["label"].agg(["size", "mean"]).sort_index()
+    rng = np.random.default_rng(seed)
+    chosen: list[str] = []
+    for positive in (False, True):
+        sizes = stats.loc[(stats["mean"] >= 0.5) == positive, "size"]
+        sizes = sizes.iloc[rng.permutation(len(sizes))]
+        before = sizes.cumsum() - sizes
+        take = before + sizes / 2 <= fraction * sizes.sum()
+        take.iloc[:1] = True
+        chosen.extend(sizes.index[take])
+    return frame["group"].isin(chosen).to_numpy()

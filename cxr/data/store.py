@@ -1,0 +1,246 @@
+"""Images decoded once into a memory-mapped uint8 array, keyed by their content.
+
+The store lies in `<cache>/store/<size>-<resize>/<key>/`; the key is made of the images' digests, so a changed
+file means another store, which takes over the unchanged rows. It is written to a folder of its own and renamed:
+two runs may build the same one, the first to finish wins and the other's is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from cxr.errors import UserError
+
+UInt8 = npt.NDArray[np.uint8]
+MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors give about 20 million
+MIN_SIDE = 32
+FORMATS = ("JPEG", "PNG")
+_FORMAT = f"1-pillow{PIL.__version__}"
+
+
+class ImageError(ValueError):
+    """Bytes that are no usable image; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Decoded images. `images` is [rows, size, size]; `rows` maps a digest to its row, `bad` to the reason
+    it has none; `shapes` maps it to the original (width, height, mode)."""
+
+    images: UInt8
+    rows: dict[str, int]
+    bad: dict[str, str]
+    shapes: dict[str, tuple[int, int, str]]
+
+
+def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
+    """Encoded bytes -> (uint8 [size, size], original (width, height, mode)).
+
+    Grey by ITU-R 601 luma as PIL does it, bilinear with antialiasing; transparency over black; 16-bit grey
+    scaled to 8; EXIF orientation obeyed. Raises `ImageError` for what cannot be decoded, is smaller than
+    32 pixels or larger than 60 million.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            shape = (image.width, image.height, image.mode)
+            check_shape(*shape)
+            return square_gray(ImageOps.exif_transpose(image), size, resize), shape
+    except ImageError:
+        raise
+    except Exception as error:  # whatever a parser trips over in bytes that are not what they claim
+        raise ImageError(_reason(data, error)) from error
+
+
+def square_gray(image: Image.Image, size: int, resize: str) -> UInt8:
+    """A decoded image of any mode -> uint8 [size, size], grey."""
+    return _square(_to_gray(image), size, resize)
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "zero bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG or PNG"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def check_shape(width: int, height: int, mode: str) -> None:
+    """Raise `ImageError` for an image too small, too large, or of values whose range is not known."""
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{width}x{height}: smaller than {MIN_SIDE} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}x{height}: more than {MAX_PIXELS:,} pixels")
+    if mode in ("I", "F"):
+        raise ImageError(f"mode {mode}: 32-bit values of unknown range; convert it to 8 or 16 bit grey")
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("L")
+    return image.convert("L") if image.mode in ("L", "RGB") else image.convert("RGB").convert("L")
+
+
+def _square(image: Image.Image, size: int, resize: str) -> UInt8:
+    if resize == "crop":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    elif resize == "pad":
+        image = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=0)
+    else:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def open_store(paths: list[Path], digests: list[str], size: int, resize: str, cache: Path) -> Store:
+    """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
+
+    Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the disk is full.
+    """
+    files = dict(zip(digests, paths, strict=True))
+    folder = cache / "store" / f"{size}-{resize}" / _key(sorted(files), size, resize)
+    store = _read(folder)
+    if store is None:
+        _remove_abandoned(folder.parent)
+        try:
+            _build(folder, files, size, resize)
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent}: cannot write decoded images ({error.strerror}); "
+                "free space there or name another --cache-dir"
+            ) from error
+        store = _read(folder)
+    assert store is not None
+    return store
+
+
+def _key(digests: list[str], size: int, resize: str) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT, size, resize, digests]).encode()).hexdigest()[:20]
+
+
+def _read(folder: Path) -> Store | None:
+    """The store in a folder; None when there is none, or when it was damaged (it is then removed)."""
+    meta_file = folder / "meta.json"
+    if not meta_file.exists():
+        return None
+    try:
+        meta: dict[str, Any] = json.loads(meta_file.read_text())
+        intact = _sha256(folder / "images.u8") == meta["sha256"]
+    except (OSError, ValueError, KeyError):
+        intact = False
+    if not intact:
+        warnings.warn(f"{folder}: the decoded images were damaged; decoding them again", stacklevel=3)
+        shutil.rmtree(folder)
+        return None
+    shape = (len(meta["digests"]), meta["size"], meta["size"])
+    images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
+    rows = {digest: row for row, digest in enumerate(meta["digests"])}
+    return Store(images, rows, meta["bad"], {d: (w, h, m) for d, (w, h, m) in meta["shapes"].items()})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build(folder: Path, files: dict[str, Path], size: int, resize: str) -> None:
+    """Decode `files` into a temporary folder beside `folder` and rename it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    known = _nearest(folder.parent, set(files))
+    work = Path(tempfile.mkdtemp(prefix=f".building-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
+    try:
+        meta = _write_rows(work / "images.u8", _decode_all(files, size, resize, known))
+        (work / "meta.json").write_text(json.dumps({"size": size, **meta}))
+        work.chmod(0o755)
+        work.rename(folder)
+    except OSError:
+        shutil.rmtree(work)
+        if not (folder / "meta.json").exists():  # else another run was faster
+            raise
+
+
+_Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
+
+
+def _decode_all(files: dict[str, Path], size: int, resize: str, known: Store | None) -> Iterator[_Row]:
+    def one(item: tuple[str, Path]) -> _Row:
+        digest, path = item
+        if known and digest in known.rows:
+            return digest, known.images[known.rows[digest]], known.shapes[digest]
+        try:
+            return digest, *decode_gray(path.read_bytes(), size, resize)
+        except (OSError, ImageError) as error:
+            return digest, getattr(error, "strerror", None) or str(error)
+
+    with ThreadPoolExecutor() as pool:
+        yield from tqdm(
+            pool.map(one, sorted(files.items())),
+            "decoding",
+            len(files),
+            unit="img",
+            leave=False,
+            disable=None,
+        )
+
+
+def _write_rows(path: Path, rows: Iterator[_Row]) -> dict[str, Any]:
+    """Written with `write`, not through a memory map: on a full disk the latter dies of SIGBUS."""
+    sha, digests, shapes, bad = hashlib.sha256(), [], {}, {}
+    with path.open("wb") as file:
+        for digest, *rest in rows:
+            if len(rest) == 1:
+                bad[digest] = rest[0]
+                continue
+            data = np.ascontiguousarray(rest[0]).tobytes()
+            sha.update(data)
+            file.write(data)
+            digests.append(digest)
+            shapes[digest] = rest[1]
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": sha.hexdigest(), "digests": digests, "shapes": shapes, "bad": bad}
+
+
+def _nearest(parent: Path, digests: set[str]) -> Store | None:
+    """Of the stores beside, the one that shares the most images, so that only new files are decoded."""
+    stores = [store for path in parent.glob("*/meta.json") if (store := _read(path.parent)) is not None]
+    best = max(stores, key=lambda store: len(digests & store.rows.keys()), default=None)
+    return best if best and digests & best.rows.keys() else None
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Drop the half-built folders of processes of this machine that are no more."""
+    for work in parent.glob(f".building-{socket.gethostname()}-*"):
+        pid = int(work.name.rsplit("-", 2)[1])
+        if not _alive(pid):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

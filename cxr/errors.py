@@ -1,0 +1,9 @@
+"""The one exception for what a user can mend: shown as one line, exit code 2, never a traceback."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what is wrong, where, and what to do about it."""
+
+
+class FreezeError(Exception):
+    """Something frozen moved: a defect of the program, never of the input."""

@@ -1,0 +1,325 @@
+"""One run from configuration to result: data, training, evaluation, artifacts. The only place that sees it all."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.models import ResNet
+from tqdm import tqdm
+
+from cxr import plots, registry
+from cxr.checkpoint import Checkpoints
+from cxr.config import SYNTHETIC, TrainConfig, flatten
+from cxr.data.audit import audit, reject_bad
+from cxr.data.augment import augment, view_parameters
+from cxr.data.dataset import Split, eval_batches, make_split, train_batches
+from cxr.data.index import CLASS_TO_INDEX, CLASSES, assign_splits, find_root, fingerprint, index_folder
+from cxr.data.store import Store, open_store
+from cxr.data.synthetic import phantom, write_synthetic
+from cxr.evaluate import Report, evaluate, format_interval, predictions_table
+from cxr.model import build_model, count_parameters
+from cxr.predictor import ModelCard
+from cxr.runtime import (
+    cache_folder,
+    cpu_has_bf16,
+    describe,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+)
+from cxr.strategies import STRATEGIES
+from cxr.tracking import MlflowTracker, Tracker, git_commit
+from cxr.train import Batch, EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
+
+THRESHOLD = 0.5
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A data set ready to train on: the manifest (bad images left out), the decoded images, and their origin."""
+
+    manifest: pd.DataFrame
+    store: Store
+    bad: dict[str, str]
+    root: Path
+    fingerprint: str
+    synthetic: bool
+
+    def part(self, split: str) -> pd.DataFrame:
+        """The manifest's rows of one split."""
+        return self.manifest[self.manifest["split"] == split]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where and how to compute."""
+
+    device: torch.device
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run gives back: which weights it really started from, its epochs, and the two reports."""
+
+    run_id: str
+    weights: str
+    records: list[EpochRecord]
+    val: Report
+    test: Report
+    data: Data
+    seconds: float
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each epoch."""
+        return pd.DataFrame([record.row() for record in self.records])
+
+    @property
+    def best(self) -> EpochRecord:
+        """The epoch whose checkpoint is the result: the lowest validation loss over all phases."""
+        return [record for record in self.records if record.improved][-1]
+
+    @property
+    def proofs(self) -> list[FreezeProof]:
+        """One for each phase."""
+        return [record.proof for record in self.records if record.proof]
+
+
+def read_data(config: TrainConfig) -> Data:
+    """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
+    cache = cache_folder(config.cache_dir)
+    synthetic = config.data_dir == SYNTHETIC
+    root = find_root(write_synthetic(cache / "synthetic") if synthetic else config.data_dir)
+    table = index_folder(root)
+    files = [root / path for path in table["path"]]
+    store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
+    bad = {p: store.bad[d] for p, d in zip(table["path"], table["digest"], strict=True) if d in store.bad}
+    table = reject_bad(table, bad, config.on_bad_image)
+    manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+    shapes = [store.shapes[digest] for digest in manifest["digest"]]
+    manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
+    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic)
+
+
+def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
+    """Train by `config`, evaluate the best checkpoint on validation and, once, on test; log all of it."""
+    started = time.perf_counter()
+    machine = _ready_machine(config)
+    data = read_data(config)
+    model, weights = build_model(config.arch, config.weights, config.seed)
+    model.to(device=machine.device, memory_format=torch.channels_last)
+    _log_start(config, tracker, data, machine, weights)
+    say(f"data: {_data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
+    records = _train(config, tracker, data, machine, model, say)
+    val, test = (_report(config, data, machine, model, split) for split in ("val", "test"))
+    result = RunResult(tracker.run_id, weights, records, val, test, data, time.perf_counter() - started)
+    _log_end(config, tracker, model, result)
+    shutil.rmtree(_checkpoint_folder(config, tracker))
+    return result
+
+
+def _ready_machine(config: TrainConfig) -> Machine:
+    device = resolve_device(config.device)
+    machine = Machine(device, resolve_precision(config.precision, device))
+    seed_everything(config.seed, device)
+    return machine
+
+
+def _checkpoint_folder(config: TrainConfig, tracker: Tracker) -> Path:
+    return cache_folder(config.cache_dir) / "runs" / tracker.run_id
+
+
+def _log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str) -> None:
+    tracker.params(flatten(config))
+    tracker.tags(
+        {
+            "strategy": config.strategy,
+            "arch": config.arch,
+            "seed": str(config.seed),
+            "data": "synthetic phantoms" if data.synthetic else "X-rays",
+            "data_fingerprint": data.fingerprint,
+            "weights_used": weights,
+            "device": describe(machine.device),
+            "precision": machine.precision,
+            "git_commit": git_commit(),
+            "images_skipped": str(len(data.bad)),
+        }
+    )
+    tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
+    tracker.text("\n".join(f.line() for f in audit(data.manifest, data.bad)) + "\n", "data/audit.txt")
+    tracker.table(data.manifest, "data/manifest.csv")
+    for split, context in (("train", "training"), ("val", "validation"), ("test", "testing")):
+        tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
+
+
+def _train(
+    config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, model: ResNet, say: Say
+) -> list[EpochRecord]:
+    """Run the loop and log each epoch; returns the records."""
+    train, val = (make_split(data.manifest, data.store, name) for name in ("train", "val"))
+    weights = class_weights(train.labels)
+    tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in zip(CLASSES, weights, strict=True)})
+    tracker.figure(_views_figure(config, train), "plots/train_views.png")
+    if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
+        say("note: this processor has no bf16 units; fp32 is several times faster here")
+
+    def train_data(epoch: int) -> Iterable[Batch]:
+        batches = train_batches(train, config.batch_size, config.seed, epoch, config.views, machine.device)
+        steps = len(train) // config.batch_size
+        return tqdm(batches, f"epoch {epoch}", steps, unit="step", leave=False, disable=None)
+
+    records = []
+    for record in fit(
+        model,
+        config.phases,
+        config.rates(),
+        Schedule(
+            config.epochs,
+            config.weight_decay,
+            config.step_size,
+            config.gamma,
+            config.patience,
+            machine.precision,
+        ),
+        weights,
+        train_data,
+        lambda: eval_batches(val, config.batch_size, machine.device),
+        Checkpoints(_checkpoint_folder(config, tracker)),
+    ):
+        records.append(record)
+        tracker.metrics({**record.metrics, "phase": record.phase_index}, step=record.epoch)
+        say(_epoch_line(record))
+    return records
+
+
+def _epoch_line(record: EpochRecord) -> str:
+    m = record.metrics
+    line = (
+        f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
+        f"accuracy {m['train_accuracy']:.3f} / val {m['val_accuracy']:.3f}  val AUC {m['val_roc_auc']:.4f}  "
+        f"{m['images_per_second']:.0f} img/s  {m['epoch_seconds'] + m['eval_seconds']:.1f} s"
+    )
+    return line + ("  *" if record.improved else "")
+
+
+def _views_figure(config: TrainConfig, train: Split) -> Figure:
+    """Six training images, each as it is and as its first views."""
+    shown = np.linspace(0, len(train) - 1, 6).astype(np.int64)
+    images = torch.from_numpy(train.dataset.images[train.dataset.rows[shown]])
+    rows, captions = [images], ["as it is"] * 6
+    for view in range(min(config.views, 2)):
+        parameters = torch.from_numpy(view_parameters(config.seed, train.keys[shown], view))
+        rows.append(augment(images, parameters).byte())
+        captions += [f"view {view}"] * 6
+    return plots.image_grid(torch.cat(rows).numpy(), captions, "What the network sees in training")
+
+
+def _report(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Report:
+    split = make_split(data.manifest, data.store, name)
+    logits, _ = infer(model, eval_batches(split, config.batch_size, machine.device))
+    table = predictions_table(data.part(name), logits.numpy(), THRESHOLD)
+    return evaluate(table, name, THRESHOLD, config.bootstrap)
+
+
+def _log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> None:
+    """Reports, figures, proofs, the model, and what a person should know."""
+    name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
+    tracker.table(result.history, "tables/history.csv")
+    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), "plots/learning_curves.png")
+    tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", "freeze_proofs.json")
+    for report in (result.val, result.test):
+        _log_report(tracker, report, name)
+    sizes = {
+        "parameters_total": count_parameters(model),
+        "parameters_trained": count_parameters(model, config.phases[-1].trainable),
+    }
+    model_id = _log_model(config, tracker, model, result)
+    tracker.metrics({**result.val.figures(), **result.test.figures(), **sizes}, model_id=model_id)
+    tracker.tags(
+        {
+            "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
+            "best_epoch": str(best),
+            "mlflow.note.content": "\n\n".join(summary(config, tracker, result)),
+        }
+    )
+
+
+def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
+    if not isinstance(tracker, MlflowTracker):
+        return None
+    card = ModelCard(
+        arch=config.arch,
+        image_size=config.image_size,
+        resize=config.resize,
+        threshold=THRESHOLD,
+        strategy=config.strategy,
+        data_fingerprint=result.data.fingerprint,
+        weights=result.weights,
+        class_to_index=CLASS_TO_INDEX,
+    )
+    return registry.log_model(model.state_dict(), card, _example(config.image_size))
+
+
+def _proof_words(proof: FreezeProof) -> str:
+    stages = ", ".join(proof.stages)
+    return f"phase {proof.phase}: {stages} unchanged" if stages else f"phase {proof.phase}: nothing was frozen"
+
+
+def _log_report(tracker: Tracker, report: Report, name: str) -> None:
+    split, labels, probabilities = report.split, report.labels, report.probabilities
+    title = f"{'Validation' if split == 'val' else 'Test'}: {name}"
+    tracker.table(report.table, f"tables/{split}_predictions.csv")
+    tracker.text(report.text(), f"reports/{split}.txt")
+    figures = {
+        "confusion_matrix": plots.confusion_matrix(report.counts(), CLASSES, title),
+        "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
+        "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
+        "reliability": plots.reliability_diagram(labels, probabilities, report.values["ece"], title),
+        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values}, title),
+    }
+    for kind, figure in figures.items():
+        tracker.figure(figure, f"plots/{split}_{kind}.png")
+
+
+def _example(size: int) -> bytes:
+    """A phantom as PNG: a patient's image has no place in a model's files."""
+    buffer = io.BytesIO()
+    Image.fromarray(phantom(np.random.default_rng(0), "normal", size)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _data_words(data: Data) -> str:
+    counts = data.manifest["split"].value_counts()
+    words = "synthetic phantoms (NOT real X-rays)" if data.synthetic else "X-rays"
+    skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
+    return f"{words}, train {counts['train']}, val {counts['val']}, test {counts['test']} images{skipped}"
+
+
+def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
+    """Lines for a person: what came out, on what, where to look, what to run next."""
+    best, test, weights = result.best, result.test, result.weights
+    shown = ("accuracy", "roc_auc", "recall", "specificity")
+    others = [name for name in STRATEGIES if name != config.strategy]
+    return [
+        f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) of {len(result.records)}, "
+        f"val_loss {best.metrics['val_loss']:.4f}, val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
+        f"test, threshold {test.threshold:g}: "
+        + ", ".join(f"{name} {format_interval(test.interval(name))}" for name in shown),
+        f"data: {_data_words(result.data)}; fingerprint {result.data.fingerprint}",
+        f"weights: {weights}" + ("; pretraining is what these strategies compare" if "random" in weights else ""),
+        f"took {result.seconds:.0f} s; look: " + "  ".join(tracker.where()),
+        f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
+    ]

@@ -1,0 +1,106 @@
+"""Image bytes in, probability and decision out: what a registry version holds, without training or tracking code.
+
+A packaged model is a folder with `weights.safetensors` (a torchvision state dict) and `model.json` (everything else).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models import ResNet, get_model
+
+from cxr.data.augment import IMAGENET_MEAN, IMAGENET_STD, to_input
+from cxr.data.index import CLASS_TO_INDEX
+from cxr.data.store import ImageError, UInt8, check_shape, decode_gray, square_gray
+from cxr.model import StateDict
+from cxr.train import infer
+
+WEIGHTS, CARD = "weights.safetensors", "model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin."""
+
+    arch: str
+    image_size: int
+    resize: str
+    threshold: float
+    strategy: str
+    data_fingerprint: str
+    weights: str
+    class_to_index: dict[str, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+def save_package(folder: Path, state: StateDict, card: ModelCard) -> None:
+    """Write the packaged model into `folder`, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ImageError("text that is not base64; paths and addresses are not read") from error
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    whole = np.issubdtype(array.dtype, np.integer) and array.size > 0
+    if not whole or array.min() < 0 or array.max() > 255 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
+        raise ImageError(f"array {array.dtype} {array.shape}: not uint8 [height, width] or [height, width, 3]")
+    check_shape(array.shape[1], array.shape[0], "L")
+    return Image.fromarray(array.astype(np.uint8))
+
+
+class Predictor:
+    """A packaged model in use."""
+
+    def __init__(self, model: ResNet, card: ModelCard):
+        self.model, self.card = model.eval(), card
+
+    @classmethod
+    def load(cls, folder: Path) -> Predictor:
+        """Read a packaged model; no pickle is involved."""
+        card = ModelCard(**json.loads((folder / CARD).read_text()))
+        model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return cls(model.to(memory_format=torch.channels_last), card)
+
+    def prepare(self, image: object) -> UInt8:
+        """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].
+
+        Text is never taken for a path or an address. Raises `ImageError` for what is no usable image.
+        """
+        if isinstance(image, str):
+            image = _from_base64(image)
+        if isinstance(image, bytes | bytearray | memoryview):
+            return decode_gray(bytes(image), self.card.image_size, self.card.resize)[0]
+        if isinstance(image, np.ndarray | list):
+            return square_gray(_from_array(np.asarray(image)), self.card.image_size, self.card.resize)
+        raise ImageError(f"{type(image).__name__}: neither bytes, base64 text nor a uint8 array")
+
+    def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
+        """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""
+        stack = torch.from_numpy(np.stack(images))
+        batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
+        logits, _ = infer(self.model, batches)
+        probability = torch.softmax(logits.double(), 1)[:, CLASS_TO_INDEX["PNEUMONIA"]].numpy()
+        decision = (probability >= self.card.threshold).astype(np.int64)
+        names = {index: name for name, index in self.card.class_to_index.items()}
+        label = [names[int(d)] for d in decision]
+        return pd.DataFrame({"label": label, "probability": probability, "decision": decision})

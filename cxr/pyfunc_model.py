@@ -1,0 +1,30 @@
+"""The code of the logged model ("models from code"): MLflow runs this file when it loads one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from cxr.predictor import Predictor
+
+
+class XrayModel(PythonModel):
+    """Images in (column `image`), label, probability and decision out."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the package that was logged as the artifact `package`."""
+        self.predictor = Predictor.load(Path(context.artifacts["package"]))
+
+    def predict(
+        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """A DataFrame with the column `image`, or a list or array of images; see `Predictor.prepare`."""
+        images = model_input["image"] if isinstance(model_input, pd.DataFrame) else model_input
+        return self.predictor.predict([self.predictor.prepare(image) for image in images])
+
+
+mlflow.models.set_model(XrayModel())

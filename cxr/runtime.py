@@ -1,0 +1,95 @@
+"""Device, precision, seeds and determinism: what the machine can do and what was chosen."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def cache_folder(cache_dir: str = "auto") -> Path:
+    """The folder for decoded images, phantoms and checkpoints, made if absent.
+
+    `auto` is `$CXR_CACHE`, else `$XDG_CACHE_HOME/cxr`, else `~/.cache/cxr`. Raises `UserError` when it
+    cannot be made.
+    """
+    if cache_dir == "auto":
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache_dir = os.environ.get("CXR_CACHE") or str(Path(base) / "cxr")
+    path = Path(cache_dir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache-dir {path}: cannot be made ({error.strerror}); name another folder") from error
+    return path
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto|cpu|cuda|mps` -> a device that exists here. Raises `UserError` when it does not."""
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present[name]:
+        raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto or cpu")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto|fp32|bf16|fp16` -> the arithmetic to train in on this device.
+
+    `auto` is bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on the CPU, so that
+    the same seed gives the same CPU numbers whether or not the processor has bf16 units.
+    """
+    import torch
+
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: not for the CPU; use fp32 or bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp16" if device.type == "mps" else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has bf16 arithmetic units; without them bf16 is several times slower.
+
+    Read from /proc/cpuinfo, because `torch.ops.mkldnn._is_mkldnn_bf16_supported` also says yes to
+    processors that only emulate it. Elsewhere than on Linux the answer is no.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed every generator and ask for deterministic kernels: same seed, same machine, same result."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for a tag: `cpu (2 threads)`, `cuda (NVIDIA H100 80GB HBM3)`."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "mps":
+        return "mps"
+    return f"cpu ({torch.get_num_threads()} threads)"

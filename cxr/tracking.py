@@ -1,0 +1,251 @@
+"""Runs, metrics and artifacts in MLflow, and a tracker that keeps nothing, for tests and bare use."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cxr.errors import UserError
+
+EXPERIMENT = "cxr"
+# Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+_GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+
+
+class Tracker(Protocol):
+    """What the pipeline tells of a run."""
+
+    run_id: str
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Log parameters, all at once."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None, model_id: str | None = None) -> None:
+        """Log metrics in one call, tied to a logged model if one is named."""
+
+    def figure(self, figure: Figure, path: str) -> None:
+        """Keep a figure as an artifact."""
+
+    def text(self, text: str, path: str) -> None:
+        """Keep a text as an artifact."""
+
+    def table(self, table: pd.DataFrame, path: str) -> None:
+        """Keep a table as a CSV artifact, floats in full precision."""
+
+    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+        """Note which data the run used, and for what."""
+
+    def where(self) -> list[str]:
+        """Lines that tell a person where to look."""
+
+
+class NullTracker:
+    """Forgets parameters and artifacts, and remembers metrics and tags, so that tests and scripts can read them."""
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id or f"untracked-{uuid.uuid4().hex[:12]}"
+        self.logged_params: dict[str, str] = {}
+        self.logged_tags: dict[str, str] = {}
+        self.logged_metrics: list[tuple[int | None, dict[str, float]]] = []
+        self.artifacts: list[str] = []
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Remembered."""
+        self.logged_params |= values
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Remembered."""
+        self.logged_tags |= values
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None, model_id: str | None = None) -> None:
+        """Remembered with its step."""
+        self.logged_metrics.append((step, dict(values)))
+
+    def figure(self, figure: Figure, path: str) -> None:
+        """Only its path is remembered."""
+        self.artifacts.append(path)
+
+    def text(self, text: str, path: str) -> None:
+        """Only its path is remembered."""
+        self.artifacts.append(path)
+
+    def table(self, table: pd.DataFrame, path: str) -> None:
+        """Only its path is remembered."""
+        self.artifacts.append(path)
+
+    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+        """Forgotten."""
+
+    def where(self) -> list[str]:
+        """Nowhere."""
+        return ["not tracked"]
+
+
+class MlflowTracker:
+    """The run that is active in MLflow."""
+
+    def __init__(self, run_id: str, experiment_id: str):
+        self.run_id, self.experiment_id = run_id, experiment_id
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """One call for all."""
+        import mlflow
+
+        mlflow.log_params(dict(values))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """One call for all."""
+        import mlflow
+
+        mlflow.set_tags(dict(values))
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None, model_id: str | None = None) -> None:
+        """One call for all: one by one they cost 6 ms each with SQLite."""
+        import mlflow
+
+        mlflow.log_metrics(dict(values), step=step, model_id=model_id)
+
+    def figure(self, figure: Figure, path: str) -> None:
+        """As PNG at the figure's own resolution."""
+        with _artifact(path) as file:
+            figure.savefig(file)
+
+    def text(self, text: str, path: str) -> None:
+        """As it is."""
+        import mlflow
+
+        mlflow.log_text(text, path)
+
+    def table(self, table: pd.DataFrame, path: str) -> None:
+        """As CSV."""
+        with _artifact(path) as file:
+            table.to_csv(file, index=False)
+
+    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+        """As an MLflow dataset with schema, digest and source."""
+        import mlflow
+
+        data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
+        mlflow.log_input(data, context=context)
+
+    def where(self) -> list[str]:
+        """The command that opens the UI and the pages that matter."""
+        import mlflow
+
+        uri = mlflow.get_tracking_uri()
+        remote = uri.startswith("http")
+        base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
+        experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
+        lines = [] if remote else [f"mlflow ui --backend-store-uri {uri}"]
+        return [*lines, f"{experiment}/{self.run_id}", f"{experiment}?workflowType=machine_learning"]
+
+
+@contextmanager
+def _artifact(path: str) -> Iterator[Path]:
+    """A temporary file of that name, logged as an artifact in that folder when the block ends well."""
+    import mlflow
+
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / name
+        yield file
+        mlflow.log_artifact(str(file), folder or None)
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
+
+
+@contextmanager
+def open_run(name: str, experiment: str = EXPERIMENT) -> Iterator[MlflowTracker]:
+    """The run that `mlflow run` opened, else a new one in `experiment`.
+
+    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING.
+    Raises `UserError` when the tracking server cannot be reached.
+    """
+    import mlflow
+
+    run = _start(name, experiment)
+    try:
+        with _sigterm_raises():
+            yield MlflowTracker(run.info.run_id, run.info.experiment_id)
+    except (KeyboardInterrupt, Stopped):
+        _end("KILLED", "stopped by the user")
+        raise
+    except BaseException as error:
+        _end("FAILED", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        mlflow.end_run("FINISHED")
+
+
+def _start(name: str, experiment: str) -> Any:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    try:
+        run_id = os.environ.get("MLFLOW_RUN_ID")
+        if not run_id:
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+        run = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=True)
+        if _GENERATED_NAME.fullmatch(run.info.run_name or ""):
+            mlflow.set_tag("mlflow.runName", name)
+        mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *next(iter(EXPERIMENT_KIND.items())))
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"MLflow at {mlflow.get_tracking_uri()}: {reason}; check MLFLOW_TRACKING_URI") from error
+    return run
+
+
+def _end(status: str, reason: str) -> None:
+    import mlflow
+
+    mlflow.set_tag("cxr.error", reason[:5000])
+    mlflow.end_run(status)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within the block, SIGTERM unwinds the stack like Ctrl-C (in the main thread; elsewhere nothing changes)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def git_commit() -> str:
+    """The commit of the code in use, `-dirty` with uncommitted changes; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()

@@ -1,0 +1,333 @@
+"""One training loop for every strategy: a generator of epoch records that knows no tracker and no search."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torchvision.models import ResNet
+
+from cxr.checkpoint import Checkpoints
+from cxr.errors import FreezeError, UserError
+from cxr.model import checksum, obey, run_stages, stage_state
+from cxr.strategies import STAGES, Phase
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeProof:
+    """The sha256 over the prefix's parameters and buffers before and after a phase; equal, or the run failed."""
+
+    phase: str
+    stages: tuple[str, ...]
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRecord:
+    """One epoch. `epoch` counts on from 0 across phases; `proof` is there on a phase's last epoch."""
+
+    epoch: int
+    phase: str
+    phase_index: int
+    metrics: dict[str, float]
+    improved: bool
+    proof: FreezeProof | None
+
+    def row(self) -> dict[str, Any]:
+        """Flat, for a table: epoch, phase, improved and the metrics."""
+        return {"epoch": self.epoch, "phase": self.phase, "improved": self.improved, **self.metrics}
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How every phase trains: limits, Adam's L2 penalty, StepLR, and the arithmetic (fp32, bf16, fp16)."""
+
+    epochs: int
+    weight_decay: float
+    step_size: int
+    gamma: float
+    patience: int
+    precision: str
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the loop is; together with tensors, optimizer and generators it is the complete state."""
+
+    phase: int = 0
+    phase_epoch: int = 0
+    epoch: int = 0
+    phase_best: float = math.inf
+    stale: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    best_files: list[str] = field(default_factory=list)
+    base: str = ""
+    before: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Loop:
+    """What changes while a phase runs: model, optimizer, scheduler, scaler and progress."""
+
+    def __init__(
+        self,
+        model: ResNet,
+        phases: tuple[Phase, ...],
+        rates: tuple[float, ...],
+        schedule: Schedule,
+        class_weights: Tensor,
+        checkpoints: Checkpoints,
+    ):
+        self.model, self.phases, self.rates = model, phases, rates
+        self.schedule, self.checkpoints = schedule, checkpoints
+        self.device = next(model.parameters()).device
+        self.class_weights = class_weights.to(self.device)
+        self.progress = Progress()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase under way."""
+        return self.phases[self.progress.phase]
+
+    def begin_phase(self) -> None:
+        """A new optimizer, scheduler and scaler over what the phase trains."""
+        schedule = self.schedule
+        self.optimizer = torch.optim.Adam(
+            obey(self.model, self.phase), self.rates[self.progress.phase], weight_decay=schedule.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
+
+    def phase_is_over(self) -> bool:
+        """Whether the epoch limit is reached or the patience is spent."""
+        progress, schedule = self.progress, self.schedule
+        return progress.phase_epoch >= schedule.epochs or progress.stale >= schedule.patience
+
+    def load(self, files: list[str]) -> None:
+        """Put saved tensors into the model."""
+        self.model.load_state_dict(self.checkpoints.load_tensors(files), strict=False)
+
+    def save(self) -> None:
+        """Write the complete state."""
+        state = {
+            "progress": asdict(self.progress),
+            "tensors": stage_state(self.model, self.phase.trainable),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generators": _generators(self.device),
+        }
+        self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state that `save` wrote."""
+        self.progress = Progress(**state["progress"])
+        self.load([self.progress.base])
+        self.model.load_state_dict(state["tensors"], strict=False)
+        self.begin_phase()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["generators"]["cpu"])
+        if "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def fit(
+    model: ResNet,
+    phases: tuple[Phase, ...],
+    rates: tuple[float, ...],
+    schedule: Schedule,
+    class_weights: Tensor,
+    train_data: Callable[[int], Iterable[Batch]],
+    val_data: Callable[[], Iterable[Batch]],
+    checkpoints: Checkpoints,
+) -> Iterator[EpochRecord]:
+    """Train through all phases and leave the best checkpoint (lowest validation loss) in the model.
+
+    `train_data(epoch)` and `val_data()` give (inputs, labels) on the model's device. A folder with a checkpoint is
+    taken up where it stopped: the records it already gave are given again, then the loop goes on. Each record is
+    saved before it is given. Raises `FreezeError` when something frozen moved, `UserError` when the loss
+    is no longer finite.
+    """
+    loop = Loop(model, phases, rates, schedule, class_weights, checkpoints)
+    if state := checkpoints.load():
+        loop.restore(state)
+        yield from (_record_from(row) for row in loop.progress.history)
+    else:
+        _enter_phase(loop, 0)
+    while True:
+        while not loop.phase_is_over():
+            yield _epoch(loop, train_data, val_data)
+        if loop.progress.phase + 1 == len(phases):
+            break
+        _enter_phase(loop, loop.progress.phase + 1)
+    loop.load(loop.progress.best_files)
+    model.eval()
+
+
+def _record_from(row: dict[str, Any]) -> EpochRecord:
+    proof = row["proof"]
+    return EpochRecord(**{**row, "proof": FreezeProof(**proof) if proof else None})
+
+
+def _enter_phase(loop: Loop, index: int) -> None:
+    """Start from the best so far, and note what must not change."""
+    progress = loop.progress
+    if progress.best_files:
+        loop.load(progress.best_files)
+    progress.phase, progress.phase_epoch, progress.stale, progress.phase_best = index, 0, 0, math.inf
+    progress.base = loop.checkpoints.save_tensors(f"base-{index}", stage_state(loop.model, STAGES))
+    progress.before = checksum(loop.model, loop.phase.frozen)
+    loop.begin_phase()
+
+
+def _epoch(
+    loop: Loop, train_data: Callable[[int], Iterable[Batch]], val_data: Callable[[], Iterable[Batch]]
+) -> EpochRecord:
+    progress = loop.progress
+    started = time.perf_counter()
+    rate = loop.optimizer.param_groups[0]["lr"]
+    train_loss, train_accuracy, images = _train(loop, train_data(progress.epoch))
+    trained = time.perf_counter()
+    val_loss, val_accuracy, val_roc_auc = validate(loop.model, val_data(), loop.class_weights, loop.schedule.precision)
+    evaluated = time.perf_counter()
+    loop.scheduler.step()
+    metrics = {
+        "train_loss": train_loss,
+        "val_loss": val_loss,
+        "train_accuracy": train_accuracy,
+        "val_accuracy": val_accuracy,
+        "val_roc_auc": val_roc_auc,
+        "lr": float(rate),
+        "epoch_seconds": trained - started,
+        "eval_seconds": evaluated - trained,
+        "images_per_second": images / (trained - started),
+    }
+    _require_finite(metrics, loop)
+    return _settle(loop, metrics)
+
+
+def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
+    if not (math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["val_loss"])):
+        option = f"--{loop.phase.lr.replace('_', '-')}"
+        raise UserError(
+            f"training diverged in phase {loop.phase.name}, epoch {loop.progress.epoch}: the loss is not finite; "
+            f"lower {option} (now {metrics['lr']:g})"
+        )
+
+
+def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
+    """Judge the epoch, keep what is best, prove the freezing at the phase's end, save, and report."""
+    progress = loop.progress
+    improved = metrics["val_loss"] < progress.best_loss
+    if improved:
+        progress.best_loss, progress.best_epoch = metrics["val_loss"], progress.epoch
+        trained = loop.checkpoints.save_tensors(f"best-{progress.epoch}", stage_state(loop.model, loop.phase.trainable))
+        progress.best_files = [progress.base, trained]
+    progress.stale = 0 if metrics["val_loss"] < progress.phase_best else progress.stale + 1
+    progress.phase_best = min(progress.phase_best, metrics["val_loss"])
+    progress.phase_epoch += 1
+    proof = _prove(loop) if loop.phase_is_over() else None
+    record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, proof)
+    progress.epoch += 1
+    progress.history.append(asdict(record))
+    loop.save()
+    return record
+
+
+def _prove(loop: Loop) -> FreezeProof:
+    after = checksum(loop.model, loop.phase.frozen)
+    if after != loop.progress.before:
+        raise FreezeError(
+            f"phase {loop.phase.name}: a frozen stage ({', '.join(loop.phase.frozen)}) changed while it trained; "
+            "the run's result is void"
+        )
+    return FreezeProof(loop.phase.name, loop.phase.frozen, loop.progress.before, after)
+
+
+def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
+    """One pass. Returns (weighted loss, accuracy, images); sums stay on the device until the end."""
+    obey(loop.model, loop.phase)
+    loss_sum = weight_sum = correct = torch.zeros((), device=loop.device)
+    images = 0
+    for inputs, labels in batches:
+        logits = _forward(loop.model, loop.phase, inputs, loop.schedule.precision)
+        losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
+        weight = loop.class_weights[labels].sum()
+        loop.optimizer.zero_grad()
+        loop.scaler.scale(losses.sum() / weight).backward()  # type: ignore[no-untyped-call]
+        loop.scaler.step(loop.optimizer)
+        loop.scaler.update()
+        loss_sum, weight_sum = loss_sum + losses.detach().sum(), weight_sum + weight
+        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        images += len(labels)
+    return (loss_sum / weight_sum).item(), correct.item() / images, images
+
+
+def _forward(model: ResNet, phase: Phase, inputs: Tensor, precision: str) -> Tensor:
+    """Logits [n, 2] as float32. The prefix keeps nothing for the backward pass."""
+    with _autocast(inputs.device, precision):
+        with torch.no_grad():
+            features = run_stages(model, inputs, phase.frozen)
+        return run_stages(model, features, phase.trainable).float()
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def validate(
+    model: ResNet, batches: Iterable[Batch], class_weights: Tensor, precision: str
+) -> tuple[float, float, float]:
+    """(weighted loss, accuracy, ROC-AUC) of the model in eval mode."""
+    logits, labels = infer(model, batches, precision)
+    losses = F.cross_entropy(logits, labels, class_weights.cpu(), reduction="none")
+    loss = (losses.sum() / class_weights.cpu()[labels].sum()).item()
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    scores = (logits[:, 1] - logits[:, 0]).numpy().astype(np.float64)
+    auc = float(roc_auc_score(labels.numpy(), scores)) if np.isfinite(scores).all() else math.nan
+    return loss, accuracy, auc
+
+
+def infer(model: ResNet, batches: Iterable[Batch], precision: str = "fp32") -> tuple[Tensor, Tensor]:
+    """(logits float32 [n, 2], labels int64 [n]) on the CPU, the model in eval mode."""
+    model.eval()
+    logits, labels = [], []
+    with torch.inference_mode():
+        for inputs, batch_labels in batches:
+            with _autocast(inputs.device, precision):
+                logits.append(run_stages(model, inputs, STAGES).float())
+            labels.append(batch_labels)
+    # Clones, because inference tensors may not meet autograd later.
+    return torch.cat(logits).cpu().clone(), torch.cat(labels).cpu()
+
+
+def class_weights(labels: np.ndarray) -> Tensor:
+    """Weights [2] inverse to the class counts of the training labels, mean 1 over its images.
+
+    scikit-learn's `compute_class_weight("balanced")`.
+    """
+    from sklearn.utils.class_weight import compute_class_weight
+
+    return torch.tensor(compute_class_weight("balanced", classes=np.array([0, 1]), y=labels), dtype=torch.float32)
