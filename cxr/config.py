@@ -110,7 +110,7 @@ class TrainConfig:
     weight_decay: float = param(0.0, "Adam's L2 penalty", low=0, high=1)
     step_size: int = param(5, "epochs after which StepLR lowers the learning rate", low=1, high=10000)
     gamma: float = param(0.5, "factor by which StepLR lowers it", above=0, high=1, search=(0.1, 1.0))
-    patience: int = param(3, "epochs without a better validation loss before a phase stops", low=1, high=10000)
+    patience: int = param(5, "epochs without a better validation loss before a phase stops", low=1, high=10000)
     seed: int = param(0, "seed of the head's initial weights, the order of images and the views", low=0)
     device: str = param(
         "auto",
@@ -127,6 +127,12 @@ class TrainConfig:
         "stop",
         "an unreadable image: stop (naming them all) or skip (and count them)",
         choices=("stop", "skip"),
+    )
+    reuse_gb: float = param(
+        4.0,
+        "memory for the frozen prefix's outputs, computed once for each view and reused, GB; 0 reuses nothing",
+        low=0,
+        high=1e6,
     )
     bootstrap: int = param(1000, "bootstrap resamples behind each 95% interval; 0 for none", low=0, high=100000)
     cache_dir: str = param(

@@ -132,6 +132,12 @@ def run_stages(model: ResNet, x: Tensor, stages: Iterable[str]) -> Tensor:
     return x
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The mixed-precision context for `fp32` (none), `bf16` or `fp16`."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
 def obey(model: ResNet, phase: Phase) -> list[nn.Parameter]:
     """Freeze the prefix (no gradients, eval mode, so that BatchNorm's buffers stay) and ready the suffix.
 

@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,14 +19,15 @@ from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr import plots, registry
+from cxr.activations import Activations
 from cxr.checkpoint import Checkpoints
 from cxr.config import SYNTHETIC, TrainConfig, flatten
 from cxr.data.audit import audit, reject_bad
 from cxr.data.augment import augment, view_parameters
-from cxr.data.dataset import Split, eval_batches, make_split, train_batches
+from cxr.data.dataset import Split, eval_batches, make_split
 from cxr.data.index import CLASS_TO_INDEX, CLASSES, assign_splits, find_root, fingerprint, index_folder
 from cxr.data.store import Store, open_store
-from cxr.data.synthetic import phantom, write_synthetic
+from cxr.data.synthetic import VERSION, phantom, write_synthetic
 from cxr.evaluate import Report, evaluate, format_interval, predictions_table
 from cxr.model import build_model, count_parameters
 from cxr.predictor import ModelCard
@@ -40,7 +41,7 @@ from cxr.runtime import (
 )
 from cxr.strategies import STRATEGIES
 from cxr.tracking import MlflowTracker, Tracker, git_commit
-from cxr.train import Batch, EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
+from cxr.train import EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
 
 THRESHOLD = 0.5
 Say = Callable[[str], object]
@@ -102,7 +103,7 @@ def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = cache_folder(config.cache_dir)
     synthetic = config.data_dir == SYNTHETIC
-    root = find_root(write_synthetic(cache / "synthetic") if synthetic else config.data_dir)
+    root = find_root(write_synthetic(cache / f"synthetic-{VERSION}") if synthetic else config.data_dir)
     table = index_folder(root)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
@@ -176,27 +177,28 @@ def _train(
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")
 
-    def train_data(epoch: int) -> Iterable[Batch]:
-        batches = train_batches(train, config.batch_size, config.seed, epoch, config.views, machine.device)
-        steps = len(train) // config.batch_size
-        return tqdm(batches, f"epoch {epoch}", steps, unit="step", leave=False, disable=None)
-
+    data_source = Activations(
+        model,
+        train,
+        val,
+        config.batch_size,
+        config.seed,
+        config.views,
+        machine.precision,
+        config.reuse_gb * 1e9,
+        lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
+    )
     records = []
     for record in fit(
         model,
         config.phases,
         config.rates(),
         Schedule(
-            config.epochs,
-            config.weight_decay,
-            config.step_size,
-            config.gamma,
-            config.patience,
-            machine.precision,
+            config.epochs, config.weight_decay, config.step_size, config.gamma, config.patience, machine.precision
         ),
         weights,
-        train_data,
-        lambda: eval_batches(val, config.batch_size, machine.device),
+        data_source.train_batches,
+        data_source.val_batches,
         Checkpoints(_checkpoint_folder(config, tracker)),
     ):
         records.append(record)
@@ -314,8 +316,8 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
     shown = ("accuracy", "roc_auc", "recall", "specificity")
     others = [name for name in STRATEGIES if name != config.strategy]
     return [
-        f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) of {len(result.records)}, "
-        f"val_loss {best.metrics['val_loss']:.4f}, val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
+        f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
+        f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
         f"test, threshold {test.threshold:g}: "
         + ", ".join(f"{name} {format_interval(test.interval(name))}" for name in shown),
         f"data: {_data_words(result.data)}; fingerprint {result.data.fingerprint}",

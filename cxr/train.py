@@ -17,7 +17,7 @@ from torchvision.models import ResNet
 
 from cxr.checkpoint import Checkpoints
 from cxr.errors import FreezeError, UserError
-from cxr.model import checksum, obey, run_stages, stage_state
+from cxr.model import autocast, checksum, obey, run_stages, stage_state
 from cxr.strategies import STAGES, Phase
 
 Batch = tuple[Tensor, Tensor]
@@ -158,16 +158,16 @@ def fit(
     rates: tuple[float, ...],
     schedule: Schedule,
     class_weights: Tensor,
-    train_data: Callable[[int], Iterable[Batch]],
-    val_data: Callable[[], Iterable[Batch]],
+    train_data: Callable[[Phase, int], Iterable[Batch]],
+    val_data: Callable[[Phase], Iterable[Batch]],
     checkpoints: Checkpoints,
 ) -> Iterator[EpochRecord]:
     """Train through all phases and leave the best checkpoint (lowest validation loss) in the model.
 
-    `train_data(epoch)` and `val_data()` give (inputs, labels) on the model's device. A folder with a checkpoint is
-    taken up where it stopped: the records it already gave are given again, then the loop goes on. Each record is
-    saved before it is given. Raises `FreezeError` when something frozen moved, `UserError` when the loss
-    is no longer finite.
+    `train_data(phase, epoch)` and `val_data(phase)` give (features, labels) on the model's device; features are what
+    enters the phase's first trainable stage. A folder with a checkpoint is taken up where it stopped: the records it
+    already gave are given again, then the loop goes on. Each record is saved before it is given. Raises
+    `FreezeError` when something frozen moved, `UserError` when the loss is no longer finite.
     """
     loop = Loop(model, phases, rates, schedule, class_weights, checkpoints)
     if state := checkpoints.load():
@@ -202,14 +202,14 @@ def _enter_phase(loop: Loop, index: int) -> None:
 
 
 def _epoch(
-    loop: Loop, train_data: Callable[[int], Iterable[Batch]], val_data: Callable[[], Iterable[Batch]]
+    loop: Loop, train_data: Callable[[Phase, int], Iterable[Batch]], val_data: Callable[[Phase], Iterable[Batch]]
 ) -> EpochRecord:
     progress = loop.progress
     started = time.perf_counter()
     rate = loop.optimizer.param_groups[0]["lr"]
-    train_loss, train_accuracy, images = _train(loop, train_data(progress.epoch))
+    train_loss, train_accuracy, images = _train(loop, train_data(loop.phase, progress.epoch))
     trained = time.perf_counter()
-    val_loss, val_accuracy, val_roc_auc = validate(loop.model, val_data(), loop.class_weights, loop.schedule.precision)
+    val_loss, val_accuracy, val_roc_auc = _validate(loop, val_data(loop.phase))
     evaluated = time.perf_counter()
     loop.scheduler.step()
     metrics = {
@@ -270,8 +270,9 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     obey(loop.model, loop.phase)
     loss_sum = weight_sum = correct = torch.zeros((), device=loop.device)
     images = 0
-    for inputs, labels in batches:
-        logits = _forward(loop.model, loop.phase, inputs, loop.schedule.precision)
+    for features, labels in batches:
+        with autocast(loop.device, loop.schedule.precision):
+            logits = run_stages(loop.model, features, loop.phase.trainable).float()
         losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
         weight = loop.class_weights[labels].sum()
         loop.optimizer.zero_grad()
@@ -284,40 +285,30 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     return (loss_sum / weight_sum).item(), correct.item() / images, images
 
 
-def _forward(model: ResNet, phase: Phase, inputs: Tensor, precision: str) -> Tensor:
-    """Logits [n, 2] as float32. The prefix keeps nothing for the backward pass."""
-    with _autocast(inputs.device, precision):
-        with torch.no_grad():
-            features = run_stages(model, inputs, phase.frozen)
-        return run_stages(model, features, phase.trainable).float()
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-
-def validate(
-    model: ResNet, batches: Iterable[Batch], class_weights: Tensor, precision: str
-) -> tuple[float, float, float]:
-    """(weighted loss, accuracy, ROC-AUC) of the model in eval mode."""
-    logits, labels = infer(model, batches, precision)
-    losses = F.cross_entropy(logits, labels, class_weights.cpu(), reduction="none")
-    loss = (losses.sum() / class_weights.cpu()[labels].sum()).item()
+def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float]:
+    """(weighted loss, accuracy, ROC-AUC) in eval mode."""
+    logits, labels = infer(loop.model, batches, loop.schedule.precision, loop.phase.trainable)
+    weights = loop.class_weights.cpu()
+    loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     scores = (logits[:, 1] - logits[:, 0]).numpy().astype(np.float64)
     auc = float(roc_auc_score(labels.numpy(), scores)) if np.isfinite(scores).all() else math.nan
     return loss, accuracy, auc
 
 
-def infer(model: ResNet, batches: Iterable[Batch], precision: str = "fp32") -> tuple[Tensor, Tensor]:
-    """(logits float32 [n, 2], labels int64 [n]) on the CPU, the model in eval mode."""
+def infer(
+    model: ResNet, batches: Iterable[Batch], precision: str = "fp32", stages: Iterable[str] = STAGES
+) -> tuple[Tensor, Tensor]:
+    """(logits float32 [n, 2], labels int64 [n]) on the CPU, the model in eval mode.
+
+    `stages` are the ones still to run on the batches' inputs.
+    """
     model.eval()
     logits, labels = [], []
     with torch.inference_mode():
         for inputs, batch_labels in batches:
-            with _autocast(inputs.device, precision):
-                logits.append(run_stages(model, inputs, STAGES).float())
+            with autocast(inputs.device, precision):
+                logits.append(run_stages(model, inputs, stages).float())
             labels.append(batch_labels)
     # Clones, because inference tensors may not meet autograd later.
     return torch.cat(logits).cpu().clone(), torch.cat(labels).cpu()

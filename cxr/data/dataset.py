@@ -58,18 +58,28 @@ def make_split(manifest: pd.DataFrame, store: Store, name: str) -> Split:
     part = manifest[manifest["split"] == name]
     rows = np.array([store.rows[digest] for digest in part["digest"]], np.int64)
     keys = np.array([image_key(digest) for digest in part["digest"]], np.uint64)
-    labels = part["label"].to_numpy(np.int64)
+    labels = np.array(part["label"], np.int64)
     return Split(XrayDataset(store.images, rows, labels), keys, labels)
 
 
-def _load(split: Split, batch_size: int, generator: torch.Generator | None, device: torch.device) -> DataLoader[Item]:
+def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The batches of one epoch as positions in the split: a function of (seed, epoch) alone.
+
+    A last batch of one image is left out: BatchNorm cannot train on it where the feature map is one pixel.
+    """
+    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(images))
+    return [batch for batch in torch.split(order, batch_size) if len(batch) > 1]
+
+
+def straight_order(split: Split, batch_size: int) -> list[Tensor]:
+    """The batches of a pass in the split's own order."""
+    return list(torch.split(torch.arange(len(split)), batch_size))
+
+
+def _load(split: Split, order: list[Tensor], device: torch.device) -> DataLoader[Item]:
     return DataLoader(
         split.dataset,
-        batch_size,
-        shuffle=generator is not None,
-        generator=generator,
-        # BatchNorm cannot train on a single image whose last feature map is a single pixel.
-        drop_last=generator is not None and len(split) % batch_size == 1,
+        batch_sampler=[batch.tolist() for batch in order],
         pin_memory=device.type == "cuda",
         collate_fn=_as_it_is,
     )
@@ -79,22 +89,20 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def train_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, views: int, device: torch.device
+def view_batches(
+    split: Split, order: list[Tensor], seed: int, view: int | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs float32 [b, 3, s, s], labels int64 [b]) of one epoch on `device`, in an order of its own.
+    """(inputs float32 [b, 3, s, s], labels int64 [b]) on `device`, in the given order.
 
-    Order and views are functions of (seed, epoch): epoch e shows view e mod `views`. 0 views: no augmentation.
+    The images are seen through the given view; None: as they are, without augmentation.
     """
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    parameters = torch.from_numpy(view_parameters(seed, split.keys, epoch % views)) if views else None
-    for images, labels, positions in _load(split, batch_size, generator, device):
+    parameters = None if view is None else torch.from_numpy(view_parameters(seed, split.keys, view))
+    for images, labels, positions in _load(split, order, device):
         images = images.to(device, non_blocking=True)
-        seen = augment(images, parameters[positions]) if parameters is not None else images
+        seen = images if parameters is None else augment(images, parameters[positions])
         yield to_input(seen), labels.to(device, non_blocking=True)
 
 
 def eval_batches(split: Split, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) as in `train_batches`, every image once, in order, without augmentation."""
-    for images, labels, _ in _load(split, batch_size, None, device):
-        yield to_input(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+    """(inputs, labels) as in `view_batches`: every image once, in order, without augmentation."""
+    return view_batches(split, straight_order(split, batch_size), 0, None, device)

@@ -24,7 +24,7 @@ Kind = Literal["normal", "bacteria", "virus"]
 Gray = NDArray[np.floating[Any]]
 GrayBytes = NDArray[np.uint8]
 
-VERSION = 1
+VERSION = 2
 MIN_SIZE = 32
 MIN_PATIENTS = 4
 VAL_IMAGES = 8
@@ -369,12 +369,12 @@ def _consolidation(rng: np.random.Generator, chest: _Chest) -> _Lesion:
     a, side = chest.anatomy, float(rng.choice((-1.0, 1.0)))
     ragged = _clouds(rng, chest.size, 9) * 0.22 + _clouds(rng, chest.size, 22) * 0.10
     fill = np.zeros_like(chest.air)
-    strength = rng.uniform(0.30, 0.92)
+    strength = rng.uniform(0.65, 1.0)
     for extra in range(1 + int(rng.random() < 0.4)):
         lobe = float(rng.choice((0.28, 0.55, 0.80), p=(0.25, 0.3, 0.45)))
         y = a.lung_top + (a.lung_base - a.lung_top) * (lobe + rng.normal(0, 0.05))
         centre = (side * a.lung_width * rng.uniform(0.42, 0.78), y)
-        radius = (rng.uniform(0.24, 0.44), rng.uniform(0.18, 0.36))
+        radius = (rng.uniform(0.40, 0.72), rng.uniform(0.38, 0.68))
         depth = np.sqrt(_blob(chest, centre, radius)) * 2 - 0.55
         patch = _clip(depth + ragged * (depth > -0.5), 0, 1) * (strength * (1 - 0.3 * extra))
         fill = np.maximum(fill, patch)
@@ -394,7 +394,7 @@ def _effusion(rng: np.random.Generator, chest: _Chest, side: float) -> Gray:
 
 def _interstitial(rng: np.random.Generator, chest: _Chest) -> _Lesion:
     """Return haze around both hila, with a net of streaks over it."""
-    strength = rng.uniform(0.25, 0.90)
+    strength = rng.uniform(0.7, 1.1)
     spread = (rng.uniform(0.55, 0.85), rng.uniform(0.6, 0.95))
     height = _HILUM[1] + rng.uniform(0, 0.15)
     around = _blob(chest, (-0.26, height), spread) + _blob(chest, (0.26, height), spread)
@@ -403,9 +403,9 @@ def _interstitial(rng: np.random.Generator, chest: _Chest) -> _Lesion:
     coarse = 1 - np.abs(_clouds(rng, chest.size, 26)) * 1.6
     net = _clip(fine, 0, 1) * 0.6 + _clip(coarse, 0, 1)
     lines = _branches(rng, chest.size, 12, 0.8, 4.0)
-    fill = _clip(around * patchy * (0.42 * strength), 0, 0.9)
+    fill = _clip(around * patchy * (0.68 * strength), 0, 0.9)
     wide = _clip(around * 1.5, 0, 1)
-    return _Lesion(fill, wide * strength * (0.055 * net + 0.07 * lines))
+    return _Lesion(fill, wide * strength * (0.09 * net + 0.10 * lines))
 
 
 def _lesion(rng: np.random.Generator, kind: Kind, chest: _Chest) -> _Lesion:
@@ -567,7 +567,7 @@ def _is_written(folder: Path, parameters: dict[str, int]) -> bool:
 
 
 def write_synthetic(
-    root: Path, seed: int = 0, train_patients: int = 240, test_patients: int = 80, size: int = 224
+    root: Path, seed: int = 0, train_patients: int = 180, test_patients: int = 60, size: int = 224
 ) -> Path:
     """Write a data set of phantoms as `root/chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
