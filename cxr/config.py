@@ -81,7 +81,7 @@ class TrainConfig:
     val_fraction: float = param(0.1, "share of train+val that the grouped split holds out", above=0, high=0.5)
     split_seed: int = param(0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0)
     views: int = param(
-        4,
+        3,
         "augmented versions of each training image, cycled over the epochs; 0 trains without augmentation",
         low=0,
         high=1000,

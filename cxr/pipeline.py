@@ -317,7 +317,8 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
     others = [name for name in STRATEGIES if name != config.strategy]
     return [
         f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
-        f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
+        f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
+        f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
         f"test, threshold {test.threshold:g}: "
         + ", ".join(f"{name} {format_interval(test.interval(name))}" for name in shown),
         f"data: {_data_words(result.data)}; fingerprint {result.data.fingerprint}",

@@ -19,9 +19,8 @@ class XrayModel(PythonModel):
         """Read the package that was logged as the artifact `package`."""
         self.predictor = Predictor.load(Path(context.artifacts["package"]))
 
-    def predict(
-        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
-    ) -> pd.DataFrame:
+    # No type hint on `model_input`: MLflow would take it for a schema.
+    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """A DataFrame with the column `image`, or a list or array of images; see `Predictor.prepare`."""
         images = model_input["image"] if isinstance(model_input, pd.DataFrame) else model_input
         return self.predictor.predict([self.predictor.prepare(image) for image in images])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -24,6 +25,16 @@ EXPERIMENT = "cxr"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+
+
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds; MLflow's own limits add up to many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # A model needs far less than the project's lock file, and must not be restored from it.
+    "MLFLOW_LOG_UV_FILES": "false",
+}
+_LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ERROR, "alembic": logging.WARNING}
 
 
 class Tracker(Protocol):
@@ -200,8 +211,10 @@ def _start(name: str, experiment: str) -> Any:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     try:
         run_id = os.environ.get("MLFLOW_RUN_ID")
         if not run_id:
