@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,11 @@ class MlflowTracker:
         """As an MLflow dataset with schema, digest and source."""
         import mlflow
 
-        data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            # The source is a folder, whichever of its two classes for that MLflow takes; no label is ever missing.
+            warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
+            warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
+            data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
         mlflow.log_input(data, context=context)
 
     def where(self) -> list[str]:

@@ -53,9 +53,7 @@ def history(*phases: tuple[str, int], lr: float = 1e-3) -> pd.DataFrame:
     )
 
 
-@pytest.mark.parametrize(
-    "phases", [[("full", 1)], [("full", 10)], [("head", 5), ("last block", 10), ("all", 15)]]
-)
+@pytest.mark.parametrize("phases", [[("full", 1)], [("full", 10)], [("head", 5), ("last block", 10), ("all", 15)]])
 def test_learning_curves_draw_every_epoch_and_the_best(phases: list[tuple[str, int]]) -> None:
     frame = history(*phases)
     best = len(frame) - 1

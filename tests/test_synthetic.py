@@ -65,9 +65,7 @@ def test_anatomy_shapes_the_film() -> None:
 def test_films_of_one_patient_are_more_alike_than_those_of_two() -> None:
     rng = np.random.default_rng(3)
     patients = [draw_anatomy(rng) for _ in range(8)]
-    films = np.stack([[phantom(rng, "normal", 48, a).ravel() for _ in range(3)] for a in patients]).astype(
-        float
-    )
+    films = np.stack([[phantom(rng, "normal", 48, a).ravel() for _ in range(3)] for a in patients]).astype(float)
     likeness = np.corrcoef(films.reshape(24, -1)).reshape(8, 3, 8, 3)
     within = np.mean([likeness[i, 0, i, 1] for i in range(8)])
     between = np.mean([likeness[i, 0, j, 1] for i in range(8) for j in range(8) if i != j])
@@ -78,9 +76,7 @@ def test_films_of_one_patient_are_more_alike_than_those_of_two() -> None:
 def test_pathology_changes_the_lungs_and_not_the_rest(kind: Kind) -> None:
     change = np.mean([np.abs(np.subtract(*pair(seed, kind), dtype=float)) for seed in range(12)], axis=0)
     lungs = change[30:66, 20:76]
-    rim = np.concatenate(
-        [change[:6].ravel(), change[-6:].ravel(), change[:, :4].ravel(), change[:, -4:].ravel()]
-    )
+    rim = np.concatenate([change[:6].ravel(), change[-6:].ravel(), change[:, :4].ravel(), change[:, -4:].ravel()])
     assert lungs.mean() > 3
     assert rim.mean() < 0.02 * lungs.mean()
 
@@ -147,9 +143,7 @@ def test_write_keeps_the_class_balance(tmp_path: Path) -> None:
     }
     assert count["train", "ill"] / count["train", "normal"] == pytest.approx(3, rel=0.15)
     assert count["train", "bacteria"] / count["train", "ill"] == pytest.approx(2 / 3, abs=0.06)
-    assert count["test", "ill"] / (count["test", "ill"] + count["test", "normal"]) == pytest.approx(
-        0.62, abs=0.05
-    )
+    assert count["test", "ill"] / (count["test", "ill"] + count["test", "normal"]) == pytest.approx(0.62, abs=0.05)
     assert (count["val", "normal"], count["val", "ill"]) == (8, 8)
     assert 140 <= count["train", "ill"] + count["train", "normal"] <= 180
 
