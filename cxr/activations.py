@@ -58,7 +58,7 @@ class Activations:
         if view not in self._kept:
             straight = straight_order(self.train, self.batch_size)
             shown = view_batches(self.train, straight, self.seed, view if self.views else None, self.device)
-            self._kept[view] = self._collect(self.wrap(self._through_prefix(phase, shown), len(straight)))
+            self._kept[view] = _collect(self.wrap(self._through_prefix(phase, shown), len(straight)), len(self.train))
         return self.wrap(self._look_up(self._kept[view], order), len(order))
 
     def val_batches(self, phase: Phase) -> Iterable[Batch]:
@@ -68,7 +68,7 @@ class Activations:
             return self._through_prefix(phase, eval_batches(self.val, self.batch_size, self.device))
         if -1 not in self._kept:
             batches = eval_batches(self.val, self.batch_size, self.device)
-            self._kept[-1] = self._collect(self._through_prefix(phase, batches))
+            self._kept[-1] = _collect(self._through_prefix(phase, batches), len(self.val))
         labels = torch.from_numpy(self.val.labels).to(self.device)
         return zip(torch.split(self._kept[-1], self.batch_size), torch.split(labels, self.batch_size), strict=True)
 
@@ -85,16 +85,27 @@ class Activations:
 
     def _through_prefix(self, phase: Phase, batches: Iterable[Batch]) -> Iterator[Batch]:
         for inputs, labels in batches:
+            # No `yield` inside: the contexts would hold for whoever takes the batch.
             with torch.no_grad(), autocast(self.device, self.precision):
                 features = run_stages(self.model, inputs, phase.frozen)
-                # The head begins with this pooling, which leaves what is already pooled as it is.
-                yield (self.model.avgpool(features) if phase.first == "fc" else features), labels
-
-    def _collect(self, batches: Iterable[Batch]) -> Tensor:
-        return torch.cat([features for features, _ in batches])
+                if phase.first == "fc":  # it begins with this pooling, which leaves what is pooled as it is
+                    features = self.model.avgpool(features)
+            yield features, labels
 
     def _look_up(self, features: Tensor, order: list[Tensor]) -> Iterator[Batch]:
         labels = torch.from_numpy(self.train.labels).to(self.device)
         for chosen in order:
             index = chosen.to(self.device)
             yield features[index].contiguous(memory_format=torch.channels_last), labels[index]
+
+
+def _collect(batches: Iterable[Batch], images: int) -> Tensor:
+    """The features of all images, filled into one tensor: joining them at the end would take twice the memory."""
+    kept, at = torch.empty(0), 0
+    for features, _ in batches:
+        if at == 0:
+            shape_of_all = features[:1].expand(images, -1, -1, -1)
+            kept = torch.empty_like(shape_of_all, memory_format=torch.channels_last)
+        kept[at : at + len(features)] = features
+        at += len(features)
+    return kept

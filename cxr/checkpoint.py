@@ -8,13 +8,17 @@ no longer names are removed.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from cxr.errors import UserError
 from cxr.model import StateDict
@@ -23,7 +27,7 @@ VERSION = 1
 LAST = "last.pt"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it.
 
     Raises `UserError` when that fails (disk full, say); `path` is then as it was.
@@ -31,16 +35,47 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     work = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(work)
-        with work.open("rb") as file:
+        with work.open("wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         work.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        work.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
+        with suppress(OSError):
+            work.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"{path}: cannot be written ({reason}); free space there or name another --cache-dir"
         ) from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the lock falls with the process, however it ends.
+
+    Raises `UserError` when another process of this machine trains the same run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--resume {folder.name}: another process is at work on this run; wait or stop it"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.unlink()
+            with suppress(OSError):  # a run that failed before its first checkpoint leaves nothing
+                folder.rmdir()
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return UserError(f"{path}: this checkpoint cannot be read ({reason}); start a new run instead of resuming")
 
 
 class Checkpoints:
@@ -53,29 +88,35 @@ class Checkpoints:
         """Write tensors as `name`.safetensors and return that file's name."""
         file = f"{name}.safetensors"
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        write_atomically(self.folder / file, lambda path: save_file(tensors, path))
+        write_atomically(self.folder / file, lambda stream: stream.write(save(tensors)))
         return file
 
     def load_tensors(self, files: list[str]) -> StateDict:
-        """The tensors of the files, a later file's over an earlier one's."""
+        """The tensors of the files, a later file's over an earlier one's. Raises `UserError` for a damaged one."""
         merged: StateDict = {}
-        for file in files:
-            merged |= load_file(self.folder / file)
+        for path in [self.folder / file for file in files]:
+            try:
+                merged |= load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from error
         return merged
 
     def save(self, state: dict[str, Any], keep: set[str]) -> None:
-        """Write the loop's state, then remove the tensor files that are not in `keep`."""
-        write_atomically(self.folder / LAST, lambda path: torch.save({"version": VERSION, **state}, path))
-        for file in self.folder.glob("*.safetensors"):
+        """Write the loop's state, then remove what it does not name: tensor files not in `keep`, half-written ones."""
+        write_atomically(self.folder / LAST, lambda stream: torch.save({"version": VERSION, **state}, stream))
+        for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             if file.name not in keep:
                 file.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """The last state saved, or None. Raises `UserError` when it is of another version of `cxr`."""
+        """The last state saved, or None. Raises `UserError` when it is damaged or of another version of `cxr`."""
         path = self.folder / LAST
         if not path.exists():
             return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise _damaged(path, error) from error
         if state["version"] != VERSION:
             raise UserError(f"{path}: written by another version of cxr (format {state['version']}, not {VERSION})")
         return state

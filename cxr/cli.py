@@ -11,7 +11,7 @@ import click
 
 import cxr
 from cxr.config import SYNTHETIC, TrainConfig
-from cxr.errors import UserError
+from cxr.errors import Stopped, UserError
 from cxr.project import options
 
 BAD_INPUT, STOPPED = 2, 130
@@ -31,12 +31,9 @@ def cli() -> None:
 def train(**parameters: Any) -> None:
     """Train one strategy, evaluate its best checkpoint on the test split once, and log everything."""
     config = TrainConfig(**parameters)
-    from cxr.pipeline import run, summary
-    from cxr.tracking import open_run
+    from cxr.pipeline import run_tracked
 
-    with open_run(f"{config.strategy}-s{config.seed}") as tracker:
-        result = run(config, tracker, say=click.echo)
-    click.echo("\n" + "\n".join(summary(config, tracker, result)))
+    run_tracked(config, say=click.echo)
 
 
 @cli.group()
@@ -89,7 +86,7 @@ def main() -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(BAD_INPUT)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, Stopped):
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
 

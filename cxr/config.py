@@ -23,6 +23,7 @@ ARCHS = (
     "wide_resnet101_2",
 )
 SYNTHETIC = "synthetic"
+MAX_SEED = 1_000_000_000  # torch and Philox take no more than 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ class TrainConfig:
         choices=("grouped", "official"),
     )
     val_fraction: float = param(0.1, "share of train+val that the grouped split holds out", above=0, high=0.5)
-    split_seed: int = param(0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0)
+    split_seed: int = param(
+        0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0, high=MAX_SEED
+    )
     views: int = param(
         3,
         "augmented versions of each training image, cycled over the epochs; 0 trains without augmentation",
@@ -111,7 +114,7 @@ class TrainConfig:
     step_size: int = param(5, "epochs after which StepLR lowers the learning rate", low=1, high=10000)
     gamma: float = param(0.5, "factor by which StepLR lowers it", above=0, high=1, search=(0.1, 1.0))
     patience: int = param(5, "epochs without a better validation loss before a phase stops", low=1, high=10000)
-    seed: int = param(0, "seed of the head's initial weights, the order of images and the views", low=0)
+    seed: int = param(0, "seed of the head's initial weights, the order of images and the views", low=0, high=MAX_SEED)
     device: str = param(
         "auto",
         "where to compute; auto takes cuda, then mps, then cpu",
@@ -135,6 +138,10 @@ class TrainConfig:
         high=1e6,
     )
     bootstrap: int = param(1000, "bootstrap resamples behind each 95% interval; 0 for none", low=0, high=100000)
+    register: str = param(
+        "cxr-pneumonia", "registered model that gets the best checkpoint as a new version; none registers nothing"
+    )
+    resume: str = param("none", "id of an interrupted run to go on with, by the parameters it recorded")
     cache_dir: str = param(
         "auto", "decoded images, phantoms and checkpoints; auto is CXR_CACHE or the user's cache folder"
     )
@@ -142,6 +149,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item.name, getattr(self, item.name), spec_of(item))
+        if not self.register.strip() or any(mark in self.register for mark in "/:"):
+            raise UserError(f"--register {self.register!r}: a model's name is not empty and holds neither / nor :")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -159,7 +168,7 @@ def _check(name: str, value: Any, spec: Spec) -> None:
         raise UserError(f"{option} {value}: unknown; choose one of {', '.join(spec.choices)}")
     if not isinstance(value, int | float):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option} {value}: not a finite number")
     if spec.above is not None and value <= spec.above:
         raise UserError(f"{option} {value}: must be above {spec.above:g}")

@@ -5,5 +5,9 @@ class UserError(Exception):
     """Bad input. The message says what is wrong, where, and what to do about it."""
 
 
+class Stopped(BaseException):
+    """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
+
+
 class FreezeError(Exception):
     """Something frozen moved: a defect of the program, never of the input."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 
 from cxr.data.index import CLASSES
 from cxr.metrics import (
@@ -30,7 +31,7 @@ def predictions_table(images: pd.DataFrame, logits: npt.NDArray[np.float32], thr
     table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
     exact = logits.astype(np.float64)
     table["logit_normal"], table["logit_pneumonia"] = exact[:, 0], exact[:, 1]
-    table["probability"] = 1 / (1 + np.exp(exact[:, 0] - exact[:, 1]))
+    table["probability"] = torch.softmax(torch.from_numpy(exact), 1)[:, 1].numpy()
     table["decision"] = (table["probability"] >= threshold).astype(int)
     return table
 

@@ -80,7 +80,7 @@ def group_weights(groups: Sequence[str], resamples: int, seed: int = 0) -> Float
 
     The cluster bootstrap (Field and Welsh 2007): images of one patient are not independent.
     """
-    codes, uniques = pd.factorize(np.asarray(groups, dtype=object))
+    codes, uniques = pd.factorize(np.asarray(groups, dtype=object), use_na_sentinel=False)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(uniques), np.full(len(uniques), 1 / len(uniques)), size=resamples)
     return drawn[:, codes].astype(np.float64)
@@ -94,14 +94,19 @@ def intervals(
     resamples: int,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) with 0 resamples."""
+    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it."""
     if resamples == 0:
         return dict.fromkeys(METRICS, (float("nan"), float("nan")))
     replicates = weighted_metrics(labels, probabilities, group_weights(groups, resamples), threshold)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    # A resample without one of the classes has no such metric; it says nothing and is left out.
-    bounds = {name: np.nanquantile(values, tails) for name, values in replicates.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+    return {name: _quantiles(values, tails) for name, values in replicates.items()}
+
+
+def _quantiles(values: Floats, tails: list[float]) -> tuple[float, float]:
+    """A resample without one of the classes has no such metric; it says nothing and is left out."""
+    known = values[~np.isnan(values)]
+    low, high = np.quantile(known, tails) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:

@@ -7,8 +7,9 @@ import pickle
 import socket
 import warnings
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from cxr.strategies import STAGES, Phase
 StateDict = dict[str, Tensor]
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 IMAGENET_CLASSES = 1000
+# No network, or it broke off; a hash that does not match; a file in torch's cache that is damaged.
+_NO_DOWNLOAD = (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, str]:
@@ -45,8 +48,10 @@ def _load_imagenet(model: ResNet, arch: str, required: bool) -> str:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none, and would wait for ever
     try:
-        state = models.get_model_weights(arch)["DEFAULT"].get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; a download that was cut short fails its hash
+        state = models.get_model_weights(arch)["DEFAULT"].get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except _NO_DOWNLOAD as error:
         if required:
             raise UserError(
                 f"--weights imagenet: cannot be downloaded ({error}); name a file with --weights PATH, "
@@ -74,9 +79,17 @@ def read_weights(path: Path) -> StateDict:
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"--weights {path}: cannot be read ({reason}); is it whole?") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state_dict(state):
         raise UserError(f"--weights {path}: not a state dict (name -> tensor)")
-    return state
+    return cast(StateDict, state)
+
+
+def _is_state_dict(state: object) -> bool:
+    return (
+        isinstance(state, dict)
+        and len(state) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    )
 
 
 def _read_tensors(path: Path) -> Any:
@@ -91,7 +104,7 @@ def _read_tensors(path: Path) -> Any:
 def fit_weights(model: ResNet, state: StateDict, source: str) -> None:
     """Load `state` into the model, less a 1000-class head; any float type becomes float32.
 
-    Raises `UserError` that lists the keys that are missing, unknown or of another shape.
+    Raises `UserError` that lists the keys that are missing, unknown, of another shape or not finite.
     """
     own = model.state_dict()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -101,6 +114,7 @@ def fit_weights(model: ResNet, state: StateDict, source: str) -> None:
         "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
         "unknown": [k for k in state if k not in own],
         "of another shape": [k for k in state if k in own and state[k].shape != own[k].shape],
+        "not finite": [k for k in state if not torch.isfinite(state[k]).all()],
     }
     if any(wrong.values()):
         parts = "; ".join(f"{what}: {_few(keys)}" for what, keys in wrong.items() if keys)

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from cxr import plots, registry
 from cxr.activations import Activations
-from cxr.checkpoint import Checkpoints
-from cxr.config import SYNTHETIC, TrainConfig, flatten
+from cxr.checkpoint import Checkpoints, exclusive
+from cxr.config import SYNTHETIC, TrainConfig, flatten, unflatten
 from cxr.data.audit import audit, reject_bad
 from cxr.data.augment import augment, view_parameters
 from cxr.data.dataset import Split, eval_batches, make_split
 from cxr.data.index import CLASS_TO_INDEX, CLASSES, assign_splits, find_root, fingerprint, index_folder
 from cxr.data.store import Store, open_store
 from cxr.data.synthetic import VERSION, phantom, write_synthetic
+from cxr.errors import UserError
 from cxr.evaluate import Report, evaluate, format_interval, predictions_table
 from cxr.model import build_model, count_parameters
 from cxr.predictor import ModelCard
@@ -40,7 +41,7 @@ from cxr.runtime import (
     seed_everything,
 )
 from cxr.strategies import STRATEGIES
-from cxr.tracking import MlflowTracker, Tracker, git_commit
+from cxr.tracking import MlflowTracker, Tracker, git_commit, open_run
 from cxr.train import EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
 
 THRESHOLD = 0.5
@@ -82,6 +83,7 @@ class RunResult:
     test: Report
     data: Data
     seconds: float
+    registered: str = "not registered"
 
     @property
     def history(self) -> pd.DataFrame:
@@ -127,8 +129,25 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     records = _train(config, tracker, data, machine, model, say)
     val, test = (_report(config, data, machine, model, split) for split in ("val", "test"))
     result = RunResult(tracker.run_id, weights, records, val, test, data, time.perf_counter() - started)
-    _log_end(config, tracker, model, result)
-    shutil.rmtree(_checkpoint_folder(config, tracker))
+    return replace(result, registered=_log_end(config, tracker, model, result))
+
+
+def run_tracked(config: TrainConfig, say: Say = print) -> RunResult:
+    """`run` in MLflow: a new run, the one that `mlflow run` opened, or the one to resume.
+
+    A run that is resumed goes on with the parameters it recorded. Its checkpoints are removed once it is finished.
+    Raises `UserError` also when the run to resume is unknown, finished, or in use by another process.
+    """
+    with open_run(f"{config.strategy}-s{config.seed}", resume=config.resume) as tracker:
+        if recorded := {key: value for key, value in tracker.recorded().items() if key.startswith("train.")}:
+            config = unflatten(recorded)
+            say(f"resuming run {tracker.run_id} with the parameters it recorded")
+        folder = checkpoint_folder(config, tracker)
+        with exclusive(folder):
+            result = run(config, tracker, say)
+            lines = [*summary(config, tracker, result), result.registered]
+    shutil.rmtree(folder)
+    say("\n" + "\n".join(lines))
     return result
 
 
@@ -139,11 +158,13 @@ def _ready_machine(config: TrainConfig) -> Machine:
     return machine
 
 
-def _checkpoint_folder(config: TrainConfig, tracker: Tracker) -> Path:
+def checkpoint_folder(config: TrainConfig, tracker: Tracker) -> Path:
+    """Where the run's checkpoints are."""
     return cache_folder(config.cache_dir) / "runs" / tracker.run_id
 
 
 def _log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str) -> None:
+    _require_same(tracker, {"data_fingerprint": data.fingerprint, "weights_used": weights})
     tracker.params(flatten(config))
     tracker.tags(
         {
@@ -164,6 +185,14 @@ def _log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machi
     tracker.table(data.manifest, "data/manifest.csv")
     for split, context in (("train", "training"), ("val", "validation"), ("test", "testing")):
         tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
+
+
+def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
+    """Raise `UserError` when a resumed run would go on with other data or weights than it began with."""
+    for name, value in origin.items():
+        before = tracker.recorded().get(name, value)
+        if before != value:
+            raise UserError(f"--resume {tracker.run_id}: {name} was {before} and is {value} now; start a new run")
 
 
 def _train(
@@ -188,7 +217,7 @@ def _train(
         config.reuse_gb * 1e9,
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
     )
-    records = []
+    records, logged = [], tracker.logged("val_loss")
     for record in fit(
         model,
         config.phases,
@@ -199,10 +228,11 @@ def _train(
         weights,
         data_source.train_batches,
         data_source.val_batches,
-        Checkpoints(_checkpoint_folder(config, tracker)),
+        Checkpoints(checkpoint_folder(config, tracker)),
     ):
         records.append(record)
-        tracker.metrics({**record.metrics, "phase": record.phase_index}, step=record.epoch)
+        if record.epoch >= logged:
+            tracker.metrics({**record.metrics, "phase": record.phase_index}, step=record.epoch)
         say(_epoch_line(record))
     return records
 
@@ -236,8 +266,8 @@ def _report(config: TrainConfig, data: Data, machine: Machine, model: ResNet, na
     return evaluate(table, name, THRESHOLD, config.bootstrap)
 
 
-def _log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> None:
-    """Reports, figures, proofs, the model, and what a person should know."""
+def _log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str:
+    """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
     tracker.table(result.history, "tables/history.csv")
     tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), "plots/learning_curves.png")
@@ -249,14 +279,18 @@ def _log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRe
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
     }
     model_id = _log_model(config, tracker, model, result)
-    tracker.metrics({**result.val.figures(), **result.test.figures(), **sizes}, model_id=model_id)
+    registration = _register(config, tracker, model_id, result)
+    if not tracker.logged("test_roc_auc"):
+        tracker.metrics({**result.val.figures(), **result.test.figures(), **sizes}, model_id=model_id)
     tracker.tags(
         {
             "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
             "best_epoch": str(best),
-            "mlflow.note.content": "\n\n".join(summary(config, tracker, result)),
+            "registered": registration,
+            "mlflow.note.content": "\n\n".join([*summary(config, tracker, result), registration]),
         }
     )
+    return registration
 
 
 def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
@@ -273,6 +307,27 @@ def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: Run
         class_to_index=CLASS_TO_INDEX,
     )
     return registry.log_model(model.state_dict(), card, _example(config.image_size))
+
+
+def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, result: RunResult) -> str:
+    """What became of the model in the registry, in words."""
+    if model_id is None or config.register == "none":
+        return "not registered"
+    val = result.data.part("val")
+    tags = {
+        "run_id": tracker.run_id,
+        "strategy": config.strategy,
+        "arch": config.arch,
+        "weights": result.weights,
+        "data_fingerprint": result.data.fingerprint,
+        "val_fingerprint": fingerprint(val),
+        "val_loss": repr(result.best.metrics["val_loss"]),
+        "val_roc_auc": repr(result.val.values["roc_auc"]),
+        "threshold": repr(THRESHOLD),
+        "class_to_index": json.dumps(CLASS_TO_INDEX),
+        "preprocessing": f"grey, {config.resize} to {config.image_size}x{config.image_size}, ImageNet mean and std",
+    }
+    return registry.register(model_id, config.register, tags).line()
 
 
 def _proof_words(proof: FreezeProof) -> str:

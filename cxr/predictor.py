@@ -59,7 +59,11 @@ def _from_base64(text: str) -> bytes:
         raise ImageError("text that is not base64; paths and addresses are not read") from error
 
 
-def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ImageError("a list whose rows differ in length") from error
     whole = np.issubdtype(array.dtype, np.integer) and array.size > 0
     if not whole or array.min() < 0 or array.max() > 255 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
         raise ImageError(f"array {array.dtype} {array.shape}: not uint8 [height, width] or [height, width, 3]")
@@ -91,7 +95,7 @@ class Predictor:
         if isinstance(image, bytes | bytearray | memoryview):
             return decode_gray(bytes(image), self.card.image_size, self.card.resize)[0]
         if isinstance(image, np.ndarray | list):
-            return square_gray(_from_array(np.asarray(image)), self.card.image_size, self.card.resize)
+            return square_gray(_from_array(image), self.card.image_size, self.card.resize)
         raise ImageError(f"{type(image).__name__}: neither bytes, base64 text nor a uint8 array")
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:

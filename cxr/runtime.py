@@ -20,13 +20,14 @@ def cache_folder(cache_dir: str = "auto") -> Path:
     cannot be made.
     """
     if cache_dir == "auto":
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = os.environ.get("CXR_CACHE") or str(Path(base) / "cxr")
-    path = Path(cache_dir).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache_dir = os.environ.get("CXR_CACHE") or f"{base}/cxr"
     try:
+        path = Path(cache_dir).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--cache-dir {path}: cannot be made ({error.strerror}); name another folder") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~` where no home folder is known
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--cache-dir {cache_dir}: cannot be made ({reason}); name another folder") from error
     return path
 
 

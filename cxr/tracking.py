@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.errors import UserError
+from cxr.errors import Stopped, UserError
 
 EXPERIMENT = "cxr"
+ERROR, OUTCOME = "cxr.error", "cxr.outcome"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
@@ -63,6 +64,12 @@ class Tracker(Protocol):
 
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """Note which data the run used, and for what."""
+
+    def recorded(self) -> Mapping[str, str]:
+        """Parameters and tags that the run had when it was opened; empty for a new one."""
+
+    def logged(self, metric: str) -> int:
+        """How often a metric was logged before the run was opened: 0 for a new one."""
 
     def where(self) -> list[str]:
         """Lines that tell a person where to look."""
@@ -105,6 +112,14 @@ class NullTracker:
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """Forgotten."""
 
+    def recorded(self) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
+
+    def logged(self, metric: str) -> int:
+        """Never."""
+        return 0
+
     def where(self) -> list[str]:
         """Nowhere."""
         return ["not tracked"]
@@ -113,8 +128,10 @@ class NullTracker:
 class MlflowTracker:
     """The run that is active in MLflow."""
 
-    def __init__(self, run_id: str, experiment_id: str):
-        self.run_id, self.experiment_id = run_id, experiment_id
+    def __init__(self, run: Any):
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        self._recorded = {**run.data.params, **run.data.tags}
+        self._metrics = set(run.data.metrics)
 
     def params(self, values: Mapping[str, str]) -> None:
         """One call for all."""
@@ -159,7 +176,19 @@ class MlflowTracker:
             warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
             warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
             data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
-        mlflow.log_input(data, context=context)
+            mlflow.log_input(data, context=context)
+
+    def recorded(self) -> Mapping[str, str]:
+        """As the store had them."""
+        return self._recorded
+
+    def logged(self, metric: str) -> int:
+        """As the store had it."""
+        import mlflow
+
+        if metric not in self._metrics:
+            return 0
+        return len(mlflow.MlflowClient().get_metric_history(self.run_id, metric))
 
     def where(self) -> list[str]:
         """The command that opens the UI and the pages that matter."""
@@ -185,23 +214,19 @@ def _artifact(path: str) -> Iterator[Path]:
         mlflow.log_artifact(str(file), folder or None)
 
 
-class Stopped(BaseException):
-    """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
-
-
 @contextmanager
-def open_run(name: str, experiment: str = EXPERIMENT) -> Iterator[MlflowTracker]:
-    """The run that `mlflow run` opened, else a new one in `experiment`.
+def open_run(name: str, experiment: str = EXPERIMENT, resume: str = "none") -> Iterator[MlflowTracker]:
+    """The run to resume, else the one that `mlflow run` opened, else a new one in `experiment`.
 
     It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING.
-    Raises `UserError` when the tracking server cannot be reached.
+    Raises `UserError` when the tracking server cannot be reached, or the run to resume is not there or finished.
     """
     import mlflow
 
-    run = _start(name, experiment)
+    run = _start(name, experiment, resume)
     try:
         with _sigterm_raises():
-            yield MlflowTracker(run.info.run_id, run.info.experiment_id)
+            yield MlflowTracker(run)
     except (KeyboardInterrupt, Stopped):
         _end("KILLED", "stopped by the user")
         raise
@@ -209,22 +234,27 @@ def open_run(name: str, experiment: str = EXPERIMENT) -> Iterator[MlflowTracker]
         _end("FAILED", f"{type(error).__name__}: {error}")
         raise
     else:
+        mlflow.set_tag(OUTCOME, "finished")
         mlflow.end_run("FINISHED")
 
 
-def _start(name: str, experiment: str) -> Any:
+def _start(name: str, experiment: str, resume: str) -> Any:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    for name, level in _LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    for logger, level in _LOG_LEVELS.items():
+        logging.getLogger(logger).setLevel(level)
     try:
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        if not run_id:
+        run_id = os.environ.get("MLFLOW_RUN_ID") if resume == "none" else resume
+        if run_id:
+            _require_unfinished(mlflow.get_run(run_id))
+        else:
             mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
         run = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=True)
+        if ERROR in run.data.tags:  # of the attempt that is resumed
+            mlflow.delete_tag(ERROR)
         if _GENERATED_NAME.fullmatch(run.info.run_name or ""):
             mlflow.set_tag("mlflow.runName", name)
         mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *next(iter(EXPERIMENT_KIND.items())))
@@ -234,10 +264,17 @@ def _start(name: str, experiment: str) -> Any:
     return run
 
 
+def _require_unfinished(run: Any) -> None:
+    if run.data.tags.get(OUTCOME) == "finished":
+        raise UserError(
+            f"--resume {run.info.run_id}: this run is finished; there is nothing to resume, start a new one"
+        )
+
+
 def _end(status: str, reason: str) -> None:
     import mlflow
 
-    mlflow.set_tag("cxr.error", reason[:5000])
+    mlflow.set_tag(ERROR, reason[:5000])
     mlflow.end_run(status)
 
 

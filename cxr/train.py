@@ -105,7 +105,10 @@ class Loop:
         """A new optimizer, scheduler and scaler over what the phase trains."""
         schedule = self.schedule
         self.optimizer = torch.optim.Adam(
-            obey(self.model, self.phase), self.rates[self.progress.phase], weight_decay=schedule.weight_decay
+            obey(self.model, self.phase),
+            self.rates[self.progress.phase],
+            weight_decay=schedule.weight_decay,
+            fused=True,
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
@@ -237,8 +240,9 @@ def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
 
 
 def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
-    """Judge the epoch, keep what is best, prove the freezing at the phase's end, save, and report."""
+    """Prove the freezing, judge the epoch, keep what is best, save, and report."""
     progress = loop.progress
+    proof = _prove(loop)  # in every epoch, so that nothing is saved of a network whose frozen part moved
     improved = metrics["val_loss"] < progress.best_loss
     if improved:
         progress.best_loss, progress.best_epoch = metrics["val_loss"], progress.epoch
@@ -247,8 +251,8 @@ def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     progress.stale = 0 if metrics["val_loss"] < progress.phase_best else progress.stale + 1
     progress.phase_best = min(progress.phase_best, metrics["val_loss"])
     progress.phase_epoch += 1
-    proof = _prove(loop) if loop.phase_is_over() else None
-    record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, proof)
+    shown = proof if loop.phase_is_over() else None
+    record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, shown)
     progress.epoch += 1
     progress.history.append(asdict(record))
     loop.save()

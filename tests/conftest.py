@@ -7,7 +7,12 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from narrow import narrow_resnet
+from torchvision.models import ResNet
 
+from cxr.data.dataset import Split, make_split
+from cxr.data.index import assign_splits, index_folder
+from cxr.data.store import open_store
 from cxr.data.synthetic import write_synthetic
 
 matplotlib.use("Agg")
@@ -26,3 +31,21 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Kaggle-shaped folder of 64-pixel phantoms: about 45 train, 16 val and 20 test images."""
     return write_synthetic(tmp_path_factory.mktemp("phantoms"), seed=1, train_patients=24, test_patients=10, size=64)
+
+
+@pytest.fixture(scope="session")
+def splits(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Split, Split]:
+    """(train, val) of the phantoms at 32 pixels; neither is a multiple of a batch of 8."""
+    table = assign_splits(index_folder(phantoms), "grouped", 0.25, seed=0)
+    files = [phantoms / path for path in table["path"]]
+    store = open_store(files, list(table["digest"]), 32, "squash", tmp_path_factory.mktemp("store"))
+    train, val = make_split(table, store, "train"), make_split(table, store, "val")
+    assert len(train) % 8 > 1
+    assert len(val) % 8 > 1
+    return train, val
+
+
+@pytest.fixture
+def tiny() -> ResNet:
+    """A network of six stages that trains in no time."""
+    return narrow_resnet()

@@ -122,7 +122,8 @@ def test_write_lays_out_folders_and_names_as_on_kaggle(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         normal = [path.name for path in (folder / split / "NORMAL").iterdir()]
         ill = [path.name for path in (folder / split / "PNEUMONIA").iterdir()]
-        assert normal and ill
+        assert normal
+        assert ill
         pattern = r"(NORMAL2-)?IM-\d{4}-\d{4}\.jpeg"
         assert all(re.fullmatch(pattern, name) for name in normal)
         assert all(re.fullmatch(r"person\d+_(bacteria|virus)_\d+\.jpeg", name) for name in ill)
@@ -167,9 +168,10 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
         return phantom(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(synthetic, "phantom", interrupted)
-        write_synthetic(tmp_path, **SMALL)
+        with pytest.raises(KeyboardInterrupt):
+            write_synthetic(tmp_path, **SMALL)
     assert list(tmp_path.iterdir()) == []
     assert write_synthetic(tmp_path, **SMALL).is_dir()
 

@@ -29,7 +29,12 @@ def audit(manifest: pd.DataFrame, bad: dict[str, str]) -> list[Finding]:
 
 
 def _count(manifest: pd.DataFrame) -> Finding:
-    table = manifest.groupby(["split", "label"]).size().unstack(fill_value=0)
+    table = (
+        manifest.groupby(["split", "label"])
+        .size()
+        .unstack(fill_value=0)
+        .reindex(columns=range(len(CLASSES)), fill_value=0)
+    )
     parts = [f"{split} {row[0]}/{row[1]}" for split, row in table.iterrows()]
     return Finding(f"images ({'/'.join(CLASSES)})", True, ", ".join(parts))
 
@@ -57,7 +62,7 @@ def _unnamed(manifest: pd.DataFrame) -> Finding:
 def _crossing(manifest: pd.DataFrame) -> Finding:
     splits = manifest.groupby("group")["split"].nunique()
     crossing = sorted(splits.index[splits > 1])
-    text = f"{len(crossing)}" + (f" ({', '.join(crossing[:5])}…)" if crossing else "")
+    text = f"{len(crossing)}" + (f" ({', '.join(crossing[:5])}{', …' * (len(crossing) > 5)})" if crossing else "")
     return Finding("patients in more than one split", not crossing, text)
 
 

@@ -46,7 +46,8 @@ def view_parameters(seed: int, keys: npt.NDArray[np.uint64], view: int) -> npt.N
     """
     table = np.empty((len(keys), len(RANGES)), np.float64)
     for row, key in zip(table, keys, strict=True):
-        generator = np.random.Generator(np.random.Philox(key=[seed, int(key)], counter=[0, 0, 0, view]))
+        both = np.array([seed, key], np.uint64)  # a list of the two goes through float64, which loses bits of the key
+        generator = np.random.Generator(np.random.Philox(key=both, counter=[0, 0, 0, view]))
         generator.random(out=row)
     low, high = np.array(list(RANGES.values())).T
     low[0], high[0] = np.log(low[0]), np.log(high[0])

@@ -22,6 +22,7 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 CLASS_TO_INDEX = {name: index for index, name in enumerate(CLASSES)}
 SUFFIXES = {".jpeg", ".jpg", ".png"}
 OFFICIAL = ("train", "val", "test")
+UNREADABLE = "unreadable:"  # starts the digest of a file that cannot be read
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
 _NORMAL = re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
 
@@ -31,12 +32,16 @@ def find_root(data_dir: str | Path) -> Path:
 
     The Kaggle zip holds `chest_xray/chest_xray`. Raises `UserError` when there is none.
     """
-    top = Path(data_dir).expanduser().absolute()
-    if not top.is_dir():
-        raise UserError(f"--data-dir {top}: no such folder; give an absolute path to the Kaggle folder")
-    for candidate in (top, top / "chest_xray", top / "chest_xray" / "chest_xray"):
-        if (candidate / "train").is_dir():
-            return candidate
+    try:
+        top = Path(data_dir).expanduser().absolute()
+        if not top.is_dir():
+            raise UserError(f"--data-dir {top}: no such folder; give an absolute path to the Kaggle folder")
+        for candidate in (top, top / "chest_xray", top / "chest_xray" / "chest_xray"):
+            if (candidate / "train").is_dir():
+                return candidate
+    except (OSError, RuntimeError) as error:  # no permission, too long a name; a `~user` there is not
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--data-dir {data_dir}: cannot be read ({reason}); give the folder's absolute path") from error
     raise UserError(f"--data-dir {top}: holds no train/ folder (nor does chest_xray/ in it)")
 
 
@@ -70,10 +75,10 @@ def index_folder(root: Path) -> pd.DataFrame:
 def _index_split(root: Path, split: str) -> list[tuple[str, int, str, str, str]]:
     rows = []
     for folder in _visible(root / split):
-        if not folder.is_dir():
-            continue
         name = folder.name.upper()
         if name not in CLASS_TO_INDEX:
+            if not folder.is_dir():
+                continue
             raise UserError(f"{folder}: not a class folder; {split}/ may hold {' and '.join(CLASSES)} only")
         for file in _visible(folder):
             if file.suffix.lower() in SUFFIXES:
@@ -102,7 +107,7 @@ def _digest_file(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
-        return f"unreadable:{path}"
+        return f"{UNREADABLE}{path}"
 
 
 def fingerprint(manifest: pd.DataFrame) -> str:
@@ -116,7 +121,7 @@ def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, s
 
     `official` takes the folders as they are. `grouped` pools train and val and holds out `val_fraction` of
     each class, whole groups at a time. The test split is never touched. Raises `UserError` when a class has
-    no image left in train or val.
+    no image left in a split.
     """
     table = manifest.copy()
     table["split"] = table["official"]
@@ -129,7 +134,7 @@ def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, s
 
 
 def _require_both_classes(table: pd.DataFrame, val_split: str) -> None:
-    for split in ("train", "val"):
+    for split in OFFICIAL:  # test too: the only images of a class may have been unreadable, and skipped
         for name, label in CLASS_TO_INDEX.items():
             if not ((table["split"] == split) & (table["label"] == label)).any():
                 raise UserError(
@@ -145,7 +150,7 @@ def grouped_holdout(groups: pd.Series, labels: pd.Series, fraction: float, seed:
     to `fraction`, at least one. A group never splits, so the share is off by at most half a group.
     """
     frame = pd.DataFrame({"group": groups.to_numpy(), "label": labels.to_numpy()})
-    stats = frame.groupby("group")["label"].agg(["size", "mean"]).sort_index()
+    stats = frame.groupby("group")["label"].agg(["size", "mean"])  # sorted by group, whatever the order of rows
     rng = np.random.default_rng(seed)
     chosen: list[str] = []
     for positive in (False, True):

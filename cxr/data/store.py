@@ -1,12 +1,13 @@
 """Images decoded once into a memory-mapped uint8 array, keyed by their content.
 
-The store lies in `<cache>/store/<size>-<resize>/<key>/`; the key is made of the images' digests, so a changed
-file means another store, which takes over the unchanged rows. It is written to a folder of its own and renamed:
-two runs may build the same one, the first to finish wins and the other's is dropped.
+The store lies in `<cache>/store/<size>-<resize>/<format>-<key>/`; the key is made of the images' digests, so a
+changed file means another store, which takes over the unchanged rows. It is written to a folder of its own and
+renamed: two runs may build the same one, the first to finish wins and the other's is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -27,13 +28,15 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from cxr.data.index import UNREADABLE
 from cxr.errors import UserError
 
 UInt8 = npt.NDArray[np.uint8]
 MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors give about 20 million
 MIN_SIDE = 32
 FORMATS = ("JPEG", "PNG")
-_FORMAT = f"1-pillow{PIL.__version__}"
+_FORMAT = f"2-pillow{PIL.__version__}"  # rows decoded by another Pillow are not taken over
+_BUILDING = f".building-{socket.gethostname()}"
 
 
 class ImageError(ValueError):
@@ -59,11 +62,11 @@ def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, 
     32 pixels or larger than 60 million.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             shape = (image.width, image.height, image.mode)
             check_shape(*shape)
             return square_gray(ImageOps.exif_transpose(image), size, resize), shape
-    except ImageError:
+    except (ImageError, MemoryError):  # short of memory is no property of the image, and not to be remembered as one
         raise
     except Exception as error:  # whatever a parser trips over in bytes that are not what they claim
         raise ImageError(_reason(data, error)) from error
@@ -115,42 +118,41 @@ def _square(image: Image.Image, size: int, resize: str) -> UInt8:
 def open_store(paths: list[Path], digests: list[str], size: int, resize: str, cache: Path) -> Store:
     """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
 
-    Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the disk is full.
+    Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the cache cannot be
+    written (a full disk) or a file is no longer what its digest says.
     """
     files = dict(zip(digests, paths, strict=True))
-    folder = cache / "store" / f"{size}-{resize}" / _key(sorted(files), size, resize)
-    store = _read(folder)
-    if store is None:
-        _remove_abandoned(folder.parent)
-        try:
+    folder = cache / "store" / f"{size}-{resize}" / f"{_FORMAT}-{_key(sorted(files))}"
+    try:
+        for _ in range(3):  # again if another run, which saw the same damage, has dropped the one just built
+            if (store := _read(folder)) is not None:
+                return store
+            _remove_abandoned(folder.parent)
             _build(folder, files, size, resize)
-        except OSError as error:
-            raise UserError(
-                f"{folder.parent}: cannot write decoded images ({error.strerror}); "
-                "free space there or name another --cache-dir"
-            ) from error
-        store = _read(folder)
-    assert store is not None
-    return store
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write decoded images ({error.strerror}); "
+            "free space there or name another --cache-dir"
+        ) from error
+    raise UserError(f"{folder}: damaged as soon as it is written; check the disk or name another --cache-dir")
 
 
-def _key(digests: list[str], size: int, resize: str) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, size, resize, digests]).encode()).hexdigest()[:20]
+def _key(digests: list[str]) -> str:
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:20]
 
 
 def _read(folder: Path) -> Store | None:
     """The store in a folder; None when there is none, or when it was damaged (it is then removed)."""
-    meta_file = folder / "meta.json"
-    if not meta_file.exists():
+    if not folder.exists():
         return None
     try:
-        meta: dict[str, Any] = json.loads(meta_file.read_text())
-        intact = _sha256(folder / "images.u8") == meta["sha256"]
-    except (OSError, ValueError, KeyError):
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        intact = meta.pop("sha256") == _checksum(folder / "images.u8", meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
         warnings.warn(f"{folder}: the decoded images were damaged; decoding them again", stacklevel=3)
-        shutil.rmtree(folder)
+        _drop(folder)
         return None
     shape = (len(meta["digests"]), meta["size"], meta["size"])
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
@@ -158,25 +160,43 @@ def _read(folder: Path) -> Store | None:
     return Store(images, rows, meta["bad"], {d: (w, h, m) for d, (w, h, m) in meta["shapes"].items()})
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(images: Path, meta: dict[str, Any]) -> str:
+    """Of both files, as `_write_rows` makes it: a damaged meta.json would tell a wrong row."""
+    with images.open("rb") as file:
+        sha = hashlib.file_digest(file, "sha256")
+    sha.update(json.dumps(meta).encode())
+    return sha.hexdigest()
+
+
+def _drop(folder: Path) -> None:
+    """Renamed first: a folder half removed must not be found, and another run may be dropping it, too."""
+    work = _work_folder(folder.parent)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(work / "damaged")
+    shutil.rmtree(work)
+
+
+def _work_folder(parent: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{_BUILDING}-{os.getpid()}-", dir=parent))
 
 
 def _build(folder: Path, files: dict[str, Path], size: int, resize: str) -> None:
     """Decode `files` into a temporary folder beside `folder` and rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     known = _nearest(folder.parent, set(files))
-    work = Path(tempfile.mkdtemp(prefix=f".building-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
+    work = _work_folder(folder.parent)
     try:
-        meta = _write_rows(work / "images.u8", _decode_all(files, size, resize, known))
-        (work / "meta.json").write_text(json.dumps({"size": size, **meta}))
+        # Here and not around each decoding: the filters belong to the process, threads would restore each other's.
+        with warnings.catch_warnings(action="ignore"):
+            meta = _write_rows(work / "images.u8", size, _decode_all(files, size, resize, known))
+        (work / "meta.json").write_text(json.dumps(meta))
         work.chmod(0o755)
         work.rename(folder)
     except OSError:
-        shutil.rmtree(work)
         if not (folder / "meta.json").exists():  # else another run was faster
             raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # whatever ended it, Ctrl-C too; after the rename it is gone
 
 
 _Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
@@ -188,7 +208,7 @@ def _decode_all(files: dict[str, Path], size: int, resize: str, known: Store | N
         if known and digest in known.rows:
             return digest, known.images[known.rows[digest]], known.shapes[digest]
         try:
-            return digest, *decode_gray(path.read_bytes(), size, resize)
+            return digest, *decode_gray(_read_same(path, digest), size, resize)
         except (OSError, ImageError) as error:
             return digest, getattr(error, "strerror", None) or str(error)
 
@@ -203,7 +223,23 @@ def _decode_all(files: dict[str, Path], size: int, resize: str, known: Store | N
         )
 
 
-def _write_rows(path: Path, rows: Iterator[_Row]) -> dict[str, Any]:
+def _read_same(path: Path, digest: str) -> bytes:
+    """The file's bytes. Raises `UserError` if they are not those the digest names: the store would keep the error.
+
+    `OSError` only for a file that was unreadable when it was indexed, too.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        if digest.startswith(UNREADABLE):
+            raise
+        data = b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(f"{path}: changed or vanished since the folder was indexed; leave it alone and start again")
+    return data
+
+
+def _write_rows(path: Path, size: int, rows: Iterator[_Row]) -> dict[str, Any]:
     """Written with `write`, not through a memory map: on a full disk the latter dies of SIGBUS."""
     sha, digests, shapes, bad = hashlib.sha256(), [], {}, {}
     with path.open("wb") as file:
@@ -218,21 +254,23 @@ def _write_rows(path: Path, rows: Iterator[_Row]) -> dict[str, Any]:
             shapes[digest] = rest[1]
         file.flush()
         os.fsync(file.fileno())
-    return {"sha256": sha.hexdigest(), "digests": digests, "shapes": shapes, "bad": bad}
+    meta = {"size": size, "digests": digests, "shapes": shapes, "bad": bad}
+    sha.update(json.dumps(meta).encode())
+    return {**meta, "sha256": sha.hexdigest()}
 
 
 def _nearest(parent: Path, digests: set[str]) -> Store | None:
     """Of the stores beside, the one that shares the most images, so that only new files are decoded."""
-    stores = [store for path in parent.glob("*/meta.json") if (store := _read(path.parent)) is not None]
+    stores = [store for path in parent.glob(f"{_FORMAT}-*/meta.json") if (store := _read(path.parent)) is not None]
     best = max(stores, key=lambda store: len(digests & store.rows.keys()), default=None)
     return best if best and digests & best.rows.keys() else None
 
 
 def _remove_abandoned(parent: Path) -> None:
     """Drop the half-built folders of processes of this machine that are no more."""
-    for work in parent.glob(f".building-{socket.gethostname()}-*"):
-        pid = int(work.name.rsplit("-", 2)[1])
-        if not _alive(pid):
+    for work in parent.glob(f"{_BUILDING}-*"):
+        start, pid, _ = work.name.rsplit("-", 2)
+        if start == _BUILDING and not _alive(int(pid)):  # not those of a host whose name merely starts like ours
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -1,0 +1,38 @@
+"""The four strategies with one seed each, on one data set from one set of weights.
+
+    uv run python experiments/four_strategies.py --data-dir FOLDER --weights FILE --precision bf16
+
+Result, 2026-11-21, in LOG.md: see the entry "four strategies, one seed".
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from cxr.config import TrainConfig
+from cxr.pipeline import run_tracked
+
+# On a CPU a pass of `full` costs 3 to 6 minutes, so its phases are kept short here.
+EPOCHS = {"frozen": 10, "partial": 10, "gradual": 4, "full": 5}
+
+
+def configs(data_dir: str, weights: str) -> list[TrainConfig]:
+    """One configuration for each strategy, the cheap ones first."""
+    base = TrainConfig(data_dir=data_dir, weights=weights)
+    return [replace(base, strategy=strategy, epochs=epochs) for strategy, epochs in EPOCHS.items()]
+
+
+@click.command()
+@click.option("--data-dir", default="synthetic", show_default=True)
+@click.option("--weights", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+def main(data_dir: str, weights: str, precision: str) -> None:
+    """Train them one after the other, each as an MLflow run."""
+    for config in configs(data_dir, weights):
+        run_tracked(replace(config, precision=precision), say=click.echo)
+
+
+if __name__ == "__main__":
+    main()

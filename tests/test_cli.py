@@ -1,0 +1,99 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cxr import cli as command_line
+
+ROOT = Path(__file__).parent.parent
+BAD_OPTIONS = {
+    "--strategy": ("halves", "frozen, partial, full, gradual"),
+    "--arch": ("vgg16", "resnet18"),
+    "--device": ("tpu", "auto, cpu, cuda, mps"),
+    "--lr-top": ("-1", "above 0"),
+    "--lr-head": ("nan", "finite"),
+    "--epochs": ("0", "at least 1"),
+    "--batch-size": ("0", "at least 2"),
+    "--val-fraction": ("1.5", "at most 0.5"),
+    "--data-dir": ("/no/such/folder", "no such folder"),
+    "--on-bad-image": ("shrug", "stop, skip"),
+}
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run `cxr` in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["cxr", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    return int(stop.value.code or 0)
+
+
+def test_help_answers_in_under_half_a_second_of_cpu() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "cxr", "--help"]
+    before = time.process_time()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "train" in result.stdout
+    heavy = ("torch", "mlflow", "pandas", "numpy", "sklearn", "matplotlib")
+    assert not [name for name in heavy if f"| {name}\n" in result.stderr]
+    assert time.process_time() - before < 0.5
+
+
+def test_python_dash_m_and_the_module_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = subprocess.run([sys.executable, "-m", "cxr", "--version"], cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.setattr(sys, "argv", ["cxr", "--version"])
+    command_line.main()
+    assert capsys.readouterr().out.split()[-1] == result.stdout.split()[-1]
+
+
+@pytest.mark.parametrize("option", list(BAD_OPTIONS))
+def test_a_bad_option_ends_with_one_line_and_exit_code_2(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    value, hint = BAD_OPTIONS[option]
+    assert run_main(monkeypatch, "train", option, value) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert option in lines[-1]
+    assert hint in lines[-1]
+    assert "Traceback" not in "".join(lines)
+
+
+def test_a_bad_option_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "train", "--epochs", "0") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_option_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, "train", "--no-such-option", "1") == 2
+
+
+def test_synth_writes_phantoms_that_audit_accepts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phantoms: Path
+) -> None:
+    assert run_main(monkeypatch, "data", "audit", str(phantoms)) == 0
+    output = capsys.readouterr().out
+    assert "ok   corrupt files: none" in output
+    assert "ok   patients in more than one split: 0" in output
+
+
+def test_audit_names_corrupt_files_and_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phantoms: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(phantoms, copy)
+    victim = next((copy / "train" / "NORMAL").iterdir())
+    victim.write_bytes(b"not an image")
+    assert run_main(monkeypatch, "data", "audit", str(copy)) == 1
+    assert victim.name in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""What holds across files: one source of truth for parameters, the direction of imports, pins that agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from cxr.cli import cli
+from cxr.config import TrainConfig, default_of, flatten, spec_of
+from cxr.metrics import METRICS
+from cxr.project import ENTRY_POINTS, render_mlproject
+
+ROOT = Path(__file__).parent.parent
+# Lower floors first; a file may import from lower floors and from earlier files of its own.
+FLOORS = (
+    ("errors", "strategies", "config", "runtime"),
+    (
+        "data.index",
+        "data.audit",
+        "data.store",
+        "data.augment",
+        "data.dataset",
+        "data.synthetic",
+        "data.fetch",
+        "model",
+        "metrics",
+        "plots",
+    ),
+    ("checkpoint", "activations", "train", "evaluate", "predictor"),
+    ("tracking", "pyfunc_model", "registry"),
+    ("pipeline",),
+    ("project", "cli", "__main__"),
+)
+RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below `cxr` -> file, the two package files left out."""
+    files = [path for path in (ROOT / "cxr").rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(ROOT / "cxr").with_suffix("").parts): path for path in files}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named in an import of the file, wherever it stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """The imported modules of `cxr` itself, without the prefix."""
+    return {name.removeprefix("cxr.") for name in imports(path) if name.removeprefix("cxr.") in RANK}
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert set(modules()) == set(RANK)
+
+
+def test_no_import_goes_upward() -> None:
+    seen = 0
+    for name, path in modules().items():
+        for used in own_imports(path):
+            assert RANK[used] < RANK[name], f"{name} imports {used}"
+            seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize(("package", "lowest"), [("mlflow", 3), ("optuna", 5), ("click", 5)])
+def test_heavy_packages_stay_on_their_floors(package: str, lowest: int) -> None:
+    users = [name for name, path in modules().items() if any(i.split(".")[0] == package for i in imports(path))]
+    assert all(FLOOR[name] >= lowest for name in users), users
+    assert users or package == "optuna"
+
+
+def test_the_committed_mlproject_is_the_rendered_one() -> None:
+    assert (ROOT / "MLproject").read_text() == render_mlproject()
+
+
+def test_mlproject_options_and_fields_are_one_set() -> None:
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
+    assert set(project["entry_points"]) == set(ENTRY_POINTS)
+    for name, (command, cls) in ENTRY_POINTS.items():
+        declared = project["entry_points"][name]["parameters"]
+        options = {p.name: p for p in cli.commands[command].params if isinstance(p, click.Option)}
+        expected = {item.name: default_of(item) for item in fields(cls)}
+        assert {key: value["default"] for key, value in declared.items()} == {k: str(v) for k, v in expected.items()}
+        assert {key: option.default for key, option in options.items()} == expected
+        assert set(re.findall(r"{(\w+)}", project["entry_points"][name]["command"])) == set(expected)
+
+
+def test_every_parameter_is_logged_under_a_dotted_key() -> None:
+    assert set(flatten(TrainConfig())) == {f"train.{item.name}" for item in fields(TrainConfig)}
+
+
+def test_every_parameter_has_help_and_every_search_range_holds_its_default() -> None:
+    searched = 0
+    for item in fields(TrainConfig):
+        spec = spec_of(item)
+        assert spec.help
+        if spec.search:
+            low, high = spec.search
+            assert low <= default_of(item) <= high
+            searched += 1
+    assert searched >= 4
+
+
+def test_metric_names_are_unique() -> None:
+    assert len(set(METRICS)) == len(METRICS) == 10
+
+
+def test_every_experiment_builds_valid_configurations() -> None:
+    found = 0
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        space = runpy.run_path(str(path), run_name="contract")
+        if "configs" in space:
+            configs = space["configs"]("synthetic", "random")
+            assert configs
+            assert all(isinstance(config, TrainConfig) for config in configs)
+            found += 1
+    assert found >= 1
+
+
+def locked() -> dict[str, str]:
+    """Package -> version, from requirements.lock."""
+    pins = re.findall(r"^([a-z0-9._-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    return dict(pins)
+
+
+def test_pins_agree_with_pyproject_and_conda_yaml() -> None:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [Requirement(text) for text in project["dependencies"]]
+    assert len(requirements) > 8
+    for requirement in requirements:
+        assert requirement.specifier.contains(locked()[requirement.name]), requirement
+    conda = yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"]
+    python = next(entry.removeprefix("python=") for entry in conda if str(entry).startswith("python="))
+    assert SpecifierSet(project["requires-python"]).contains(f"{python}.0")
+    assert {"pip": ["-r requirements.lock"]} in conda
+
+
+def test_the_lock_names_hashes_and_no_address() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    assert text.count("--hash=sha256:") >= len(locked()) > 50
+    assert "://" not in text
+
+
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(lengths) > 100
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 12
