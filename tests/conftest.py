@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from narrow import narrow_resnet
 from torchvision.models import ResNet
 
@@ -16,6 +17,8 @@ from cxr.data.store import open_store
 from cxr.data.synthetic import write_synthetic
 
 matplotlib.use("Agg")
+# pytest-xdist runs one process for each core; threads of their own would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
