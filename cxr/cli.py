@@ -36,6 +36,77 @@ def train(**parameters: Any) -> None:
     run_tracked(config, say=click.echo)
 
 
+MODEL = click.option(
+    "--model",
+    "uri",
+    default="models:/cxr-pneumonia@champion",
+    show_default=True,
+    help="URI of a logged or registered model",
+)
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@MODEL
+@click.option("--json", "as_json", is_flag=True, help="print JSON, one object for each image")
+def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
+    """Print label, probability of pneumonia and decision for each of IMAGES. Not for clinical use."""
+    from cxr.registry import load
+
+    table = load(uri).predict_files(images)
+    click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+
+
+@cli.command("evaluate")
+@MODEL
+@click.option("--data-dir", required=True, help="Kaggle-shaped folder (its test split), or flat NORMAL/ and PNEUMONIA/")
+@click.option("--bootstrap", default=1000, show_default=True, help="resamples behind each 95% interval")
+@click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
+def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
+    """Evaluate a model on other images, as an MLflow run of its own."""
+    from cxr.pipeline import evaluate_tracked
+
+    evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
+
+
+@cli.group()
+def models() -> None:
+    """List, promote and export registered models."""
+
+
+NAME = click.option("--name", default="cxr-pneumonia", show_default=True, help="registered model")
+
+
+@models.command("list")
+@NAME
+def list_command(name: str) -> None:
+    """Show the versions, newest first."""
+    from cxr.registry import versions
+
+    click.echo(versions(name).to_string(index=False))
+
+
+@models.command("promote")
+@click.argument("version")
+@NAME
+def promote_command(version: str, name: str) -> None:
+    """Make VERSION the champion, whatever its figures; who was champion before is kept as a tag."""
+    from cxr.registry import promote
+
+    click.echo(promote(name, version))
+
+
+@models.command("export")
+@click.argument("folder", type=click.Path(path_type=Path))
+@MODEL
+def export_command(folder: Path, uri: str) -> None:
+    """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
+    from cxr.registry import load
+
+    for file in load(uri).export(folder):
+        click.echo(file)
+
+
 @cli.group()
 def data() -> None:
     """Look at data, make phantoms, download the Kaggle set."""

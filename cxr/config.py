@@ -123,7 +123,7 @@ class TrainConfig:
     precision: str = param(
         "auto",
         "training arithmetic; auto is bf16 on a GPU that has it, fp16 with loss scaling on other GPUs, "
-        "fp32 on the CPU. Evaluation is always fp32",
+        "fp32 on the CPU. The result is evaluated in fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     on_bad_image: str = param(

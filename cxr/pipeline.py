@@ -25,7 +25,15 @@ from cxr.config import SYNTHETIC, TrainConfig, flatten, unflatten
 from cxr.data.audit import audit, reject_bad
 from cxr.data.augment import augment, view_parameters
 from cxr.data.dataset import Split, eval_batches, make_split
-from cxr.data.index import CLASS_TO_INDEX, CLASSES, assign_splits, find_root, fingerprint, index_folder
+from cxr.data.index import (
+    CLASS_TO_INDEX,
+    CLASSES,
+    assign_splits,
+    find_root,
+    fingerprint,
+    index_folder,
+    index_for_evaluation,
+)
 from cxr.data.store import Store, open_store
 from cxr.data.synthetic import VERSION, phantom, write_synthetic
 from cxr.errors import UserError
@@ -45,6 +53,7 @@ from cxr.tracking import MlflowTracker, Tracker, git_commit, open_run
 from cxr.train import EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
 
 THRESHOLD = 0.5
+SPLIT_NAMES = {"val": "Validation", "test": "Test", "external": "External data"}
 Say = Callable[[str], object]
 
 
@@ -109,7 +118,7 @@ def read_data(config: TrainConfig) -> Data:
     table = index_folder(root)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
-    bad = {p: store.bad[d] for p, d in zip(table["path"], table["digest"], strict=True) if d in store.bad}
+    bad = _bad_paths(table, store)
     table = reject_bad(table, bad, config.on_bad_image)
     manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
     shapes = [store.shapes[digest] for digest in manifest["digest"]]
@@ -149,6 +158,35 @@ def run_tracked(config: TrainConfig, say: Say = print) -> RunResult:
     shutil.rmtree(folder)
     say("\n" + "\n".join(lines))
     return result
+
+
+def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> Report:
+    """Evaluate a logged or registered model on other images, in an MLflow run of its own.
+
+    The figures are named `external_…` for a flat folder of two classes, `test_…` for the test split of a Kaggle-shaped
+    one. Raises `UserError` for a model or a folder that cannot be used, or unreadable images.
+    """
+    predictor = registry.load(uri)
+    card = predictor.card
+    root, table, split = index_for_evaluation(data_dir)
+    files = [root / path for path in table["path"]]
+    store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache_folder(cache_dir))
+    table = reject_bad(table.assign(split=split), _bad_paths(table, store), "stop")
+    logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
+    report = evaluate(predictions_table(table, logits.numpy(), card.threshold), split, card.threshold, bootstrap)
+    with open_run(f"evaluate-{root.name}") as tracker:
+        tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
+        tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table)})
+        tracker.dataset(table, str(root), f"{fingerprint(table)}-{split}", "evaluation")
+        _log_report(tracker, report, f"{uri} on {root.name}")
+        tracker.metrics(report.figures())
+        say("\n".join([report.text(), "look: " + "  ".join(tracker.where())]))
+    return report
+
+
+def _bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:
+    """Path -> reason, of the images that the store could not decode."""
+    return {p: store.bad[d] for p, d in zip(table["path"], table["digest"], strict=True) if d in store.bad}
 
 
 def _ready_machine(config: TrainConfig) -> Machine:
@@ -337,7 +375,7 @@ def _proof_words(proof: FreezeProof) -> str:
 
 def _log_report(tracker: Tracker, report: Report, name: str) -> None:
     split, labels, probabilities = report.split, report.labels, report.probabilities
-    title = f"{'Validation' if split == 'val' else 'Test'}: {name}"
+    title = f"{SPLIT_NAMES[split]}: {name}"
     tracker.table(report.table, f"tables/{split}_predictions.csv")
     tracker.text(report.text(), f"reports/{split}.txt")
     figures = {
@@ -377,7 +415,8 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         f"test, threshold {test.threshold:g}: "
         + ", ".join(f"{name} {format_interval(test.interval(name))}" for name in shown),
         f"data: {_data_words(result.data)}; fingerprint {result.data.fingerprint}",
-        f"weights: {weights}" + ("; pretraining is what these strategies compare" if "random" in weights else ""),
+        f"weights: {weights}"
+        + ("; pretraining is what these strategies compare" if weights.startswith("random") else ""),
         f"took {result.seconds:.0f} s; look: " + "  ".join(tracker.where()),
         f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
     ]

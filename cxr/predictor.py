@@ -23,6 +23,7 @@ from torchvision.models import ResNet, get_model
 from cxr.data.augment import IMAGENET_MEAN, IMAGENET_STD, to_input
 from cxr.data.index import CLASS_TO_INDEX
 from cxr.data.store import ImageError, UInt8, check_shape, decode_gray, square_gray
+from cxr.errors import UserError
 from cxr.model import StateDict
 from cxr.train import infer
 
@@ -97,6 +98,29 @@ class Predictor:
         if isinstance(image, np.ndarray | list):
             return square_gray(_from_array(image), self.card.image_size, self.card.resize)
         raise ImageError(f"{type(image).__name__}: neither bytes, base64 text nor a uint8 array")
+
+    def predict_files(self, paths: Sequence[Path]) -> pd.DataFrame:
+        """Files -> columns image, label, probability, decision. Raises `UserError` naming all that are no images."""
+        prepared, bad = [], []
+        for path in paths:
+            try:
+                prepared.append(self.prepare(path.read_bytes()))
+            except (OSError, ImageError) as error:
+                bad.append(f"{path} ({getattr(error, 'strerror', None) or error})")
+        if bad:
+            raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {'; '.join(bad)}")
+        table = self.predict(prepared)
+        table.insert(0, "image", [str(path) for path in paths])
+        return table
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write the plain torchvision state dict, the class mapping and the card; returns the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, classes, card = (folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD))
+        torch.save(self.model.state_dict(), weights)
+        classes.write_text(json.dumps(self.card.class_to_index) + "\n")
+        card.write_text(json.dumps(asdict(self.card), indent=2) + "\n")
+        return [weights, classes, card]
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
         """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import pytest
@@ -15,6 +17,12 @@ from cxr.data.dataset import Split, make_split
 from cxr.data.index import assign_splits, index_folder
 from cxr.data.store import open_store
 from cxr.data.synthetic import write_synthetic
+
+if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
+    from mlflow.entities import Run
+
+    from cxr.config import TrainConfig
+    from cxr.pipeline import RunResult
 
 matplotlib.use("Agg")
 # pytest-xdist runs one process for each core; threads of their own would only wait for each other.
@@ -52,3 +60,42 @@ def splits(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sp
 def tiny() -> ResNet:
     """A network of six stages that trains in no time."""
     return narrow_resnet()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tracking store that tests share; making one takes seconds."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.create_experiment("cxr", artifact_location=str(folder / "artifacts"))
+    yield uri
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, RunResult, Run]:
+    """One tracked run, and what the store holds of it."""
+    import mlflow
+
+    from cxr.config import TrainConfig
+    from cxr.pipeline import run_tracked
+
+    config = TrainConfig(
+        strategy="gradual",
+        data_dir=str(phantoms),
+        weights="random",
+        image_size=64,
+        epochs=1,
+        views=1,
+        val_split="official",
+        bootstrap=50,
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )
+    mlflow.set_tracking_uri(store)
+    result = run_tracked(config, say=lambda line: None)
+    return config, result, mlflow.get_run(result.run_id)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -18,42 +17,10 @@ from mlflow.entities import Run
 
 from cxr.config import TrainConfig, unflatten
 from cxr.errors import UserError
-from cxr.pipeline import RunResult, run_tracked
+from cxr.pipeline import RunResult
 from cxr.tracking import MlflowTracker, open_run
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A tracking store of this module's own; making one takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    mlflow.create_experiment("cxr", artifact_location=str(folder / "artifacts"))
-    yield uri
-    mlflow.set_tracking_uri(None)
-
-
-@pytest.fixture(scope="module")
-def finished(
-    store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TrainConfig, RunResult, Run]:
-    """One tracked run, and what the store holds of it."""
-    config = TrainConfig(
-        strategy="gradual",
-        data_dir=str(phantoms),
-        weights="random",
-        image_size=64,
-        epochs=1,
-        views=1,
-        val_split="official",
-        bootstrap=50,
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-    )
-    mlflow.set_tracking_uri(store)
-    result = run_tracked(config, say=lambda line: None)
-    return config, result, mlflow.get_run(result.run_id)
 
 
 def test_a_finished_run_says_what_it_was(finished: tuple[TrainConfig, RunResult, Run]) -> None:
@@ -182,13 +149,13 @@ def test_sigterm_ends_the_run_killed(store: str, phantoms: Path, tmp_path: Path)
     command = [sys.executable, "-m", "cxr", "train", "--data-dir", str(phantoms), "--image-size", "64"]
     command += ["--weights", "random", "--strategy", "full", "--epochs", "1000", "--patience", "1000"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate(timeout=60)
     assert process.returncode == 130
     mlflow.set_tracking_uri(store)
     newest = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"], output_format="list")[0]

@@ -22,6 +22,7 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 CLASS_TO_INDEX = {name: index for index, name in enumerate(CLASSES)}
 SUFFIXES = {".jpeg", ".jpg", ".png"}
 OFFICIAL = ("train", "val", "test")
+COLUMNS = ["path", "label", "official", "group", "subtype"]
 UNREADABLE = "unreadable:"  # starts the digest of a file that cannot be read
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
 _NORMAL = re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
@@ -63,13 +64,31 @@ def index_folder(root: Path) -> pd.DataFrame:
     without both classes in train and test.
     """
     rows = [row for split in OFFICIAL for row in _index_split(root, split)]
-    table = pd.DataFrame(rows, columns=["path", "label", "official", "group", "subtype"])
+    table = pd.DataFrame(rows, columns=COLUMNS)
     for split in ("train", "test"):
         for name, label in CLASS_TO_INDEX.items():
             if not ((table["official"] == split) & (table["label"] == label)).any():
                 raise UserError(f"{root / split / name}: holds no .jpeg, .jpg or .png; both classes are needed there")
     table["digest"] = digest_files(root / path for path in table["path"])
     return table
+
+
+def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]:
+    """(root, manifest, split) of images to evaluate on: the `test` split of a Kaggle-shaped folder, or all of a
+    flat folder with `NORMAL/` and `PNEUMONIA/`, which is then called `external`.
+
+    Raises `UserError` for a folder without both classes.
+    """
+    top = Path(data_dir).expanduser().absolute()
+    if not any(path.name.upper() in CLASS_TO_INDEX for path in _visible(top)):
+        root = find_root(top)
+        table = index_folder(root)
+        return root, table[table["official"] == "test"].reset_index(drop=True), "test"
+    table = pd.DataFrame(_index_split(top, "."), columns=COLUMNS).assign(official="external")
+    if set(table["label"]) != set(CLASS_TO_INDEX.values()):
+        raise UserError(f"--data-dir {top}: needs images in both {' and '.join(CLASSES)}")
+    table["digest"] = digest_files(top / path for path in table["path"])
+    return top, table, "external"
 
 
 def _index_split(root: Path, split: str) -> list[tuple[str, int, str, str, str]]:
