@@ -180,7 +180,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         tracker.dataset(table, str(root), f"{fingerprint(table)}-{split}", "evaluation")
         _log_report(tracker, report, f"{uri} on {root.name}")
         tracker.metrics(report.figures())
-        say("\n".join([report.text(), "look: " + "  ".join(tracker.where())]))
+        say("\n".join([report.text(), *(f"look: {where}" for where in tracker.where())]))
     return report
 
 
@@ -250,7 +250,7 @@ def _train(
         val,
         config.batch_size,
         config.seed,
-        config.views,
+        min(config.views, config.epochs * len(config.phases)),  # no more will be shown
         machine.precision,
         config.reuse_gb * 1e9,
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
@@ -417,6 +417,7 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         f"data: {_data_words(result.data)}; fingerprint {result.data.fingerprint}",
         f"weights: {weights}"
         + ("; pretraining is what these strategies compare" if weights.startswith("random") else ""),
-        f"took {result.seconds:.0f} s; look: " + "  ".join(tracker.where()),
+        f"took: {result.seconds:.0f} s",
+        *(f"look: {where}" for where in tracker.where()),
         f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
     ]

@@ -7,8 +7,10 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from cxr.data.store import ImageError, UInt8
 from cxr.predictor import Predictor
 
 
@@ -23,7 +25,14 @@ class XrayModel(PythonModel):
     def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """A DataFrame with the column `image`, or a list or array of images; see `Predictor.prepare`."""
         images = model_input["image"] if isinstance(model_input, pd.DataFrame) else model_input
-        return self.predictor.predict([self.predictor.prepare(image) for image in images])
+        return self.predictor.predict([self._prepare(row, image) for row, image in enumerate(images)])
+
+    def _prepare(self, row: int, image: object) -> UInt8:
+        """As MLflow's own error, which its server answers with 400 and the message."""
+        try:
+            return self.predictor.prepare(image)
+        except ImageError as error:
+            raise MlflowException.invalid_parameter_value(f"image {row}: {error}") from error
 
 
 mlflow.models.set_model(XrayModel())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,13 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_help_answers_in_under_half_a_second_of_cpu() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "cxr", "--help"]
-    before = time.process_time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "train" in result.stdout
     heavy = ("torch", "mlflow", "pandas", "numpy", "sklearn", "matplotlib")
     assert not [name for name in heavy if f"| {name}\n" in result.stderr]
-    assert time.process_time() - before < 0.5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_python_dash_m_and_the_module_agree(

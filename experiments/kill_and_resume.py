@@ -1,0 +1,104 @@
+"""Kill a run with SIGKILL at random moments, resume it, and compare it with one that was left alone.
+
+    uv run python experiments/kill_and_resume.py --kills 20
+
+Prints a table: when each attempt was killed, what it had logged by then, and whether the resumed run's history and
+test probabilities equal the undisturbed run's, bit for bit, with no step logged twice.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import pandas as pd
+
+from cxr.config import TrainConfig
+from cxr.data.synthetic import write_synthetic
+
+EPOCHS = "2"
+
+
+def configs(data_dir: str, weights: str) -> list[TrainConfig]:
+    """The run that is killed."""
+    return [TrainConfig(strategy="gradual", data_dir=data_dir, weights=weights, image_size=64, epochs=int(EPOCHS))]
+
+
+def train(folder: Path, cache: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start `cxr train` with a store in `folder`."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "CXR_CACHE": str(cache)}
+    command = [sys.executable, "-m", "cxr", "train", *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What the store holds of its newest run."""
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    run = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
+    finals = mlflow.MlflowClient().get_metric_history(run.info.run_id, "test_brier")
+    return {
+        "id": run.info.run_id,
+        "status": run.info.status,
+        "history": [(entry.step, entry.value) for entry in history],
+        "test": [entry.value for entry in finals],
+        "versions": len(mlflow.search_model_versions()),
+    }
+
+
+@click.command()
+@click.option("--kills", default=20, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(kills: int, seed: int) -> None:
+    """Run the experiment and print its table."""
+    work = Path(tempfile.mkdtemp())
+    data = write_synthetic(work / "phantoms", seed=1, train_patients=24, test_patients=10, size=64)
+    options = ["--strategy", "gradual", "--data-dir", str(data), "--weights", "random", "--image-size", "64"]
+    options += ["--epochs", EPOCHS, "--bootstrap", "50"]
+    (work / "whole").mkdir()
+    started = time.perf_counter()
+    assert train(work / "whole", work / "cache-whole", *options).wait() == 0
+    seconds = time.perf_counter() - started
+    whole, moments, rows = outcome(work / "whole"), random.Random(seed), []
+    for number in range(kills):
+        folder, cache = work / f"run-{number}", work / f"cache-{number}"
+        folder.mkdir()
+        process, after = train(folder, cache, *options), moments.uniform(0.2, 1.05) * seconds
+        time.sleep(after)
+        process.kill()
+        process.wait()
+        rows.append({"kill": number, "after_s": round(after, 1), **resumed(folder, cache, options, whole)})
+        click.echo(pd.DataFrame(rows[-1:]).to_string(index=False, header=number == 0))
+    good = sum(bool(row["same"]) for row in rows)
+    click.echo(f"{good} of {kills} ended as the undisturbed run did ({seconds:.0f} s)")
+    sys.exit(0 if good == kills else 1)
+
+
+def resumed(folder: Path, cache: Path, options: list[str], whole: dict[str, object]) -> dict[str, object]:
+    """Resume what the kill left, and compare."""
+    try:
+        before = outcome(folder)
+    except IndexError:  # killed before the run was opened: there is nothing to resume
+        before = {"id": None, "status": "no run", "history": []}
+    if before["status"] == "FINISHED":
+        code = 0
+    else:
+        resume = ["--resume", str(before["id"])] if before["id"] else options
+        code = train(folder, cache, *resume).wait()
+    after = outcome(folder)
+    same = code == 0 and all(after[key] == whole[key] for key in ("status", "history", "test", "versions"))
+    history = before["history"]
+    assert isinstance(history, list)
+    return {"status": before["status"], "epochs_logged": len(history), "exit": code, "same": same}
+
+
+if __name__ == "__main__":
+    main()
