@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -60,7 +61,13 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
 @cli.command("evaluate")
 @MODEL
 @click.option("--data-dir", required=True, help="Kaggle-shaped folder (its test split), or flat NORMAL/ and PNEUMONIA/")
-@click.option("--bootstrap", default=1000, show_default=True, help="resamples behind each 95% interval")
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(0, 100000),
+    default=1000,
+    show_default=True,
+    help="resamples behind each 95% interval",
+)
 @click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
 def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
     """Evaluate a model on other images, as an MLflow run of its own."""
@@ -136,12 +143,15 @@ def fetch_command() -> None:
 
 @data.command("synth")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="another seed draws other children")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="another seed draws other children")
 def synth_command(folder: Path, seed: int) -> None:
     """Write the phantom X-rays into FOLDER/chest_xray."""
     from cxr.data.synthetic import write_synthetic
 
-    click.echo(write_synthetic(folder, seed=seed))
+    try:
+        click.echo(write_synthetic(folder, seed=seed))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cxr data synth {folder}: {error}; name another folder") from error
 
 
 def main() -> None:
@@ -151,15 +161,22 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(BAD_INPUT)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
+    except (click.ClickException, UserError) as error:
+        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {reason}", err=True)
+        _note_on_run(reason)
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt, Stopped):
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
+
+
+def _note_on_run(reason: str) -> None:
+    """Under `mlflow run`, tell the run that it opened why the command failed."""
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        from cxr.tracking import note_error
+
+        note_error(run_id, reason)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

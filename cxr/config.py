@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, get_type_hints
@@ -149,8 +150,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item.name, getattr(self, item.name), spec_of(item))
-        if not self.register.strip() or any(mark in self.register for mark in "/:"):
-            raise UserError(f"--register {self.register!r}: a model's name is not empty and holds neither / nor :")
+        if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
+            raise UserError(f"--register {self.register}: a model's name is made of letters, digits, spaces, _ . and -")
 
     @property
     def phases(self) -> tuple[Phase, ...]:

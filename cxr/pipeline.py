@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from cxr import plots, registry
 from cxr.activations import Activations
-from cxr.checkpoint import Checkpoints, exclusive
-from cxr.config import SYNTHETIC, TrainConfig, flatten, unflatten
+from cxr.checkpoint import LAST, Checkpoints, exclusive
+from cxr.config import SYNTHETIC, TrainConfig, flatten, types_of, unflatten
 from cxr.data.audit import audit, reject_bad
 from cxr.data.augment import augment, view_parameters
 from cxr.data.dataset import Split, eval_batches, make_split
@@ -49,7 +50,7 @@ from cxr.runtime import (
     seed_everything,
 )
 from cxr.strategies import STRATEGIES
-from cxr.tracking import MlflowTracker, Tracker, git_commit, open_run
+from cxr.tracking import MlflowTracker, Tracker, existing_run, git_commit, open_run, recorded
 from cxr.train import EpochRecord, FreezeProof, Schedule, class_weights, fit, infer
 
 THRESHOLD = 0.5
@@ -129,6 +130,7 @@ def read_data(config: TrainConfig) -> Data:
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     """Train by `config`, evaluate the best checkpoint on validation and, once, on test; log all of it."""
     started = time.perf_counter()
+    tracker.params(flatten(replace(config, resume="none")))  # first of all: a resume reads them
     machine = _ready_machine(config)
     data = read_data(config)
     model, weights = build_model(config.arch, config.weights, config.seed)
@@ -147,17 +149,38 @@ def run_tracked(config: TrainConfig, say: Say = print) -> RunResult:
     A run that is resumed goes on with the parameters it recorded. Its checkpoints are removed once it is finished.
     Raises `UserError` also when the run to resume is unknown, finished, or in use by another process.
     """
-    with open_run(f"{config.strategy}-s{config.seed}", resume=config.resume) as tracker:
-        if recorded := {key: value for key, value in tracker.recorded().items() if key.startswith("train.")}:
-            config = unflatten(recorded)
-            say(f"resuming run {tracker.run_id} with the parameters it recorded")
-        folder = checkpoint_folder(config, tracker)
-        with exclusive(folder):
-            result = run(config, tracker, say)
-            lines = [*summary(config, tracker, result), result.registered]
-    shutil.rmtree(folder)
+    run_id = existing_run(config.resume)
+    if run_id:
+        config = _recorded_config(run_id, config)
+    with ExitStack() as stack:
+        if run_id:  # before it is opened: a run that another process trains must not be touched
+            stack.enter_context(exclusive(checkpoint_folder(config, run_id)))
+        tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=run_id))
+        if not run_id:
+            stack.enter_context(exclusive(checkpoint_folder(config, tracker.run_id)))
+        result = run(config, tracker, say)
+        lines = [*summary(config, tracker, result), result.registered]
+    shutil.rmtree(checkpoint_folder(config, tracker.run_id))
     say("\n" + "\n".join(lines))
     return result
+
+
+def _recorded_config(run_id: str, config: TrainConfig) -> TrainConfig:
+    """The configuration that a run recorded; `config` when it is one that `mlflow run` has only just opened.
+
+    A run that was stopped before it recorded ours has those that `mlflow run` logged, under plain names.
+    """
+    known, names = recorded(run_id), types_of(TrainConfig).keys() - {"resume"}
+    ours = {key: value for key, value in known.items() if key.startswith("train.")}
+    if not ours and config.resume == "none":
+        return config
+    ours = ours or {f"train.{key}": value for key, value in known.items() if key in names}
+    if "train.data_dir" not in ours:
+        raise UserError(f"--resume {run_id}: it recorded no parameters of a training run; start a new one")
+    try:
+        return unflatten(ours)
+    except ValueError as error:
+        raise UserError(f"--resume {run_id}: its parameters cannot be read ({error}); start a new run") from error
 
 
 def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> Report:
@@ -171,7 +194,10 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     root, table, split = index_for_evaluation(data_dir)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache_folder(cache_dir))
-    table = reject_bad(table.assign(split=split), _bad_paths(table, store), "stop")
+    if bad := _bad_paths(table, store):
+        names = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
+        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {names}; mend or remove them")
+    table = table.assign(split=split)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
     report = evaluate(predictions_table(table, logits.numpy(), card.threshold), split, card.threshold, bootstrap)
     with open_run(f"evaluate-{root.name}") as tracker:
@@ -196,14 +222,13 @@ def _ready_machine(config: TrainConfig) -> Machine:
     return machine
 
 
-def checkpoint_folder(config: TrainConfig, tracker: Tracker) -> Path:
+def checkpoint_folder(config: TrainConfig, run_id: str) -> Path:
     """Where the run's checkpoints are."""
-    return cache_folder(config.cache_dir) / "runs" / tracker.run_id
+    return cache_folder(config.cache_dir) / "runs" / run_id
 
 
 def _log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str) -> None:
     _require_same(tracker, {"data_fingerprint": data.fingerprint, "weights_used": weights})
-    tracker.params(flatten(config))
     tracker.tags(
         {
             "strategy": config.strategy,
@@ -256,6 +281,12 @@ def _train(
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
     )
     records, logged = [], tracker.logged("val_loss")
+    checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id))
+    if logged and not (checkpoints.folder / LAST).exists():
+        raise UserError(
+            f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {logged} epochs; "
+            "resume on the machine and with the --cache-dir that it had, or start a new run"
+        )
     for record in fit(
         model,
         config.phases,
@@ -266,7 +297,7 @@ def _train(
         weights,
         data_source.train_batches,
         data_source.val_batches,
-        Checkpoints(checkpoint_folder(config, tracker)),
+        checkpoints,
     ):
         records.append(record)
         if record.epoch >= logged:

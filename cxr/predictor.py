@@ -114,13 +114,19 @@ class Predictor:
         return table
 
     def export(self, folder: Path) -> list[Path]:
-        """Write the plain torchvision state dict, the class mapping and the card; returns the files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights, classes, card = (folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD))
-        torch.save(self.model.state_dict(), weights)
-        classes.write_text(json.dumps(self.card.class_to_index) + "\n")
-        card.write_text(json.dumps(asdict(self.card), indent=2) + "\n")
-        return [weights, classes, card]
+        """Write the plain torchvision state dict, the class mapping and the card; returns the files.
+
+        Raises `UserError` when they cannot be written.
+        """
+        files = [folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), files[0])
+            files[1].write_text(json.dumps(self.card.class_to_index) + "\n")
+            files[2].write_text(json.dumps(asdict(self.card), indent=2) + "\n")
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{folder}: cannot be written ({error}); name another folder") from error
+        return files
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
         """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""

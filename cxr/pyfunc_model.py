@@ -23,8 +23,10 @@ class XrayModel(PythonModel):
 
     # No type hint on `model_input`: MLflow would take it for a schema.
     def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
-        """A DataFrame with the column `image`, or a list or array of images; see `Predictor.prepare`."""
-        images = model_input["image"] if isinstance(model_input, pd.DataFrame) else model_input
+        """A DataFrame with one column of images; see `Predictor.prepare`. MLflow makes one of a list."""
+        if len(model_input) == 0:
+            raise MlflowException.invalid_parameter_value("no image was given")
+        images = model_input.iloc[:, 0]
         return self.predictor.predict([self._prepare(row, image) for row, image in enumerate(images)])
 
     def _prepare(self, row: int, image: object) -> UInt8:

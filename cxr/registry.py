@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 import cxr
 from cxr.errors import UserError
 from cxr.model import StateDict
 from cxr.predictor import CARD, ModelCard, Predictor, save_package
+from cxr.tracking import explained, prepare
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
 
@@ -91,7 +93,7 @@ def _signature() -> Any:
     from mlflow.types.schema import AnyType
 
     anything = AnyType()  # type: ignore[no-untyped-call]
-    inputs = Schema([ColSpec(anything, "image")])
+    inputs = Schema([ColSpec(anything)])  # unnamed, so that a list will do as well as a table
     outputs = Schema([ColSpec("string", "label"), ColSpec("double", "probability"), ColSpec("long", "decision")])
     return ModelSignature(inputs=inputs, outputs=outputs)
 
@@ -183,7 +185,8 @@ def versions(name: str) -> pd.DataFrame:
         }
         for v in found
     ]
-    return pd.DataFrame(rows).sort_values("version", ascending=False)
+    columns = ["version", "aliases", "strategy", "val_loss", BEFORE, "run"]
+    return pd.DataFrame(rows, columns=columns).sort_values("version", ascending=False)
 
 
 def load(uri: str) -> Predictor:
@@ -198,16 +201,18 @@ def load(uri: str) -> Predictor:
     cards = list(local.glob(f"**/{CARD}"))
     if len(cards) != 1:
         raise UserError(f"--model {uri}: not a model that cxr logged")
-    return Predictor.load(cards[0].parent)
+    try:
+        return Predictor.load(cards[0].parent)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {uri}: is damaged ({str(error).splitlines()[0][:200]})") from error
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """MLflow's own errors as one line."""
-    from mlflow.exceptions import MlflowException
-
+    """MLflow's own errors as one line, its waits bounded."""
+    prepare()
     try:
-        yield
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{what}: {reason}; `cxr models list` shows what there is") from error
+        with explained():
+            yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}; `cxr models list` shows what there is") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -12,7 +11,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -26,7 +25,6 @@ EXPERIMENT = "cxr"
 ERROR, OUTCOME = "cxr.error", "cxr.outcome"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
-_GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 
 
 _SETTINGS = {
@@ -199,7 +197,8 @@ class MlflowTracker:
         base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
         experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
         lines = [] if remote else [f"mlflow ui --backend-store-uri {uri}"]
-        return [*lines, f"{experiment}/{self.run_id}", f"{experiment}?workflowType=machine_learning"]
+        view = "?workflowType=machine_learning"  # else the UI shows its pages for language models
+        return [*lines, f"{experiment}/{self.run_id}{view}", f"{experiment}{view}"]
 
 
 @contextmanager
@@ -214,85 +213,156 @@ def _artifact(path: str) -> Iterator[Path]:
         mlflow.log_artifact(str(file), folder or None)
 
 
-@contextmanager
-def open_run(name: str, experiment: str = EXPERIMENT, resume: str = "none") -> Iterator[MlflowTracker]:
-    """The run to resume, else the one that `mlflow run` opened, else a new one in `experiment`.
-
-    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING.
-    Raises `UserError` when the tracking server cannot be reached, or the run to resume is not there or finished.
-    """
-    import mlflow
-
-    run = _start(name, experiment, resume)
-    try:
-        with _sigterm_raises():
-            yield MlflowTracker(run)
-    except (KeyboardInterrupt, Stopped):
-        _end("KILLED", "stopped by the user")
-        raise
-    except BaseException as error:
-        _end("FAILED", f"{type(error).__name__}: {error}")
-        raise
-    else:
-        mlflow.set_tag(OUTCOME, "finished")
-        mlflow.end_run("FINISHED")
-
-
-def _start(name: str, experiment: str, resume: str) -> Any:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
+def prepare() -> None:
+    """Bound MLflow's waits and quiet its logs; what the user has set stays."""
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     for logger, level in _LOG_LEVELS.items():
         logging.getLogger(logger).setLevel(level)
-    try:
-        run_id = os.environ.get("MLFLOW_RUN_ID") if resume == "none" else resume
-        if run_id:
-            _require_unfinished(mlflow.get_run(run_id))
-        else:
-            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
-        run = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=True)
-        if ERROR in run.data.tags:  # of the attempt that is resumed
-            mlflow.delete_tag(ERROR)
-        if _GENERATED_NAME.fullmatch(run.info.run_name or ""):
-            mlflow.set_tag("mlflow.runName", name)
-        mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *next(iter(EXPERIMENT_KIND.items())))
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()}: {reason}; check MLFLOW_TRACKING_URI") from error
-    return run
 
 
-def _require_unfinished(run: Any) -> None:
-    if run.data.tags.get(OUTCOME) == "finished":
-        raise UserError(
-            f"--resume {run.info.run_id}: this run is finished; there is nothing to resume, start a new one"
-        )
+def existing_run(resume: str) -> str | None:
+    """The id of the run to go on with: the one to resume, else the one that `mlflow run` opened, else None.
+
+    Raises `UserError` when both are there and differ.
+    """
+    opened = os.environ.get("MLFLOW_RUN_ID")
+    if resume == "none":
+        return opened
+    if opened not in (None, resume):
+        raise UserError(f"--resume {resume}: `mlflow run` has opened another run; use `mlflow run . --run-id {resume}`")
+    return resume
 
 
-def _end(status: str, reason: str) -> None:
+def recorded(run_id: str) -> dict[str, str]:
+    """Parameters and tags of a run. Raises `UserError` when it is not there, or finished already."""
     import mlflow
 
-    mlflow.set_tag(ERROR, reason[:5000])
-    mlflow.end_run(status)
+    prepare()
+    with explained():
+        run = mlflow.get_run(run_id)
+        if run.data.tags.get(OUTCOME) == "finished" and run.info.status != "FINISHED":
+            mlflow.MlflowClient().set_terminated(run_id, "FINISHED")  # it was killed on its last step
+    if run.data.tags.get(OUTCOME) == "finished" or run.info.status == "FINISHED":
+        raise UserError(f"run {run_id} is finished: there is nothing to resume; start a new one")
+    return {**run.data.params, **run.data.tags}
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within the block, SIGTERM unwinds the stack like Ctrl-C (in the main thread; elsewhere nothing changes)."""
+def explained() -> Iterator[None]:
+    """Turn what a tracking store raises when it cannot be used into one line."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
+        uri, reason = mlflow.get_tracking_uri(), str(error).splitlines()[0][:200]
+        hint = "check MLFLOW_TRACKING_URI"
+        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            hint += ", which `mlflow run` wants with an absolute path (sqlite:////…)"
+        raise UserError(f"MLflow at {uri}: {reason}; {hint}") from error
+
+
+@contextmanager
+def open_run(name: str, experiment: str = EXPERIMENT, run_id: str | None = None) -> Iterator[MlflowTracker]:
+    """The run `run_id`, taken up again, or a new one in `experiment`.
+
+    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING.
+    Raises `UserError` when the tracking store cannot be used.
+    """
+    import mlflow
+
+    prepare()
+    with _sigterm_raises():
+        try:
+            with explained():
+                run = _start(name, experiment, run_id)
+            yield MlflowTracker(run)
+            mlflow.set_tag(OUTCOME, "finished")
+        except (KeyboardInterrupt, Stopped):
+            _end("KILLED", "stopped by the user")
+            raise
+        except BaseException as error:
+            _end("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        mlflow.end_run("FINISHED")
+
+
+def _start(name: str, experiment: str, run_id: str | None) -> Any:
+    import mlflow
+
+    if not run_id and (experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID")):
+        mlflow.set_experiment(experiment_id=experiment_id)
+    elif not run_id:
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+    run = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=True)
+    if ERROR in run.data.tags:  # of the attempt that is resumed
+        mlflow.delete_tag(ERROR)
+    if _is_generated(run.info.run_name or ""):
+        mlflow.set_tag("mlflow.runName", name)
+    mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *next(iter(EXPERIMENT_KIND.items())))
+    return run
+
+
+def _is_generated(name: str) -> bool:
+    """Whether MLflow made the name up (`bold-crane-123`); one that a person chose is kept."""
+    from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+
+    adjective, _, rest = name.partition("-")
+    noun, _, number = rest.partition("-")
+    return adjective in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdigit()
+
+
+def note_error(run_id: str, reason: str) -> None:
+    """Tag a run that failed before it was taken up: `mlflow run` ends it FAILED, and would not say why."""
+    import mlflow
+
+    prepare()
+    with suppress(UserError), explained():
+        mlflow.MlflowClient().set_tag(run_id, ERROR, reason[:5000])
+
+
+def _end(status: str, reason: str) -> None:
+    """End the active run, if it was opened at all, whatever else fails or is pressed meanwhile."""
+    import mlflow
+
+    with _signals_ignored():
+        if (run := mlflow.active_run()) is None:
+            return
+        try:
+            note_error(run.info.run_id, reason)
+        finally:
+            mlflow.end_run(status)
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Signal handlers for a block; only the main thread may set them, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _sigterm_raises() -> AbstractContextManager[None]:
+    """Within the block, SIGTERM unwinds the stack like Ctrl-C."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("SIGTERM")
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _handlers({signal.SIGTERM: stop})
+
+
+def _signals_ignored() -> AbstractContextManager[None]:
+    """A second Ctrl-C must not keep a run from being ended."""
+    return _handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
 
 
 def git_commit() -> str:

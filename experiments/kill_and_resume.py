@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 import pandas as pd
+from mlflow.entities import Run
 
 from cxr.config import TrainConfig
 from cxr.data.synthetic import write_synthetic
@@ -34,7 +35,7 @@ def train(folder: Path, cache: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start `cxr train` with a store in `folder`."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "CXR_CACHE": str(cache)}
     command = [sys.executable, "-m", "cxr", "train", *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -42,7 +43,8 @@ def outcome(folder: Path) -> dict[str, object]:
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    run = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    run = found[0]
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
     finals = mlflow.MlflowClient().get_metric_history(run.info.run_id, "test_brier")
     return {
@@ -50,8 +52,16 @@ def outcome(folder: Path) -> dict[str, object]:
         "status": run.info.status,
         "history": [(entry.step, entry.value) for entry in history],
         "test": [entry.value for entry in finals],
+        "runs": len(found),
+        "probabilities": probabilities(run) if finals else [],
         "versions": len(mlflow.search_model_versions()),
     }
+
+
+def probabilities(run: Run) -> list[float]:
+    """The test probabilities that the run kept."""
+    file = Path(run.info.artifact_uri) / "tables" / "test_predictions.csv"
+    return list(pd.read_csv(file)["probability"])
 
 
 @click.command()
@@ -71,7 +81,7 @@ def main(kills: int, seed: int) -> None:
     for number in range(kills):
         folder, cache = work / f"run-{number}", work / f"cache-{number}"
         folder.mkdir()
-        process, after = train(folder, cache, *options), moments.uniform(0.2, 1.05) * seconds
+        process, after = train(folder, cache, *options), moments.uniform(0.05, 1.05) * seconds
         time.sleep(after)
         process.kill()
         process.wait()
@@ -94,7 +104,10 @@ def resumed(folder: Path, cache: Path, options: list[str], whole: dict[str, obje
         resume = ["--resume", str(before["id"])] if before["id"] else options
         code = train(folder, cache, *resume).wait()
     after = outcome(folder)
-    same = code == 0 and all(after[key] == whole[key] for key in ("status", "history", "test", "versions"))
+    same = code == 0 and all(
+        after[key] == whole[key] for key in ("status", "history", "test", "runs", "probabilities", "versions")
+    )
+    same = same and before["id"] in (None, after["id"])
     history = before["history"]
     assert isinstance(history, list)
     return {"status": before["status"], "epochs_logged": len(history), "exit": code, "same": same}

@@ -62,7 +62,7 @@ def test_a_finished_run_becomes_a_version_with_all_it_needs(finished: Finished, 
     assert {"strategy", "threshold", "preprocessing", "data_fingerprint", "val_fingerprint"} <= version.tags.keys()
 
 
-@pytest.mark.parametrize("shape", ["bytes", "base64", "array", "list"])
+@pytest.mark.parametrize("shape", ["bytes", "base64", "array", "list of bytes", "list of base64"])
 def test_the_champion_takes_images_in_every_documented_shape(finished: Finished, in_store: str, shape: str) -> None:
     from PIL import Image
 
@@ -71,7 +71,8 @@ def test_the_champion_takes_images_in_every_documented_shape(finished: Finished,
         "bytes": pd.DataFrame({"image": [data]}),
         "base64": pd.DataFrame({"image": [base64.b64encode(data).decode()]}),
         "array": pd.DataFrame({"image": [np.asarray(Image.open(image_of(finished)))]}),
-        "list": pd.DataFrame({"image": [data, data]}),
+        "list of bytes": [data, data],
+        "list of base64": [base64.b64encode(data).decode()],
     }
     answer = mlflow.pyfunc.load_model(CHAMPION).predict(inputs[shape])
     assert list(answer.columns) == ["label", "probability", "decision"]
@@ -141,24 +142,21 @@ def test_export_writes_a_plain_torchvision_state_dict(
 
 
 def test_champion_moves_only_when_validation_on_the_same_images_improves(finished: Finished, in_store: str) -> None:
-    made = mlflow.search_logged_models(
-        [finished[2].info.experiment_id], f"source_run_id = '{finished[1].run_id}'", output_format="list"
-    )[0]
-    client, name = mlflow.MlflowClient(), "moving"
-    client.create_registered_model(name)
-    outcomes = []
+    client, made, outcomes = mlflow.MlflowClient(), [], []
     for number, (loss, images) in enumerate([("0.5", "x"), ("0.6", "x"), ("0.1", "y"), ("0.4", "x")]):
+        model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
+        mlflow.finalize_logged_model(model.model_id, "READY")
         tags = {"run_id": str(number), "val_loss": loss, "val_fingerprint": images}
-        version = mlflow.register_model(f"models:/{made.model_id}", name, tags=tags).version
-        champion = registry._by_alias(name, "champion")
-        better, why = registry._is_better(tags, champion)
-        outcomes.append((better, why))
-        if better:
-            registry.promote(name, str(version))
-    assert [better for better, _ in outcomes] == [True, False, False, True]
-    assert "not above 0.6" in outcomes[1][1]
-    assert "other images" in outcomes[2][1]
-    assert client.get_model_version_by_alias(name, "champion").tags["champion_before"] == "1"
+        made.append((model.model_id, tags))
+        outcomes.append(registry.register(model.model_id, "moving", tags))
+        assert client.get_model_version_by_alias("moving", "candidate").version == int(outcomes[-1].version)
+    assert [outcome.champion for outcome in outcomes] == [True, False, False, True]
+    assert "not above 0.6" in outcomes[1].why
+    assert "other images" in outcomes[2].why
+    assert client.get_model_version_by_alias("moving", "champion").tags["champion_before"] == "1"
+    again = registry.register(made[-1][0], "moving", made[-1][1])
+    assert (again.version, again.champion) == (outcomes[-1].version, True)
+    assert list(registry.versions("moving")["version"]) == [4, 3, 2, 1]
 
 
 def test_unknown_models_and_runs_are_user_errors(

@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from mlflow.entities import Run
 
-from cxr.config import TrainConfig, unflatten
+from cxr.checkpoint import exclusive
+from cxr.config import TrainConfig, flatten, unflatten
 from cxr.errors import UserError
-from cxr.pipeline import RunResult
-from cxr.tracking import MlflowTracker, open_run
+from cxr.pipeline import RunResult, run_tracked
+from cxr.tracking import MlflowTracker, existing_run, open_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,19 +101,22 @@ def test_the_run_that_mlflow_opened_is_used(store: str, monkeypatch: pytest.Monk
     with mlflow.start_run() as opened:
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
-    with open_run("partial-s0") as tracker:
+    mlflow.MlflowClient().set_terminated(opened.info.run_id, "RUNNING")
+    run_id = existing_run("none")
+    assert run_id == opened.info.run_id
+    with open_run("partial-s0", run_id=run_id) as tracker:
         assert tracker.run_id == opened.info.run_id
     assert mlflow.get_run(opened.info.run_id).info.run_name == "partial-s0"
 
 
 def test_a_name_that_a_person_chose_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.set_experiment("cxr")
-    with mlflow.start_run(run_name="my own name") as opened:
+    with mlflow.start_run(run_name="chest-xray-1") as opened:
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
-    with open_run("partial-s0"):
+    with open_run("partial-s0", run_id=existing_run("none")):
         pass
-    assert mlflow.get_run(opened.info.run_id).info.run_name == "my own name"
+    assert mlflow.get_run(opened.info.run_id).info.run_name == "chest-xray-1"
 
 
 @pytest.mark.parametrize(
@@ -166,3 +170,54 @@ def test_probabilities_survive_csv(finished: tuple[TrainConfig, RunResult, Run])
     _, result, _ = finished
     file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
     assert np.array_equal(pd.read_csv(file)["probability"].to_numpy(), result.test.probabilities)
+
+
+def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Path, own_cache: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with open_run("partial-s0") as tracker, exclusive(own_cache / "runs" / tracker.run_id):
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
+        with pytest.raises(UserError, match="another process"):
+            run_tracked(TrainConfig(resume=tracker.run_id))
+        assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
+
+
+def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms), image_size=64, weights="random")))
+        tracker.metrics({"val_loss": 0.5}, step=0)
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="holds no checkpoint of its 1 epochs"):
+        run_tracked(TrainConfig(resume=tracker.run_id), say=lambda line: None)
+
+
+def test_a_resume_without_recorded_parameters_is_refused(store: str) -> None:
+    mlflow.set_tracking_uri(store)
+    with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="recorded no parameters"):
+        run_tracked(TrainConfig(resume=tracker.run_id))
+
+
+def test_a_store_that_fails_while_the_run_ends_does_not_make_it_finished(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(store)
+
+    def broken(*arguments: object) -> None:
+        raise OSError("no answer")
+
+    with pytest.raises(ZeroDivisionError), open_run("partial-s0") as tracker:
+        monkeypatch.setattr(mlflow.MlflowClient, "set_tag", broken)
+        raise ZeroDivisionError
+    assert mlflow.get_run(tracker.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nope/mlflow.db", "postgresql://nobody@127.0.0.1:9/x"])
+def test_a_store_that_cannot_be_used_is_a_user_error(uri: str) -> None:
+    mlflow.set_tracking_uri(uri)
+    try:
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"), open_run("partial-s0"):
+            raise AssertionError("no run can be open")
+    finally:
+        mlflow.set_tracking_uri(None)

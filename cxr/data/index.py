@@ -79,7 +79,10 @@ def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]
 
     Raises `UserError` for a folder without both classes.
     """
-    top = Path(data_dir).expanduser().absolute()
+    try:
+        top = Path(data_dir).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"--data-dir {data_dir}: {error}; give the folder's absolute path") from error
     if not any(path.name.upper() in CLASS_TO_INDEX for path in _visible(top)):
         root = find_root(top)
         table = index_folder(root)
