@@ -350,7 +350,9 @@ def _log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRe
     model_id = _log_model(config, tracker, model, result)
     registration = _register(config, tracker, model_id, result)
     if not tracker.logged("test_roc_auc"):
-        tracker.metrics({**result.val.figures(), **result.test.figures(), **sizes}, model_id=model_id)
+        # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
+        final = {**result.val.figures(), **result.test.figures(), **sizes}
+        tracker.metrics(final, step=len(result.records), model_id=model_id)
     tracker.tags(
         {
             "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
