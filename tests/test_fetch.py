@@ -20,7 +20,7 @@ def test_without_kagglehub_it_says_how_to_get_it_and_how_to_do_without(monkeypat
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     with pytest.raises(UserError, match="kagglehub is not installed") as caught:
         fetch()
-    assert "uv sync --extra kaggle" in str(caught.value)
+    assert "uv run --extra kaggle" in str(caught.value)
     assert f"{HANDLE} from Kaggle in a browser" in str(caught.value)
     assert "--data-dir" in str(caught.value)
 

@@ -20,7 +20,7 @@ def fetch() -> Path:
         import kagglehub
     except ImportError as error:
         raise UserError(
-            f"cxr data fetch: kagglehub is not installed; `uv sync --extra kaggle`, or {_BY_HAND}"
+            f"cxr data fetch: kagglehub is not installed; `uv run --extra kaggle cxr data fetch` brings it, or {_BY_HAND}"
         ) from error
     try:
         folder = kagglehub.dataset_download(HANDLE)
