@@ -1,0 +1,134 @@
+"""Serve a registered model on loopback and send it requests, a tenth of them garbage.
+
+    MLFLOW_TRACKING_URI=sqlite:////…/mlflow.db uv run python experiments/serve_load.py --requests 1000 --clients 8
+
+Prints how many good ones were answered with the right probability, how many bad ones with 400, the rate, and the
+server's memory before and after.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import numpy as np
+import psutil
+from PIL import Image
+
+from cxr.data.synthetic import phantom
+from cxr.registry import load
+
+PORT = 5077
+URL = f"http://127.0.0.1:{PORT}"
+
+
+def png(size: int) -> bytes:
+    """A phantom as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(phantom(np.random.default_rng(size), "virus", size)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that says it has 400 million pixels."""
+    data = bytearray(png(64))
+    data[16:24] = (20000).to_bytes(4, "big") * 2
+    return bytes(data)
+
+
+def garbage() -> list[object]:
+    """What must be answered with 400."""
+    text = [Path("/etc/passwd").as_posix(), "file:///etc/passwd", "http://127.0.0.1/film.png", "", "%%%"]
+    encoded = [base64.b64encode(data).decode() for data in (b"no image", png(64)[:200], bomb())]
+    return [*text, *encoded, 7, None]
+
+
+def post(image: object) -> tuple[int, str]:
+    """(status, body) of one request."""
+    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": [[image]]}}).encode()
+    request = urllib.request.Request(f"{URL}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def memory(pid: int) -> float:
+    """The resident memory of a process and its children, in MB."""
+    parent = psutil.Process(pid)
+    return sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)]) / 1e6
+
+
+def serve(uri: str) -> subprocess.Popen[bytes]:
+    """Start the server and wait until it answers."""
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow calls `uvicorn` by name
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [*command, "-p", str(PORT)], env=os.environ | {"PATH": path}, start_new_session=True, stdout=quiet, stderr=quiet
+    )
+    for _ in range(120):
+        time.sleep(1)
+        try:
+            urllib.request.urlopen(f"{URL}/ping", timeout=2)
+            return process
+        except OSError:
+            continue
+    raise TimeoutError("the server does not answer")
+
+
+@click.command()
+@click.option("--model", default="models:/cxr-pneumonia@champion", show_default=True)
+@click.option("--requests", default=1000, show_default=True)
+@click.option("--clients", default=8, show_default=True)
+def main(model: str, requests: int, clients: int) -> None:
+    """Run the load and print the figures."""
+    predictor, data = load(model), png(224)
+    right = float(predictor.predict([predictor.prepare(data)])["probability"][0])
+    bad = itertools.cycle(garbage())
+    good = base64.b64encode(data).decode()
+    jobs: list[object] = [next(bad) if number % 10 == 9 else good for number in range(requests)]
+    process = serve(model)
+    try:
+        list(map(post, jobs[:20]))
+        before, started = memory(process.pid), time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            answers = list(pool.map(post, jobs))
+        seconds, after = time.perf_counter() - started, memory(process.pid)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+    report(jobs, answers, good, right)
+    click.echo(f"{requests / seconds:.0f} requests/s from {clients} clients; memory {before:.0f} -> {after:.0f} MB")
+
+
+def report(jobs: list[object], answers: list[tuple[int, str]], good: str, right: float) -> None:
+    """Count what was answered rightly; exit code 1 when anything was not."""
+    wrong = []
+    for job, (status, body) in zip(jobs, answers, strict=True):
+        if job == good:
+            fine = status == 200 and abs(json.loads(body)["predictions"][0]["probability"] - right) < 1e-5
+        else:
+            fine = status == 400 and "root:" not in body
+        if not fine:
+            wrong.append((str(job)[:40], status, body[:200]))
+    goods = sum(job == good for job in jobs)
+    click.echo(f"{goods} good and {len(jobs) - goods} bad requests; {len(wrong)} answered wrongly {wrong[:3]}")
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
