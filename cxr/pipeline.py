@@ -23,7 +23,7 @@ from cxr import plots, registry
 from cxr.activations import Activations
 from cxr.checkpoint import LAST, Checkpoints, exclusive
 from cxr.config import SYNTHETIC, TrainConfig, flatten, types_of, unflatten
-from cxr.data.audit import audit, reject_bad
+from cxr.data.audit import audit, list_bad, reject_bad
 from cxr.data.augment import augment, view_parameters
 from cxr.data.dataset import Split, eval_batches, make_split
 from cxr.data.index import (
@@ -195,8 +195,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache_folder(cache_dir))
     if bad := _bad_paths(table, store):
-        names = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
-        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {names}; mend or remove them")
+        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; mend or remove them")
     table = table.assign(split=split)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
     report = evaluate(predictions_table(table, logits.numpy(), card.threshold), split, card.threshold, bootstrap)

@@ -45,12 +45,16 @@ class ModelCard:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def text(self) -> str:
+        """The card as JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 def save_package(folder: Path, state: StateDict, card: ModelCard) -> None:
     """Write the packaged model into `folder`, made if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    (folder / CARD).write_text(card.text())
 
 
 def _from_base64(text: str) -> bytes:
@@ -123,7 +127,7 @@ class Predictor:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), files[0])
             files[1].write_text(json.dumps(self.card.class_to_index) + "\n")
-            files[2].write_text(json.dumps(asdict(self.card), indent=2) + "\n")
+            files[2].write_text(self.card.text())
         except (OSError, RuntimeError) as error:
             raise UserError(f"{folder}: cannot be written ({error}); name another folder") from error
         return files

@@ -24,7 +24,7 @@ from cxr.errors import Stopped, UserError
 EXPERIMENT = "cxr"
 ERROR, OUTCOME = "cxr.error", "cxr.outcome"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
-EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
 _SETTINGS = {
@@ -302,7 +302,7 @@ def _start(name: str, experiment: str, run_id: str | None) -> Any:
         mlflow.delete_tag(ERROR)
     if _is_generated(run.info.run_name or ""):
         mlflow.set_tag("mlflow.runName", name)
-    mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *next(iter(EXPERIMENT_KIND.items())))
+    mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
     return run
 
 

@@ -47,8 +47,7 @@ def _balance(manifest: pd.DataFrame) -> Finding:
 
 
 def _corrupt(bad: dict[str, str]) -> Finding:
-    text = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
-    return Finding("corrupt files", not bad, text or "none")
+    return Finding("corrupt files", not bad, list_bad(bad) or "none")
 
 
 def _unnamed(manifest: pd.DataFrame) -> Finding:
@@ -66,12 +65,18 @@ def _crossing(manifest: pd.DataFrame) -> Finding:
     return Finding("patients in more than one split", not crossing, text)
 
 
+def list_bad(bad: dict[str, str]) -> str:
+    """Every unreadable image with its reason, on one line. `bad` maps a path to the reason."""
+    return "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
+
+
 def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str) -> pd.DataFrame:
     """The manifest without the unreadable images. `bad` maps a path to the reason.
 
     Raises `UserError` naming all of them when `on_bad_image` is `stop` and there are any.
     """
     if bad and on_bad_image == "stop":
-        names = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
-        raise UserError(f"{len(bad)} unreadable image(s): {names}; mend or remove them, or use --on-bad-image skip")
+        raise UserError(
+            f"{len(bad)} unreadable image(s): {list_bad(bad)}; mend or remove them, or use --on-bad-image skip"
+        )
     return manifest[~manifest["path"].isin(bad)].reset_index(drop=True)
