@@ -106,11 +106,12 @@ def promote_command(version: str, name: str) -> None:
 @models.command("export")
 @click.argument("folder", type=click.Path(path_type=Path))
 @MODEL
-def export_command(folder: Path, uri: str) -> None:
+@click.option("--onnx", is_flag=True, help="write X_ray_classifier.onnx, too")
+def export_command(folder: Path, uri: str, onnx: bool) -> None:
     """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
     from cxr.registry import load
 
-    for file in load(uri).export(folder):
+    for file in load(uri).export(folder, onnx):
         click.echo(file)
 
 

@@ -6,7 +6,10 @@ A packaged model is a folder with `weights.safetensors` (a torchvision state dic
 from __future__ import annotations
 
 import base64
+import copy
+import importlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torchvision.models import ResNet, get_model
 
 from cxr.data.augment import IMAGENET_MEAN, IMAGENET_STD, to_input
@@ -27,7 +31,7 @@ from cxr.errors import UserError
 from cxr.model import StateDict
 from cxr.train import infer
 
-WEIGHTS, CARD = "weights.safetensors", "model.json"
+WEIGHTS, CARD, ONNX = "weights.safetensors", "model.json", "X_ray_classifier.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,18 @@ def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
     return Image.fromarray(array.astype(np.uint8))
 
 
+class _Probability(nn.Module):
+    """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
+
+    def __init__(self, model: ResNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """As `Predictor.predict`."""
+        return torch.softmax(self.model(to_input(image)), 1)[:, CLASS_TO_INDEX["PNEUMONIA"]]
+
+
 class Predictor:
     """A packaged model in use."""
 
@@ -117,20 +133,49 @@ class Predictor:
         table.insert(0, "image", [str(path) for path in paths])
         return table
 
-    def export(self, folder: Path) -> list[Path]:
-        """Write the plain torchvision state dict, the class mapping and the card; returns the files.
+    def export(self, folder: Path, onnx: bool = False) -> list[Path]:
+        """Write the plain torchvision state dict, the class mapping, the card and, if asked, an ONNX model; returns
+        the files.
 
-        Raises `UserError` when they cannot be written.
+        The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of pneumonia [n].
+        Raises `UserError` when they cannot be written, or the packages for ONNX are not installed.
         """
         files = [folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD)]
+        graph = self._onnx() if onnx else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), files[0])
             files[1].write_text(json.dumps(self.card.class_to_index) + "\n")
             files[2].write_text(self.card.text())
+            if graph is not None:
+                files.append(folder / ONNX)
+                graph.save(files[-1])
         except (OSError, RuntimeError) as error:
             raise UserError(f"{folder}: cannot be written ({error}); name another folder") from error
         return files
+
+    def _onnx(self) -> torch.onnx.ONNXProgram:
+        """By PyTorch's own exporter, for any number of images."""
+        try:
+            importlib.import_module("onnxscript")
+        except ImportError as error:
+            hint = "`uv run --extra onnx cxr models export …` brings it"
+            raise UserError(f"--onnx: the package {error.name} is not installed; {hint}") from error
+        example = torch.zeros(2, self.card.image_size, self.card.image_size, dtype=torch.uint8)
+        # A copy, because the exporter wants the usual memory layout.
+        network = _Probability(copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)).eval()
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
+                input_names=["image"],
+                output_names=["probability"],
+                verbose=False,
+            )
+        assert program is not None
+        return program
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
         """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""

@@ -9,6 +9,7 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from torchvision.models import ResNet
 
 from cxr.data.store import ImageError, UInt8
 from cxr.predictor import Predictor
@@ -20,6 +21,10 @@ class XrayModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the package that was logged as the artifact `package`."""
         self.predictor = Predictor.load(Path(context.artifacts["package"]))
+
+    def network(self) -> ResNet:
+        """The plain torchvision module with its weights, in eval mode; its input is made by `predictor.prepare`."""
+        return self.predictor.model
 
     # No type hint on `model_input`: MLflow would take it for a schema.
     def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]

@@ -269,18 +269,20 @@ def explained() -> Iterator[None]:
 def open_run(name: str, experiment: str = EXPERIMENT, run_id: str | None = None) -> Iterator[MlflowTracker]:
     """The run `run_id`, taken up again, or a new one in `experiment`.
 
-    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING.
+    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
+    run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
     Raises `UserError` when the tracking store cannot be used.
     """
     import mlflow
 
     prepare()
-    with _sigterm_raises():
+    with _stops_once():
         try:
             with explained():
                 run = _start(name, experiment, run_id)
-            yield MlflowTracker(run)
-            mlflow.set_tag(OUTCOME, "finished")
+            with _store_errors_explained(run.info.run_id):
+                yield MlflowTracker(run)
+                mlflow.set_tag(OUTCOME, "finished")
         except (KeyboardInterrupt, Stopped):
             _end("KILLED", "stopped by the user")
             raise
@@ -288,6 +290,24 @@ def open_run(name: str, experiment: str = EXPERIMENT, run_id: str | None = None)
             _end("FAILED", f"{type(error).__name__}: {error}")
             raise
         mlflow.end_run("FINISHED")
+
+
+@contextmanager
+def _store_errors_explained(run_id: str) -> Iterator[None]:
+    """Turn the loss of the tracking store in mid-run into one line; the run's own errors pass."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"MLflow at {mlflow.get_tracking_uri()} failed during run {run_id}: {reason}; "
+            f"when it answers again, go on with: cxr train --resume {run_id}"
+        ) from error
 
 
 def _start(name: str, experiment: str, run_id: str | None) -> Any:
@@ -334,7 +354,18 @@ def _end(status: str, reason: str) -> None:
         try:
             note_error(run.info.run_id, reason)
         finally:
+            _end_active(run.info.run_id, status)
+
+
+def _end_active(run_id: str, status: str) -> None:
+    """A store that is gone cannot be told; that must not hide what ended the run."""
+    import mlflow
+
+    try:
+        with explained():
             mlflow.end_run(status)
+    except UserError:
+        warnings.warn(f"run {run_id} could not be ended in the store, which still shows it RUNNING", stacklevel=2)
 
 
 @contextmanager
@@ -351,13 +382,18 @@ def _handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _sigterm_raises() -> AbstractContextManager[None]:
-    """Within the block, SIGTERM unwinds the stack like Ctrl-C."""
+def _stops_once() -> AbstractContextManager[None]:
+    """Within the block, SIGTERM unwinds the stack like Ctrl-C, and what follows the first of either is ignored.
+
+    On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("SIGTERM")
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped("SIGTERM")
 
-    return _handlers({signal.SIGTERM: stop})
+    return _handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
 
 
 def _signals_ignored() -> AbstractContextManager[None]:

@@ -2,8 +2,9 @@
 
     uv run python experiments/kill_and_resume.py --kills 20
 
-Prints a table: when each attempt was killed, what it had logged by then, and whether the resumed run's history and
-test probabilities equal the undisturbed run's, bit for bit, with no step logged twice.
+Prints a table: when each attempt was killed, at what (the last line it printed), what it had logged by then, and whether
+the resumed run's history and test probabilities equal the undisturbed run's, bit for bit, with no step logged twice.
+A kill that comes when the run is over does not count, and is repeated earlier.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mlflow.entities import Run
 from cxr.config import TrainConfig
 from cxr.data.synthetic import write_synthetic
 
-EPOCHS = "2"
+EPOCHS = "3"
 
 
 def configs(data_dir: str, weights: str) -> list[TrainConfig]:
@@ -45,8 +46,16 @@ def new_store(work: Path) -> Path:
 def train(folder: Path, cache: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start `cxr train` with a store in `folder`."""
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "CXR_CACHE": str(cache)}
+    environment |= {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "cxr", "train", *options]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+
+
+def last_line(folder: Path) -> str:
+    """What the killed process was at, as far as it said."""
+    lines = (folder / "output.txt").read_text().splitlines()
+    return " ".join(lines[-1].split()[:3]) if lines else "(nothing yet)"
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -90,15 +99,23 @@ def main(kills: int, seed: int) -> None:
     started = time.perf_counter()
     assert train(work / "whole", work / "cache-whole", *options).wait() == 0
     seconds = time.perf_counter() - started
-    whole, moments, rows = outcome(work / "whole"), random.Random(seed), []
-    for number in range(kills):
+    whole, moments = outcome(work / "whole"), random.Random(seed)
+    rows: list[dict[str, object]] = []
+    while len(rows) < kills:
+        number = len(rows)
         folder, cache = work / f"run-{number}", work / f"cache-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(store, folder)
-        process, after = train(folder, cache, *options), moments.uniform(0.1, 0.98) * seconds
+        process, after = train(folder, cache, *options), moments.uniform(0.15, 1) * seconds
         time.sleep(after)
         process.kill()
-        process.wait()
-        rows.append({"kill": number, "after_s": round(after, 1), **resumed(folder, cache, options, whole)})
+        if process.wait() == 0:
+            continue
+        row = {"kill": number, "after_s": round(after, 1), "last line": last_line(folder)}
+        row |= resumed(folder, cache, options, whole)
+        if row["status"] == "FINISHED":
+            continue
+        rows.append(row)
         click.echo(pd.DataFrame(rows[-1:]).to_string(index=False, header=number == 0))
     good = sum(bool(row["same"]) for row in rows)
     click.echo(f"{good} of {kills} ended as the undisturbed run did ({seconds:.0f} s)")

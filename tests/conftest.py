@@ -75,6 +75,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     mlflow.set_tracking_uri(None)
 
 
+@pytest.fixture
+def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Commands of this test use the shared store."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    mlflow.set_tracking_uri(store)
+    return store
+
+
 @pytest.fixture(scope="session")
 def finished(
     store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory

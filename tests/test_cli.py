@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import run_main
 
 from cxr import cli as command_line
 
@@ -24,14 +25,6 @@ BAD_OPTIONS = {
     "--data-dir": ("/no/such/folder", "no such folder"),
     "--on-bad-image": ("shrug", "stop, skip"),
 }
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run `cxr` in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["cxr", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    return int(stop.value.code or 0)
 
 
 def test_help_answers_in_under_half_a_second_of_cpu() -> None:

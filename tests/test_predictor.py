@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchvision.models import ResNet
 from cxr.data.augment import to_input
 from cxr.data.index import CLASS_TO_INDEX
 from cxr.data.store import ImageError, decode_gray
+from cxr.errors import UserError
 from cxr.model import build_model
 from cxr.predictor import CARD, WEIGHTS, ModelCard, Predictor, save_package
 from cxr.train import infer
@@ -156,3 +158,24 @@ def test_text_never_reads_a_file(predictor: Predictor, png: bytes, tmp_path: Pat
 def test_a_truncated_image_is_refused(predictor: Predictor, png: bytes) -> None:
     with pytest.raises(ImageError):
         predictor.prepare(png[: len(png) // 2])
+
+
+def test_onnx_answers_as_the_predictor_does(predictor: Predictor, tmp_path: Path) -> None:
+    import onnxruntime
+
+    files = predictor.export(tmp_path, onnx=True)
+    assert files[-1].name == "X_ray_classifier.onnx"
+    session = onnxruntime.InferenceSession(files[-1])
+    images = np.random.default_rng(2).integers(0, 256, (5, 32, 32), np.uint8)
+    for part in (images, images[:1]):
+        (answers,) = session.run(None, {"image": part})
+        np.testing.assert_allclose(answers, predictor.predict(list(part))["probability"], rtol=1e-4)
+
+
+def test_onnx_without_its_packages_is_a_user_error(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="--extra onnx"):
+        predictor.export(tmp_path / "new", onnx=True)
+    assert not (tmp_path / "new").exists()

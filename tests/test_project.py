@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
+import mlflow
+import pytest
 from click.testing import CliRunner
 
 from cxr.config import TrainConfig
@@ -34,3 +41,63 @@ def test_hyphens_and_underscores_mean_the_same() -> None:
     expected = replace(TrainConfig(), batch_size=8, lr_top=2e-4)
     assert parse("--batch-size", "8", "--lr-top", "2e-4") == expected
     assert parse("--batch_size", "8", "--lr_top", "0.0002") == expected
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def mlflow_run(store: str, phantoms: Path, cache: Path, *parameters: str, run_id: str = "") -> subprocess.Popen[str]:
+    """Start `mlflow run .` on tiny phantoms in a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
+    command += ["--run-id", run_id] if run_id else ["--experiment-name", "cxr"]
+    values = [f"data_dir={phantoms}", "weights=random", "image_size=64", "bootstrap=0", "views=1", "register=none"]
+    for value in (*values, *parameters):
+        command += ["-P", value]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "CXR_CACHE": str(cache), "PATH": path}
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
+    store: str, phantoms: Path, own_cache: Path
+) -> None:
+    before = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    with mlflow_run(store, phantoms, own_cache, "strategy=gradual", "epochs=2") as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch  1"):
+                os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        assert process.wait(60) != 0
+    stopped = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    assert stopped.info.status in ("KILLED", "FAILED")  # MLflow 3.17 writes the second over the first
+    assert stopped.data.tags["cxr.error"] == "stopped by the user"
+    with mlflow_run(store, phantoms, own_cache, run_id=stopped.info.run_id) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    resumed = mlflow.get_run(stopped.info.run_id)
+    assert resumed.info.status == "FINISHED"
+    assert len(mlflow.search_runs(search_all_experiments=True, output_format="list")) == len(before) + 1
+    history = mlflow.MlflowClient().get_metric_history(resumed.info.run_id, "val_loss")
+    assert [entry.step for entry in history] == list(range(6))
+    assert resumed.data.params["train.strategy"] == "gradual"
+
+
+@pytest.mark.slow
+def test_mlflow_run_with_a_bad_parameter_ends_failed_and_says_why(store: str, phantoms: Path, own_cache: Path) -> None:
+    with mlflow_run(store, phantoms, own_cache, "strategy=halves") as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: --strategy halves: unknown; choose one of frozen, partial, full, gradual" in output
+    newest = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    assert newest.info.status == "FAILED"
+    assert "--strategy halves" in newest.data.tags["cxr.error"]

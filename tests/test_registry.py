@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command import run_main
 from mlflow.entities import Run
 from torchvision.models import resnet18
 
-from cxr import cli as command_line
 from cxr import registry
 from cxr.config import TrainConfig
 from cxr.errors import UserError
@@ -27,24 +27,6 @@ from cxr.pipeline import RunResult, run_tracked
 ROOT = Path(__file__).parent.parent
 CHAMPION = "models:/cxr-pneumonia@champion"
 Finished = tuple[TrainConfig, RunResult, Run]
-
-
-@pytest.fixture
-def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Commands of this test use the shared store."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    mlflow.set_tracking_uri(store)
-    return store
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run `cxr` in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["cxr", *arguments])
-    try:
-        command_line.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def image_of(finished: Finished, row: int = 0) -> Path:
