@@ -1,30 +1,36 @@
 """What enters a phase's first trainable stage, computed once for each (image, view) and reused.
 
 The prefix is frozen and in eval mode, so its output for a view cannot change while the phase runs. A view is computed
-when an epoch first shows it, which costs what not keeping it would cost; from then on it is only looked up. Where the
-memory does not suffice, nothing is kept and the prefix runs in every epoch.
+when an epoch first shows it, which costs what not keeping it would cost; from then on it is only looked up: on the CPU
+in a file that other runs share (`shelf`), on a GPU in its memory. Where the budget does not suffice, nothing is kept
+and the prefix runs in every epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr.data.dataset import Split, epoch_order, eval_batches, straight_order, view_batches
-from cxr.model import autocast, run_stages
+from cxr.model import autocast, checksum, run_stages
+from cxr.shelf import RowFile, make_room, shelf_key
 from cxr.strategies import Phase
 
 Batch = tuple[Tensor, Tensor]
 Wrap = Callable[[Iterable[Batch], int], Iterable[Batch]]
+PLAIN = -1  # in place of a view's number: as it is, without augmentation
 
 
 class Activations:
     """Batches for `train.fit`: (what the prefix gives, labels), on the model's device.
 
-    `budget` is the memory to spend, in bytes. `wrap(batches, total)` may show progress.
+    `budget` is the memory (with a shelf: the disk space) to spend, in bytes; `shelf` the folder of shared files, or
+    None to keep all in memory. `wrap(batches, total)` may show progress.
     """
 
     def __init__(
@@ -38,39 +44,37 @@ class Activations:
         precision: str,
         budget: float,
         wrap: Wrap = lambda batches, total: batches,
+        shelf: Path | None = None,
     ):
         self.model, self.train, self.val = model, train, val
         self.batch_size, self.seed, self.views = batch_size, seed, views
         self.precision, self.budget, self.wrap = precision, budget, wrap
         self.device = next(model.parameters()).device
+        self.shelf = shelf if self.device.type == "cpu" and train.store else None
         self._phase = ""
+        self._prefix = ""
         self._kept: dict[int, Tensor] = {}
+        self._files: dict[int, RowFile] = {}
+        self._probe = torch.empty(0)
         self._fits = False
 
     def train_batches(self, phase: Phase, epoch: int) -> Iterable[Batch]:
         """One epoch in its own order; epoch e shows view e mod `views`."""
         self._enter(phase)
-        view = epoch % self.views if self.views else 0
+        view = epoch % self.views if self.views else PLAIN
         order = epoch_order(len(self.train), self.batch_size, self.seed, epoch)
         if not self._fits:
-            shown = view_batches(self.train, order, self.seed, view if self.views else None, self.device)
-            return self.wrap(self._through_prefix(phase, shown), len(order))
-        if view not in self._kept:
-            straight = straight_order(self.train, self.batch_size)
-            shown = view_batches(self.train, straight, self.seed, view if self.views else None, self.device)
-            self._kept[view] = _collect(self.wrap(self._through_prefix(phase, shown), len(straight)), len(self.train))
-        return self.wrap(self._look_up(self._kept[view], order), len(order))
+            return self.wrap(self._through_prefix(phase, self._shown(self.train, order, view)), len(order))
+        features, rows = self._features(phase, self.train, view, self.wrap)
+        return self.wrap(self._look_up(features, rows, self.train, order), len(order))
 
     def val_batches(self, phase: Phase) -> Iterable[Batch]:
         """The validation split in order, without augmentation."""
         self._enter(phase)
         if not self._fits:
             return self._through_prefix(phase, eval_batches(self.val, self.batch_size, self.device))
-        if -1 not in self._kept:
-            batches = eval_batches(self.val, self.batch_size, self.device)
-            self._kept[-1] = _collect(self._through_prefix(phase, batches), len(self.val))
-        labels = torch.from_numpy(self.val.labels).to(self.device)
-        return zip(torch.split(self._kept[-1], self.batch_size), torch.split(labels, self.batch_size), strict=True)
+        features, rows = self._features(phase, self.val, PLAIN, lambda batches, total: batches)
+        return self._look_up(features, rows, self.val, straight_order(self.val, self.batch_size))
 
     def _enter(self, phase: Phase) -> None:
         """Forget another phase's outputs, and see whether this one's fit into the budget."""
@@ -78,10 +82,51 @@ class Activations:
             return
         self._phase, self._fits = phase.name, False
         self._kept.clear()
+        self._files.clear()
         if phase.frozen:
-            probe, _ = next(iter(self._through_prefix(phase, eval_batches(self.val, 1, self.device))))
+            self._probe, _ = next(iter(self._through_prefix(phase, eval_batches(self.val, 1, self.device))))
             images = len(self.train) * max(self.views, 1) + len(self.val)
-            self._fits = probe.numel() * probe.element_size() * images <= self.budget
+            need = self._probe.numel() * self._probe.element_size() * images
+            self._fits = need <= self.budget
+            if self.shelf and self._fits:
+                self._prefix = checksum(self.model, phase.frozen)
+                keep = {self._folder(view) for view in (PLAIN, *range(self.views))}
+                make_room(self.shelf, need, self.budget, keep)
+
+    def _shown(self, split: Split, order: list[Tensor], view: int) -> Iterator[Batch]:
+        return view_batches(split, order, self.seed, None if view == PLAIN else view, self.device)
+
+    def _features(self, phase: Phase, split: Split, view: int, wrap: Wrap) -> tuple[Tensor, Tensor]:
+        """(what the prefix gives for a view, the row in it of each image of the split); what is missing is computed."""
+        if self.shelf:
+            return self._from_shelf(phase, split, view, wrap)
+        at = view if split is self.train else PLAIN - 1  # the two splits' tensors are apart
+        if at not in self._kept:
+            order = straight_order(split, self.batch_size)
+            through = wrap(self._through_prefix(phase, self._shown(split, order, view)), len(order))
+            self._kept[at] = _collect(through, len(split))
+        return self._kept[at], torch.arange(len(split))
+
+    def _from_shelf(self, phase: Phase, split: Split, view: int, wrap: Wrap) -> tuple[Tensor, Tensor]:
+        images, rows = len(split.dataset.images), split.dataset.rows
+        if view not in self._files:
+            self._files[view] = RowFile(self._folder(view), images, tuple(self._probe.shape[1:]), self._probe.dtype)
+        file = self._files[view]
+        missing = np.flatnonzero(np.isin(rows, file.missing(rows)))
+        if len(missing):
+            order = list(torch.split(torch.from_numpy(missing), self.batch_size))
+            through = wrap(self._through_prefix(phase, self._shown(split, order, view)), len(order))
+            for chosen, (features, _) in zip(order, through, strict=True):
+                file.write(rows[chosen.numpy()], features)
+        return file.values, torch.from_numpy(rows)
+
+    def _folder(self, view: int) -> Path:
+        """Named by all that the rows depend on; the seed and the view matter only where images are augmented."""
+        assert self.shelf is not None
+        seen = (PLAIN,) if view == PLAIN else (self.seed, view)
+        threads = torch.get_num_threads()  # they may decide in which order a kernel sums
+        key = shelf_key(self._prefix, self._phase, self.precision, threads, self.train.store, *seen)
+        return self.shelf / key
 
     def _through_prefix(self, phase: Phase, batches: Iterable[Batch]) -> Iterator[Batch]:
         for inputs, labels in batches:
@@ -92,11 +137,11 @@ class Activations:
                     features = self.model.avgpool(features)
             yield features, labels
 
-    def _look_up(self, features: Tensor, order: list[Tensor]) -> Iterator[Batch]:
-        labels = torch.from_numpy(self.train.labels).to(self.device)
+    def _look_up(self, features: Tensor, rows: Tensor, split: Split, order: list[Tensor]) -> Iterator[Batch]:
+        labels, rows = torch.from_numpy(split.labels).to(self.device), rows.to(self.device)
         for chosen in order:
             index = chosen.to(self.device)
-            yield features[index].contiguous(memory_format=torch.channels_last), labels[index]
+            yield features[rows[index]].contiguous(memory_format=torch.channels_last), labels[index]
 
 
 def _collect(batches: Iterable[Batch], images: int) -> Tensor:

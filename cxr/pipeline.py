@@ -278,6 +278,7 @@ def _train(
         machine.precision,
         config.reuse_gb * 1e9,
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
+        cache_folder(config.cache_dir) / "activations",
     )
     records, logged = [], tracker.logged("val_loss")
     checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id))

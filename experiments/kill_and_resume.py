@@ -2,13 +2,14 @@
 
     uv run python experiments/kill_and_resume.py --kills 20
 
-Prints a table: when each attempt was killed, at what (the last line it printed), what it had logged by then, and whether
-the resumed run's history and test probabilities equal the undisturbed run's, bit for bit, with no step logged twice.
-A kill that comes when the run is over does not count, and is repeated earlier.
+Prints a table: when each attempt was killed, at what (the last line it printed), what it had logged by then, and
+whether the resumed run's history and test probabilities equal the undisturbed run's, bit for bit, with no step logged
+twice. A kill that comes when the run is over does not count, and is repeated earlier.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -101,22 +102,22 @@ def main(kills: int, seed: int) -> None:
     seconds = time.perf_counter() - started
     whole, moments = outcome(work / "whole"), random.Random(seed)
     rows: list[dict[str, object]] = []
-    while len(rows) < kills:
-        number = len(rows)
-        folder, cache = work / f"run-{number}", work / f"cache-{number}"
-        shutil.rmtree(folder, ignore_errors=True)
+    for attempt in itertools.count():
+        if len(rows) == kills:
+            break
+        folder, cache = work / f"run-{attempt}", work / f"cache-{attempt}"
         shutil.copytree(store, folder)
         process, after = train(folder, cache, *options), moments.uniform(0.15, 1) * seconds
         time.sleep(after)
         process.kill()
         if process.wait() == 0:
             continue
-        row = {"kill": number, "after_s": round(after, 1), "last line": last_line(folder)}
+        row = {"kill": len(rows), "after_s": round(after, 1), "last line": last_line(folder)}
         row |= resumed(folder, cache, options, whole)
         if row["status"] == "FINISHED":
             continue
         rows.append(row)
-        click.echo(pd.DataFrame(rows[-1:]).to_string(index=False, header=number == 0))
+        click.echo(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1))
     good = sum(bool(row["same"]) for row in rows)
     click.echo(f"{good} of {kills} ended as the undisturbed run did ({seconds:.0f} s)")
     sys.exit(0 if good == kills else 1)

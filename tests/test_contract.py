@@ -34,7 +34,7 @@ FLOORS = (
         "metrics",
         "plots",
     ),
-    ("checkpoint", "activations", "train", "evaluate", "predictor"),
+    ("checkpoint", "shelf", "activations", "train", "evaluate", "predictor"),
     ("tracking", "pyfunc_model", "registry"),
     ("pipeline",),
     ("project", "cli", "__main__"),

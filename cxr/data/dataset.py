@@ -43,11 +43,12 @@ class XrayDataset(Dataset[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split, ready to iterate: `keys` [n] identify the images, `labels` [n] are 0 or 1."""
+    """One split, ready to iterate: `keys` [n] identify the images, `labels` [n] are 0 or 1; `store` is its key."""
 
     dataset: XrayDataset
     keys: npt.NDArray[np.uint64]
     labels: npt.NDArray[np.int64]
+    store: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +60,7 @@ def make_split(manifest: pd.DataFrame, store: Store, name: str) -> Split:
     rows = np.array([store.rows[digest] for digest in part["digest"]], np.int64)
     keys = np.array([image_key(digest) for digest in part["digest"]], np.uint64)
     labels = np.array(part["label"], np.int64)
-    return Split(XrayDataset(store.images, rows, labels), keys, labels)
+    return Split(XrayDataset(store.images, rows, labels), keys, labels, store.key)
 
 
 def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -46,12 +46,13 @@ class ImageError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Store:
     """Decoded images. `images` is [rows, size, size]; `rows` maps a digest to its row, `bad` to the reason
-    it has none; `shapes` maps it to the original (width, height, mode)."""
+    it has none; `shapes` maps it to the original (width, height, mode). `key` names the content."""
 
     images: UInt8
     rows: dict[str, int]
     bad: dict[str, str]
     shapes: dict[str, tuple[int, int, str]]
+    key: str
 
 
 def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
@@ -157,7 +158,8 @@ def _read(folder: Path) -> Store | None:
     shape = (len(meta["digests"]), meta["size"], meta["size"])
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
     rows = {digest: row for row, digest in enumerate(meta["digests"])}
-    return Store(images, rows, meta["bad"], {d: (w, h, m) for d, (w, h, m) in meta["shapes"].items()})
+    shapes = {d: (w, h, m) for d, (w, h, m) in meta["shapes"].items()}
+    return Store(images, rows, meta["bad"], shapes, f"{folder.parent.name}/{folder.name}")
 
 
 def _checksum(images: Path, meta: dict[str, Any]) -> str:
