@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import cxr
-from cxr.config import SYNTHETIC, TrainConfig
+from cxr.config import SYNTHETIC, TrainConfig, TuneConfig
 from cxr.errors import Stopped, UserError
 from cxr.project import options
 
@@ -35,6 +35,16 @@ def train(**parameters: Any) -> None:
     from cxr.pipeline import run_tracked
 
     run_tracked(config, say=click.echo)
+
+
+@cli.command()
+@options(TuneConfig)
+def tune(**parameters: Any) -> None:
+    """Search the learning rate of every phase with Optuna. The same command again continues the study."""
+    config = TuneConfig(**parameters)
+    from cxr.search import tune_tracked
+
+    tune_tracked(config, say=click.echo)
 
 
 MODEL = click.option(
@@ -71,7 +81,7 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
 @click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
 def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
     """Evaluate a model on other images, as an MLflow run of its own."""
-    from cxr.pipeline import evaluate_tracked
+    from cxr.external import evaluate_tracked
 
     evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
 
@@ -126,7 +136,7 @@ def data() -> None:
 def audit_command(folder: str, cache_dir: str) -> None:
     """Count the images of FOLDER and name what is wrong with them. Exit code 1 when files are corrupt."""
     from cxr.data.audit import audit
-    from cxr.pipeline import read_data
+    from cxr.inputs import read_data
 
     content = read_data(TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip"))
     for finding in audit(content.manifest, content.bad):

@@ -90,7 +90,7 @@ class TrainConfig:
         low=0,
         high=1000,
     )
-    batch_size: int = param(32, "images in a training step", low=2, high=4096)
+    batch_size: int = param(32, "images in a training step", low=2, high=4096, search=(16, 128), log=True)
     epochs: int = param(10, "at most so many epochs for each phase", low=1, high=10000)
     lr_head: float = param(
         1e-3, "learning rate of the phase that trains fc", above=0, high=10, search=(1e-5, 1e-1), log=True
@@ -111,7 +111,7 @@ class TrainConfig:
         search=(1e-6, 1e-2),
         log=True,
     )
-    weight_decay: float = param(0.0, "Adam's L2 penalty", low=0, high=1)
+    weight_decay: float = param(0.0, "Adam's L2 penalty", low=0, high=1, search=(0.0, 1e-2))
     step_size: int = param(5, "epochs after which StepLR lowers the learning rate", low=1, high=10000)
     gamma: float = param(0.5, "factor by which StepLR lowers it", above=0, high=1, search=(0.1, 1.0))
     patience: int = param(5, "epochs without a better validation loss before a phase stops", low=1, high=10000)
@@ -161,6 +161,63 @@ class TrainConfig:
     def rates(self) -> tuple[float, ...]:
         """The learning rate of each phase, in order."""
         return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
+
+
+SEARCHABLE = ("lr", "weight_decay", "gamma", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig(TrainConfig):
+    """The parameters of a search: those of the runs it makes, and its own."""
+
+    study: str = param("auto", "name of the study; auto is tune-STRATEGY. One that exists is continued")
+    storage: str = param("sqlite:///optuna.db", "where studies are kept: a database URL that Optuna takes")
+    trials: int = param(30, "trials of the study, whoever runs them; the first are the defaults", low=1, high=100000)
+    sampler: str = param(
+        "TPESampler",
+        "Optuna's sampler",
+        choices=("TPESampler", "RandomSampler", "QMCSampler", "GPSampler"),
+    )
+    pruner: str = param(
+        "MedianPruner",
+        "Optuna's pruner; WilcoxonPruner is for seeds above 1",
+        choices=("MedianPruner", "HyperbandPruner", "SuccessiveHalvingPruner", "WilcoxonPruner", "NopPruner"),
+    )
+    search: str = param("lr", f"what to search, of {', '.join(SEARCHABLE)}, joined by commas; lr is that of each phase")
+    objective: str = param(
+        "val_loss", "what a trial is judged by, at its best epoch", choices=("val_loss", "val_roc_auc")
+    )
+    seeds: int = param(1, "seeds that a trial's objective is averaged over, from `seed` on", low=1, high=100)
+    refit: str = param(
+        "true", "train the winner as `train` does, evaluate it on test, register it", choices=("true", "false")
+    )
+    heartbeat: int = param(
+        10, "seconds between a worker's signs of life; after six without one, its trial is taken over", low=1, high=3600
+    )
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        unknown = [name for name in self.search.split(",") if name not in SEARCHABLE]
+        if unknown:
+            raise UserError(
+                f"--search {self.search}: {', '.join(unknown)} unknown; join some of {', '.join(SEARCHABLE)}"
+            )
+
+    @property
+    def train(self) -> TrainConfig:
+        """The parameters of one trial, before the search has its say."""
+        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
+
+    def searched(self) -> tuple[str, ...]:
+        """The fields that the search decides: `lr` stands for the rate of each of the strategy's phases."""
+        names = self.search.split(",")
+        rates = [phase.lr for phase in self.phases] if "lr" in names else []
+        return (*rates, *(name for name in SEARCHABLE if name in names and name != "lr"))
+
+
+def search_range(name: str) -> Spec:
+    """The `Spec` of a field that can be searched; its `search` is there."""
+    return next(spec_of(item) for item in fields(TrainConfig) if item.name == name)
 
 
 def _check(name: str, value: Any, spec: Spec) -> None:

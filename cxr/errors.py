@@ -9,5 +9,9 @@ class Stopped(BaseException):
     """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
 
 
+class Pruned(BaseException):
+    """A search gave this run up, because others were better at the same step: it ends KILLED."""
+
+
 class FreezeError(Exception):
     """Something frozen moved: a defect of the program, never of the input."""

@@ -11,7 +11,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.errors import Stopped, UserError
+from cxr.errors import Pruned, Stopped, UserError
 
 EXPERIMENT = "cxr"
 ERROR, OUTCOME = "cxr.error", "cxr.outcome"
@@ -124,7 +124,7 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """The run that is active in MLflow."""
+    """A run in MLflow, the active one or a parent of it."""
 
     def __init__(self, run: Any):
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
@@ -135,34 +135,35 @@ class MlflowTracker:
         """One call for all."""
         import mlflow
 
-        mlflow.log_params(dict(values))
+        mlflow.log_params(dict(values), run_id=self.run_id)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """One call for all."""
         import mlflow
 
-        mlflow.set_tags(dict(values))
+        tags = [mlflow.entities.RunTag(key, value) for key, value in values.items()]
+        mlflow.MlflowClient().log_batch(self.run_id, tags=tags)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None, model_id: str | None = None) -> None:
         """One call for all: one by one they cost 6 ms each with SQLite."""
         import mlflow
 
-        mlflow.log_metrics(dict(values), step=step, model_id=model_id)
+        mlflow.log_metrics(dict(values), step=step, run_id=self.run_id, model_id=model_id)
 
     def figure(self, figure: Figure, path: str) -> None:
         """As PNG at the figure's own resolution."""
-        with _artifact(path) as file:
+        with _artifact(path, self.run_id) as file:
             figure.savefig(file)
 
     def text(self, text: str, path: str) -> None:
         """As it is."""
         import mlflow
 
-        mlflow.log_text(text, path)
+        mlflow.log_text(text, path, run_id=self.run_id)
 
     def table(self, table: pd.DataFrame, path: str) -> None:
         """As CSV."""
-        with _artifact(path) as file:
+        with _artifact(path, self.run_id) as file:
             table.to_csv(file, index=False)
 
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
@@ -202,7 +203,7 @@ class MlflowTracker:
 
 
 @contextmanager
-def _artifact(path: str) -> Iterator[Path]:
+def _artifact(path: str, run_id: str) -> Iterator[Path]:
     """A temporary file of that name, logged as an artifact in that folder when the block ends well."""
     import mlflow
 
@@ -210,7 +211,7 @@ def _artifact(path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / name
         yield file
-        mlflow.log_artifact(str(file), folder or None)
+        mlflow.log_artifact(str(file), folder or None, run_id)
 
 
 def prepare() -> None:
@@ -221,12 +222,14 @@ def prepare() -> None:
         logging.getLogger(logger).setLevel(level)
 
 
-def existing_run(resume: str) -> str | None:
+def existing_run(resume: str, child: bool = False) -> str | None:
     """The id of the run to go on with: the one to resume, else the one that `mlflow run` opened, else None.
+
+    A `child` is never the one that `mlflow run` opened: that is its parent, or its parent's helper.
 
     Raises `UserError` when both are there and differ.
     """
-    opened = os.environ.get("MLFLOW_RUN_ID")
+    opened = None if child else os.environ.get("MLFLOW_RUN_ID")
     if resume == "none":
         return opened
     if opened not in (None, resume):
@@ -266,8 +269,16 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def open_run(name: str, experiment: str = EXPERIMENT, run_id: str | None = None) -> Iterator[MlflowTracker]:
-    """The run `run_id`, taken up again, or a new one in `experiment`.
+def open_run(
+    name: str,
+    experiment: str = EXPERIMENT,
+    run_id: str | None = None,
+    parent: str | None = None,
+    stops: bool = True,
+) -> Iterator[MlflowTracker]:
+    """The run `run_id`, taken up again, or a new one in `experiment`, as a child of the run `parent` if there is one.
+
+    With `stops`, SIGTERM and Ctrl-C end it; else the caller handles them.
 
     It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
     run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
@@ -276,15 +287,18 @@ def open_run(name: str, experiment: str = EXPERIMENT, run_id: str | None = None)
     import mlflow
 
     prepare()
-    with _stops_once():
+    with _stops_once() if stops else nullcontext():
         try:
             with explained():
-                run = _start(name, experiment, run_id)
+                run = _start(name, experiment, run_id, parent)
             with _store_errors_explained(run.info.run_id):
                 yield MlflowTracker(run)
                 mlflow.set_tag(OUTCOME, "finished")
         except (KeyboardInterrupt, Stopped):
             _end("KILLED", "stopped by the user")
+            raise
+        except Pruned as error:
+            _end("KILLED", str(error))
             raise
         except BaseException as error:
             _end("FAILED", f"{type(error).__name__}: {error}")
@@ -310,23 +324,47 @@ def _store_errors_explained(run_id: str) -> Iterator[None]:
         ) from error
 
 
-def _start(name: str, experiment: str, run_id: str | None) -> Any:
+def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -> Any:
     import mlflow
 
-    if not run_id and (experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID")):
-        mlflow.set_experiment(experiment_id=experiment_id)
+    if parent and not run_id:
+        mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
     elif not run_id:
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
-    run = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, log_system_metrics=True)
+        choose_experiment(experiment)
+    with _without_opened_run(parent):
+        run = mlflow.start_run(
+            run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=True
+        )
     if ERROR in run.data.tags:  # of the attempt that is resumed
         mlflow.delete_tag(ERROR)
-    if _is_generated(run.info.run_name or ""):
+    if is_generated(run.info.run_name or ""):
         mlflow.set_tag("mlflow.runName", name)
     mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
     return run
 
 
-def _is_generated(name: str) -> bool:
+def choose_experiment(experiment: str = EXPERIMENT) -> None:
+    """Make the experiment active that `mlflow run` or the environment names, else `experiment`."""
+    import mlflow
+
+    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        mlflow.set_experiment(experiment_id=experiment_id)
+    else:
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+
+
+@contextmanager
+def _without_opened_run(parent: str | None) -> Iterator[None]:
+    """`start_run` would take up the run that `mlflow run` opened; a child is not that one."""
+    opened = os.environ.pop("MLFLOW_RUN_ID", None) if parent else None
+    try:
+        yield
+    finally:
+        if opened:
+            os.environ["MLFLOW_RUN_ID"] = opened
+
+
+def is_generated(name: str) -> bool:
     """Whether MLflow made the name up (`bold-crane-123`); one that a person chose is kept."""
     from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
@@ -369,12 +407,12 @@ def _end_active(run_id: str, status: str) -> None:
 
 
 @contextmanager
-def _handlers(handlers: Mapping[int, Any]) -> Iterator[None]:
+def handlers(chosen: Mapping[int, Any]) -> Iterator[None]:
     """Signal handlers for a block; only the main thread may set them, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
     try:
         yield
     finally:
@@ -393,12 +431,12 @@ def _stops_once() -> AbstractContextManager[None]:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped("SIGTERM")
 
-    return _handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
+    return handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
 
 
 def _signals_ignored() -> AbstractContextManager[None]:
     """A second Ctrl-C must not keep a run from being ended."""
-    return _handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
+    return handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
 
 
 def git_commit() -> str:

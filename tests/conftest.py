@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
     from mlflow.entities import Run
 
     from cxr.config import TrainConfig
-    from cxr.pipeline import RunResult
+    from cxr.results import RunResult
 
 matplotlib.use("Agg")
 # pytest-xdist runs one process for each core; threads of their own would only wait for each other.

@@ -35,8 +35,9 @@ FLOORS = (
         "plots",
     ),
     ("checkpoint", "shelf", "activations", "train", "evaluate", "predictor"),
-    ("tracking", "pyfunc_model", "registry"),
-    ("pipeline",),
+    ("tracking", "family", "pyfunc_model", "registry"),
+    ("inputs", "results", "pipeline", "external"),
+    ("study", "search"),
     ("project", "cli", "__main__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}

@@ -11,7 +11,9 @@ import pytest
 
 from cxr.config import TrainConfig
 from cxr.errors import FreezeError, UserError
-from cxr.pipeline import read_data, run, summary
+from cxr.inputs import read_data
+from cxr.pipeline import run
+from cxr.results import summary
 from cxr.strategies import STRATEGIES
 from cxr.tracking import NullTracker
 

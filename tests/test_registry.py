@@ -22,7 +22,8 @@ from torchvision.models import resnet18
 from cxr import registry
 from cxr.config import TrainConfig
 from cxr.errors import UserError
-from cxr.pipeline import RunResult, run_tracked
+from cxr.pipeline import run_tracked
+from cxr.results import RunResult
 
 ROOT = Path(__file__).parent.parent
 CHAMPION = "models:/cxr-pneumonia@champion"

@@ -18,7 +18,8 @@ from mlflow.entities import Run
 from cxr.checkpoint import exclusive
 from cxr.config import TrainConfig, flatten, unflatten
 from cxr.errors import UserError
-from cxr.pipeline import RunResult, run_tracked
+from cxr.pipeline import run_tracked
+from cxr.results import RunResult
 from cxr.tracking import MlflowTracker, existing_run, open_run
 
 ROOT = Path(__file__).parent.parent

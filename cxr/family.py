@@ -1,0 +1,145 @@
+"""A parent run and its children: a search and its trials, a comparison and its runs, folds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cxr.errors import Stopped, UserError
+from cxr.tracking import (
+    ERROR,
+    EXPERIMENT_KIND,
+    OUTCOME,
+    MlflowTracker,
+    choose_experiment,
+    explained,
+    is_generated,
+    prepare,
+)
+
+KEPT, PACKAGE = "cxr.weights", "best_model"
+PARENT = "mlflow.parentRunId"
+
+
+def open_parent(name: str, tags: Mapping[str, str]) -> str:
+    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one. It stays RUNNING."""
+    import mlflow
+
+    prepare()
+    client = mlflow.MlflowClient()
+    with explained():
+        if opened := os.environ.get("MLFLOW_RUN_ID"):
+            generated = is_generated(client.get_run(opened).info.run_name or "")
+            for key, value in {**tags, **({"mlflow.runName": name} if generated else {})}.items():
+                client.set_tag(opened, key, value)
+            return opened
+        choose_experiment()
+        experiment_id = mlflow.tracking.fluent._get_experiment_id()
+        client.set_experiment_tag(str(experiment_id), *EXPERIMENT_KIND)
+        return str(client.create_run(str(experiment_id), run_name=name, tags=dict(tags)).info.run_id)
+
+
+def join_parent(parent: str) -> MlflowTracker:
+    """A tracker of the parent run, which is RUNNING from now on.
+
+    Another run that `mlflow run` opened for this process becomes its child. Raises `UserError` when it is not there.
+    """
+    import mlflow
+
+    prepare()
+    client, opened = mlflow.MlflowClient(), os.environ.get("MLFLOW_RUN_ID")
+    with explained():
+        run = client.get_run(parent)
+        client.update_run(parent, status="RUNNING")
+        if opened and opened != parent:
+            client.set_tag(opened, PARENT, parent)
+            client.set_tag(opened, "mlflow.runName", f"worker-{socket.gethostname()}-{os.getpid()}")
+        if ERROR in run.data.tags:
+            client.delete_tag(parent, ERROR)
+    return MlflowTracker(run)
+
+
+@contextmanager
+def ending(parent: str) -> Iterator[None]:
+    """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
+    try:
+        yield
+        with explained():
+            end(parent, "FINISHED")
+    except (KeyboardInterrupt, Stopped):
+        end(parent, "KILLED", "stopped by the user")
+        raise
+    except BaseException as error:
+        end(parent, "FAILED", f"{type(error).__name__}: {error}")
+        raise
+
+
+def end(run_id: str, status: str, reason: str = "") -> None:
+    """End a run that is not the active one; a store that is gone is not told."""
+    import mlflow
+
+    try:
+        with explained():
+            client = mlflow.MlflowClient()
+            if reason:
+                client.set_tag(run_id, ERROR, reason[:5000])
+            else:
+                client.set_tag(run_id, OUTCOME, "finished")
+            client.set_terminated(run_id, status)
+    except UserError:
+        if not reason:
+            raise
+
+
+def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a new child run that has its parameters and has not begun; `train.resume` of it begins it."""
+    import mlflow
+    from mlflow.entities import Param
+
+    client = mlflow.MlflowClient()
+    with explained():
+        experiment = client.get_run(parent).info.experiment_id
+        run_id = str(client.create_run(experiment, tags={**tags, PARENT: parent}, run_name=name).info.run_id)
+        client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+    return run_id
+
+
+def is_finished(run_id: str) -> bool:
+    """Whether the run ended FINISHED."""
+    import mlflow
+
+    with explained():
+        return bool(mlflow.get_run(run_id).info.status == "FINISHED")
+
+
+def children(parent: str, kind: str = "") -> list[Any]:
+    """The child runs, oldest first; those with tag `cxr.kind` of that kind, if one is named."""
+    import mlflow
+
+    chosen = f"tags.`{PARENT}` = '{parent}'" + (f" and tags.`cxr.kind` = '{kind}'" if kind else "")
+    with explained():
+        experiment = mlflow.get_run(parent).info.experiment_id
+        found: list[Any] = mlflow.search_runs(
+            [experiment], chosen, order_by=["start_time ASC"], output_format="list", max_results=10_000
+        )
+    return found
+
+
+def keep_only(parent: str, run_id: str, package: Path) -> None:
+    """Keep a packaged model with one child, and remove those that other children keep."""
+    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client = mlflow.MlflowClient()
+    with explained():
+        client.log_artifacts(run_id, str(package), PACKAGE)
+        client.set_tag(run_id, KEPT, PACKAGE)
+        for child in children(parent):
+            if child.info.run_id != run_id and child.data.tags.get(KEPT):
+                repository = get_artifact_repository(child.info.artifact_uri)
+                repository.delete_artifacts(PACKAGE)  # type: ignore[no-untyped-call]
+                client.delete_tag(child.info.run_id, KEPT)

@@ -1,0 +1,236 @@
+"""Optuna's side of a search: storage, the queue of trials, samplers, pruners, tables and figures."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from cxr.config import TrainConfig, TuneConfig, flatten, search_range
+from cxr.errors import UserError
+
+RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
+_BASE = "parameters"
+# These change no number, so that workers and continuations may differ in them.
+_FREE = {"device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
+MAX_RETRIES = 3
+SILENCE = 6  # heartbeats that a worker may miss before it is taken for dead
+OPEN = (TrialState.RUNNING, TrialState.WAITING)
+OnStale = Callable[[optuna.Study, FrozenTrial], None]
+
+
+def study_name(config: TuneConfig) -> str:
+    """The study's name: `resume` names one that must exist."""
+    if config.resume != "none":
+        return config.resume
+    return f"tune-{config.strategy}" if config.study == "auto" else config.study
+
+
+@contextmanager
+def explained_storage(url: str) -> Iterator[None]:
+    """Turn what a storage raises when it cannot be used into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, for years now
+            yield
+    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        reason = str(cause or error).strip().splitlines()[0][:200]
+        missing = isinstance(error, ImportError) and url.startswith("postgresql")
+        hint = "`uv run --extra postgres …` brings the driver" if missing else "check --storage"
+        raise UserError(f"--storage {url}: {reason}; {hint}") from error
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """One worker at a time, on all machines that share the storage; a lock falls with its holder.
+
+    PostgreSQL's and MySQL's advisory locks; for SQLite, which one machine has to itself, a locked file.
+    """
+    if url.startswith("sqlite"):
+        name = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:16]
+        with (Path(tempfile.gettempdir()) / f"cxr-study-{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        return
+    engine = create_engine(url, poolclass=NullPool)
+    take = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
+    with engine.connect() as connection:  # a connection of its own: closing it lets go
+        connection.execute(text(take))
+        yield
+
+
+def open_study(config: TuneConfig, make_parent: Callable[[], str], on_stale: OnStale) -> optuna.Study:
+    """The study, made or continued, with all its trials in the queue.
+
+    `make_parent` gives the id of the run that a new study's trials are children of. Raises `UserError` for a storage
+    that cannot be used, and for a study that was begun with other parameters.
+    """
+    name = study_name(config)
+    with explained_storage(config.storage):
+        storage = RDBStorage(
+            config.storage,
+            heartbeat_interval=config.heartbeat,
+            grace_period=SILENCE * config.heartbeat,
+            heartbeat_stale_trial_callback=on_stale,
+        )
+    with explained_storage(config.storage), locked(config.storage):
+        if config.resume != "none" and name not in optuna.get_all_study_names(storage):
+            raise UserError(f"--resume {name}: no such study in {config.storage}; `--study {name}` begins one")
+        direction = StudyDirection.MINIMIZE if config.objective == "val_loss" else StudyDirection.MAXIMIZE
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+        study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
+        _require_same(study, config)
+        if PARENT not in study.user_attrs:
+            study.set_user_attr(PARENT, make_parent())
+        _fill_queue(study, config)
+    return study
+
+
+def _parameters(config: TuneConfig) -> dict[str, str]:
+    own = {f"tune.{name}": str(getattr(config, name)) for name in ("search", "objective", "seeds")}
+    every = {key: value for key, value in flatten(config.train).items() if key.removeprefix("train.") not in _FREE}
+    return {**every, **own}
+
+
+def _require_same(study: optuna.Study, config: TuneConfig) -> None:
+    mine, theirs = _parameters(config), study.user_attrs.get(_BASE)
+    if theirs is None:
+        study.set_user_attr(_BASE, mine)
+        return
+    other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
+    if other:
+        raise UserError(
+            f"study {study.study_name} was begun with other parameters: {', '.join(other)}; use another --study"
+        )
+
+
+def slots(study: optuna.Study) -> list[FrozenTrial]:
+    """The latest attempt at each trial: one that a dead worker lost is there as what came of it."""
+    trials = study.get_trials(deepcopy=False)
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    return [trial for trial in trials if trial.number not in retried]
+
+
+def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:
+    """Queue what is missing to `trials`: the first with the defaults, the others for the sampler to decide."""
+    there = len(slots(study))
+    for number in range(there, config.trials):
+        defaults = {name: getattr(config, name) for name in config.searched()}
+        study.enqueue_trial(defaults if number == 0 else {})
+
+
+def _sampler(config: TuneConfig, trials: int) -> optuna.samplers.BaseSampler:
+    """Seeded by the study's seed; who joins later gets another seed, or it would draw the same points again."""
+    seed = config.seed if trials == 0 else (config.seed + 7919 * trials + os.getpid()) % 2**31
+    if config.sampler == "TPESampler":
+        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        sampler: optuna.samplers.BaseSampler = getattr(optuna.samplers, config.sampler)(seed=seed)
+    return sampler
+
+
+def _pruner(config: TuneConfig) -> optuna.pruners.BasePruner:
+    epochs = config.epochs * len(config.phases)
+    options: dict[str, dict[str, Any]] = {
+        "MedianPruner": {"n_startup_trials": 4, "n_warmup_steps": 1},
+        "HyperbandPruner": {"min_resource": 1, "max_resource": epochs if config.seeds == 1 else config.seeds},
+    }
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        pruner: optuna.pruners.BasePruner = getattr(optuna.pruners, config.pruner)(**options.get(config.pruner, {}))
+    return pruner
+
+
+def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
+    """The parameters of a trial. A range is widened to hold the default."""
+    chosen: dict[str, Any] = {}
+    for name in config.searched():
+        spec, default = search_range(name), getattr(config, name)
+        assert spec.search is not None
+        low, high = min(spec.search[0], default), max(spec.search[1], default)
+        if isinstance(default, int):
+            chosen[name] = trial.suggest_int(name, int(low), int(high), log=spec.log)
+        else:
+            chosen[name] = trial.suggest_float(name, low, high, log=spec.log)
+    return replace(config.train, resume="none", **chosen)
+
+
+def requeue(study: optuna.Study, trial: FrozenTrial, limit: int | None = None) -> None:
+    """Put a trial that was broken off back into the queue, unless it has been there again `limit` times."""
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        RetryHeartbeatStaleTrialCallback(max_retry=limit)(study, trial)
+
+
+def best_config(study: optuna.Study, config: TuneConfig) -> TrainConfig:
+    """The parameters of the best trial."""
+    types = {item.name for item in fields(TrainConfig)}
+    return replace(config.train, resume="none", **{k: v for k, v in study.best_params.items() if k in types})
+
+
+def trials_table(study: optuna.Study) -> pd.DataFrame:
+    """A row for each attempt: trial, state, value, the parameters, epochs reported, run, error."""
+    rows = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name,
+            "value": trial.value if trial.state == TrialState.COMPLETE else None,
+            **trial.params,
+            "reports": len(trial.intermediate_values),
+            "seconds": trial.duration.total_seconds() if trial.duration else None,
+            "run": trial.user_attrs.get(RUN, ""),
+            "error": trial.user_attrs.get(ERROR, ""),
+            "retry_of": trial.system_attrs.get("failed_trial"),
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
+    """Optuna's own figures, those that the study has enough trials for."""
+    import optuna.visualization.matplotlib as draw
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    names = list(study.best_params) if complete else []
+    kinds: dict[str, Callable[[], Any]] = {}
+    if complete:
+        kinds["history"] = lambda: draw.plot_optimization_history(study, target_name=objective)
+        kinds["intermediate_values"] = lambda: draw.plot_intermediate_values(study)
+        kinds["slice"] = lambda: draw.plot_slice(study, target_name=objective)
+    if len(complete) > 1 and len(names) > 1:
+        kinds["importances"] = lambda: draw.plot_param_importances(study, target_name=objective)
+        kinds["parallel_coordinate"] = lambda: draw.plot_parallel_coordinate(study, target_name=objective)
+        kinds["contour"] = lambda: draw.plot_contour(study, params=names[:2], target_name=objective)
+    with warnings.catch_warnings(action="ignore"), plt.style.context("default"):
+        figures = {kind: _figure_of(make()) for kind, make in kinds.items()}
+    if objective == "val_loss" and complete:
+        figures["intermediate_values"].axes[0].set_yscale("log")  # one that diverged would hide the others
+    return figures
+
+
+def _figure_of(axes: Any) -> Figure:
+    """The figure that Optuna drew, taken from pyplot's care and made large enough to read."""
+    figure: Figure = (axes.ravel()[0] if hasattr(axes, "ravel") else axes).figure
+    plt.close(figure)
+    figure.set_size_inches(9.6, 6.0)
+    figure.set_dpi(110)
+    return figure
