@@ -86,14 +86,13 @@ def open_study(config: TuneConfig, make_parent: Callable[[], str], on_stale: OnS
     that cannot be used, and for a study that was begun with other parameters.
     """
     name = study_name(config)
-    with explained_storage(config.storage):
-        storage = RDBStorage(
+    with explained_storage(config.storage), locked(config.storage):
+        storage = RDBStorage(  # locked, because two that make the tables at once trip over each other
             config.storage,
             heartbeat_interval=config.heartbeat,
             grace_period=SILENCE * config.heartbeat,
             heartbeat_stale_trial_callback=on_stale,
         )
-    with explained_storage(config.storage), locked(config.storage):
         if config.resume != "none" and name not in optuna.get_all_study_names(storage):
             raise UserError(f"--resume {name}: no such study in {config.storage}; `--study {name}` begins one")
         direction = StudyDirection.MINIMIZE if config.objective == "val_loss" else StudyDirection.MAXIMIZE

@@ -96,7 +96,7 @@ def test_every_search_range_holds_its_default_and_lies_within_the_bounds() -> No
     assert {"lr_head", "lr_top", "lr_all"} <= ranges.keys()
     for name, item in ranges.items():
         ends: tuple[Any, Any] = spec_of(item).search or (0, 0)
-        assert ends[0] < default_of(item) < ends[1]
+        assert ends[0] <= default_of(item) < ends[1]
         assert TrainConfig(**{name: ends[0]}) != TrainConfig(**{name: ends[1]})
 
 
