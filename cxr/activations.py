@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
+from cxr.data.augment import STRESSES
 from cxr.data.dataset import Split, epoch_order, eval_batches, straight_order, view_batches
 from cxr.model import autocast, checksum, run_stages
 from cxr.shelf import RowFile, make_room, shelf_key
@@ -24,6 +25,7 @@ from cxr.strategies import Phase
 Batch = tuple[Tensor, Tensor]
 Wrap = Callable[[Iterable[Batch], int], Iterable[Batch]]
 PLAIN = -1  # in place of a view's number: as it is, without augmentation
+View = int | str  # a view's number, or the name of a stress
 
 
 class Activations:
@@ -45,16 +47,18 @@ class Activations:
         budget: float,
         wrap: Wrap = lambda batches, total: batches,
         shelf: Path | None = None,
+        stressed: bool = False,
     ):
         self.model, self.train, self.val = model, train, val
         self.batch_size, self.seed, self.views = batch_size, seed, views
         self.precision, self.budget, self.wrap = precision, budget, wrap
         self.device = next(model.parameters()).device
         self.shelf = shelf if self.device.type == "cpu" and train.store else None
+        self.stressed = stressed  # whether `stressed_batches` will be asked for, and must fit, too
         self._phase = ""
         self._prefix = ""
-        self._kept: dict[int, Tensor] = {}
-        self._files: dict[int, RowFile] = {}
+        self._kept: dict[tuple[bool, View], Tensor] = {}
+        self._files: dict[View, RowFile] = {}
         self._probe = torch.empty(0)
         self._fits = False
 
@@ -73,7 +77,20 @@ class Activations:
         self._enter(phase)
         if not self._fits:
             return self._through_prefix(phase, eval_batches(self.val, self.batch_size, self.device))
-        features, rows = self._features(phase, self.val, PLAIN, lambda batches, total: batches)
+        return self._whole_val(phase, PLAIN)
+
+    def stressed_batches(self, phase: Phase) -> Iterable[Batch]:
+        """The validation split under each of `STRESSES`, one after the other."""
+        self._enter(phase)
+        order = straight_order(self.val, self.batch_size)
+        for stress in STRESSES:
+            if self._fits:
+                yield from self._whole_val(phase, stress)
+            else:
+                yield from self._through_prefix(phase, self._shown(self.val, order, stress))
+
+    def _whole_val(self, phase: Phase, view: View) -> Iterator[Batch]:
+        features, rows = self._features(phase, self.val, view, lambda batches, total: batches)
         return self._look_up(features, rows, self.val, straight_order(self.val, self.batch_size))
 
     def _enter(self, phase: Phase) -> None:
@@ -85,29 +102,29 @@ class Activations:
         self._files.clear()
         if phase.frozen:
             self._probe, _ = next(iter(self._through_prefix(phase, eval_batches(self.val, 1, self.device))))
-            images = len(self.train) * max(self.views, 1) + len(self.val)
+            images = len(self.train) * max(self.views, 1) + len(self.val) * (1 + self.stressed * len(STRESSES))
             need = self._probe.numel() * self._probe.element_size() * images
             self._fits = need <= self.budget
             if self.shelf and self._fits:
                 self._prefix = checksum(self.model, phase.frozen)
-                keep = {self._folder(view) for view in (PLAIN, *range(self.views))}
+                keep = {self._folder(view) for view in (PLAIN, *range(self.views), *STRESSES)}
                 make_room(self.shelf, need, self.budget, keep)
 
-    def _shown(self, split: Split, order: list[Tensor], view: int) -> Iterator[Batch]:
+    def _shown(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         return view_batches(split, order, self.seed, None if view == PLAIN else view, self.device)
 
-    def _features(self, phase: Phase, split: Split, view: int, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    def _features(self, phase: Phase, split: Split, view: View, wrap: Wrap) -> tuple[Tensor, Tensor]:
         """(what the prefix gives for a view, the row in it of each image of the split); what is missing is computed."""
         if self.shelf:
             return self._from_shelf(phase, split, view, wrap)
-        at = view if split is self.train else PLAIN - 1  # the two splits' tensors are apart
+        at = (split is self.train, view)
         if at not in self._kept:
             order = straight_order(split, self.batch_size)
             through = wrap(self._through_prefix(phase, self._shown(split, order, view)), len(order))
             self._kept[at] = _collect(through, len(split))
         return self._kept[at], torch.arange(len(split))
 
-    def _from_shelf(self, phase: Phase, split: Split, view: int, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    def _from_shelf(self, phase: Phase, split: Split, view: View, wrap: Wrap) -> tuple[Tensor, Tensor]:
         images, rows = len(split.dataset.images), split.dataset.rows
         if view not in self._files:
             self._files[view] = RowFile(self._folder(view), images, tuple(self._probe.shape[1:]), self._probe.dtype)
@@ -120,10 +137,10 @@ class Activations:
                 file.write(rows[chosen.numpy()], features)
         return file.values, torch.from_numpy(rows)
 
-    def _folder(self, view: int) -> Path:
+    def _folder(self, view: View) -> Path:
         """Named by all that the rows depend on; the seed and the view matter only where images are augmented."""
         assert self.shelf is not None
-        seen = (PLAIN,) if view == PLAIN else (self.seed, view)
+        seen = (self.seed, view) if isinstance(view, int) and view != PLAIN else (view,)
         threads = torch.get_num_threads()  # they may decide in which order a kernel sums
         key = shelf_key(self._prefix, self._phase, self.precision, threads, self.train.store, *seen)
         return self.shelf / key

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import cxr
-from cxr.config import SYNTHETIC, TrainConfig, TuneConfig
+from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
 from cxr.errors import Stopped, UserError
 from cxr.project import options
 
@@ -47,6 +47,33 @@ def tune(**parameters: Any) -> None:
     tune_tracked(config, say=click.echo)
 
 
+@cli.command()
+@options(CompareConfig)
+@click.option("--runs", "first", help="compare these finished runs (ID ID …) and train nothing")
+@click.argument("more", nargs=-1, metavar="[ID]...")
+def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None:
+    """Run every strategy with several seeds, and compare them: intervals, paired differences, cost, a verdict."""
+    if more and not first:
+        raise click.UsageError(f"{' '.join(more)}: name runs after --runs")
+    config = CompareConfig(**parameters)
+    from cxr.compare import compare_runs, compare_tracked
+
+    if first:
+        compare_runs([first, *more], config.margin, say=click.echo)
+    else:
+        compare_tracked(config, say=click.echo)
+
+
+@cli.command()
+@options(CrossvalConfig)
+def crossval(**parameters: Any) -> None:
+    """Cross-validate a strategy on the training and validation images, patients kept together; test stays locked."""
+    config = CrossvalConfig(**parameters)
+    from cxr.crossval import crossval_tracked
+
+    crossval_tracked(config, say=click.echo)
+
+
 MODEL = click.option(
     "--model",
     "uri",
@@ -66,6 +93,19 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
 
     table = load(uri).predict_files(images)
     click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@MODEL
+@click.option("--out", "folder", type=click.Path(path_type=Path), default="explained", show_default=True, help="folder")
+def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
+    """Write each of IMAGES beside its Grad-CAM heat map into a folder. Not for clinical use."""
+    from cxr.explain import explain_files
+    from cxr.registry import load
+
+    for file in explain_files(load(uri), images, folder):
+        click.echo(file)
 
 
 @cli.command("evaluate")

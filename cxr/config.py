@@ -84,6 +84,9 @@ class TrainConfig:
     split_seed: int = param(
         0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0, high=MAX_SEED
     )
+    fold: str = param(
+        "none", "hold out part k of n of train+val, by patient, in place of the test split: k/n, as in 2/5; or none"
+    )
     views: int = param(
         3,
         "augmented versions of each training image, cycled over the epochs; 0 trains without augmentation",
@@ -127,6 +130,22 @@ class TrainConfig:
         "fp32 on the CPU. The result is evaluated in fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    select: str = param(
+        "val_loss",
+        "what picks the best epoch and the champion: the validation loss, or its mean over stressed copies "
+        "(contrast, blur, scale, compression)",
+        choices=("val_loss", "stressed_val_loss"),
+    )
+    calibration: str = param(
+        "temperature",
+        "how logits become probabilities, fitted on validation: temperature scaling, Platt's method, or none",
+        choices=("temperature", "platt", "none"),
+    )
+    threshold: str = param(
+        "youden",
+        "rule that chooses the decision threshold on validation: youden, f1, sensitivity>=0.95, "
+        "cost 5:1 (missed : false alarm), or a number",
+    )
     on_bad_image: str = param(
         "stop",
         "an unreadable image: stop (naming them all) or skip (and count them)",
@@ -152,6 +171,17 @@ class TrainConfig:
             _check(item.name, getattr(self, item.name), spec_of(item))
         if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
             raise UserError(f"--register {self.register}: a model's name is made of letters, digits, spaces, _ . and -")
+        check_rule(self.threshold)
+        self.fold_numbers()
+
+    def fold_numbers(self) -> tuple[int, int] | None:
+        """(k, n) of `fold`, k from 1; None for none."""
+        if self.fold == "none":
+            return None
+        match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", self.fold)
+        if not match or not 1 <= int(match[1]) <= int(match[2]) or int(match[2]) < 2:
+            raise UserError(f"--fold {self.fold}: write it as k/n, as in 2/5, or none")
+        return int(match[1]), int(match[2])
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -215,6 +245,57 @@ class TuneConfig(TrainConfig):
         return (*rates, *(name for name in SEARCHABLE if name in names and name != "lr"))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig(TrainConfig):
+    """The parameters of a comparison: those of the runs it makes, and its own."""
+
+    strategies: str = param("all", "strategies to compare, joined by commas, or all")
+    seeds: int = param(3, "seeds of each strategy, from `seed` on", low=1, high=1000)
+    margin: float = param(0.01, "a strategy within this ROC-AUC of another is non-inferior to it", low=0, high=0.5)
+    epochs_each: str = param("same", "epochs of single strategies, as in full=3,gradual=2; the others take `epochs`")
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        unknown = [name for name in self.chosen() if name not in STRATEGIES]
+        if unknown or len(set(self.chosen())) < len(self.chosen()):
+            known = ", ".join(STRATEGIES)
+            raise UserError(f"--strategies {self.strategies}: join different ones of {known}, or use all")
+        self.epochs_of()
+
+    @property
+    def train(self) -> TrainConfig:
+        """The parameters that all runs share."""
+        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
+
+    def chosen(self) -> tuple[str, ...]:
+        """The strategies to compare."""
+        return tuple(STRATEGIES) if self.strategies == "all" else tuple(self.strategies.split(","))
+
+    def epochs_of(self) -> dict[str, int]:
+        """Strategy -> epochs of each phase."""
+        every = dict.fromkeys(STRATEGIES, self.epochs)
+        if self.epochs_each == "same":
+            return every
+        for part in self.epochs_each.split(","):
+            match = re.fullmatch(rf"({'|'.join(STRATEGIES)})=([1-9]\d{{0,3}})", part)
+            if not match:
+                raise UserError(f"--epochs-each {self.epochs_each}: write it as full=3,gradual=2")
+            every[match[1]] = int(match[2])
+        return every
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossvalConfig(TrainConfig):
+    """The parameters of a cross-validation: those of the runs it makes, and its own."""
+
+    folds: int = param(5, "parts that the training and validation images are split into, by patient", low=2, high=50)
+
+    @property
+    def train(self) -> TrainConfig:
+        """The parameters that all folds share."""
+        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
+
+
 def search_range(name: str) -> Spec:
     """The `Spec` of a field that can be searched; its `search` is there."""
     return next(spec_of(item) for item in fields(TrainConfig) if item.name == name)
@@ -234,6 +315,20 @@ def _check(name: str, value: Any, spec: Spec) -> None:
         raise UserError(f"{option} {value}: must be at least {spec.low:g}")
     if spec.high is not None and value > spec.high:
         raise UserError(f"{option} {value}: must be at most {spec.high:g}")
+
+
+THRESHOLD_RULES = "youden, f1, sensitivity>=0.95, cost 5:1 (a missed pneumonia : a false alarm), or a number"
+
+
+def check_rule(rule: str) -> None:
+    """Raise `UserError` for what is no threshold rule."""
+    match = re.fullmatch(r"youden|f1|sensitivity>=([\d.]+)|cost (\d+(?:\.\d+)?):(\d+(?:\.\d+)?)|(0?\.\d+)", rule)
+    if not match:
+        raise UserError(f"--threshold {rule}: unknown; use {THRESHOLD_RULES}")
+    if match[1] and not (re.fullmatch(r"\d*\.?\d+", match[1]) and 0 < float(match[1]) <= 1):
+        raise UserError(f"--threshold {rule}: a sensitivity lies above 0 and is at most 1")
+    if match[2] and float(match[2]) + float(match[3]) == 0:
+        raise UserError(f"--threshold {rule}: one of the two must cost something")
 
 
 def types_of(cls: type) -> dict[str, type]:

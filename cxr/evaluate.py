@@ -1,4 +1,4 @@
-"""From logits to the figures of one split: predictions table -> metrics with intervals -> report."""
+"""From logits to the figures of one split: calibrated predictions -> metrics with intervals -> report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 
+from cxr.calibration import IDENTITY, Calibration, correct_prior, estimate_prior
 from cxr.data.index import CLASSES
 from cxr.metrics import (
+    DECISION_METRICS,
     Floats,
     Interval,
     Ints,
@@ -21,31 +22,52 @@ from cxr.metrics import (
     recall_by_subtype,
 )
 
+HALF = 0.5
+CALIBRATED = ("brier", "log_loss", "ece")  # what calibration is there to improve
 
-def predictions_table(images: pd.DataFrame, logits: npt.NDArray[np.float32], threshold: float = 0.5) -> pd.DataFrame:
+
+def margins_of(logits: npt.NDArray[np.floating]) -> Floats:
+    """Logits [n, 2] -> logit PNEUMONIA less logit NORMAL [n]."""
+    exact = logits.astype(np.float64)
+    return np.asarray(exact[:, 1] - exact[:, 0])
+
+
+def predictions_table(
+    images: pd.DataFrame,
+    logits: npt.NDArray[np.float32],
+    threshold: float = HALF,
+    calibration: Calibration = IDENTITY,
+) -> pd.DataFrame:
     """One row for each image, from which every figure can be computed again.
 
-    `images` holds path, digest, group, subtype, label of the n images, `logits` is [n, 2] in the same order.
-    Added: logit_normal, logit_pneumonia, probability (of pneumonia, softmax), decision at `threshold`.
+    `images` holds path, digest, group, subtype, label of the n images, `logits` is [n, 2] in the same order. Added:
+    logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
     """
     table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
     exact = logits.astype(np.float64)
     table["logit_normal"], table["logit_pneumonia"] = exact[:, 0], exact[:, 1]
-    table["probability"] = torch.softmax(torch.from_numpy(exact), 1)[:, 1].numpy()
+    table["uncalibrated"] = IDENTITY.apply(margins_of(logits))
+    table["probability"] = calibration.apply(margins_of(logits))
     table["decision"] = (table["probability"] >= threshold).astype(int)
     return table
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one split at one threshold. `values` are the metrics, `bounds` their 95% intervals."""
+    """The figures of one split. `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…`
+    those that depend on the threshold, at the one chosen on validation; `before` what calibration improves, without
+    it; `prior` what a correction for another share of pneumonia would change."""
 
     split: str
     threshold: float
     table: pd.DataFrame
     values: dict[str, float]
     bounds: dict[str, tuple[float, float]]
+    chosen_values: dict[str, float]
+    chosen_bounds: dict[str, tuple[float, float]]
     subtypes: dict[str, float]
+    before: dict[str, float]
+    prior: dict[str, float]
 
     @property
     def labels(self) -> Ints:
@@ -54,36 +76,68 @@ class Report:
 
     @property
     def probabilities(self) -> Floats:
-        """The probabilities of pneumonia [n]."""
+        """The calibrated probabilities of pneumonia [n]."""
         return self.table["probability"].to_numpy(np.float64)
 
-    def counts(self) -> Ints:
+    @property
+    def uncalibrated(self) -> Floats:
+        """The probabilities [n] without calibration."""
+        return self.table["uncalibrated"].to_numpy(np.float64)
+
+    def counts(self, threshold: float = HALF) -> Ints:
         """The confusion matrix [2, 2]."""
-        return confusion(self.labels, self.probabilities, self.threshold)
+        return confusion(self.labels, self.probabilities, threshold)
 
     def interval(self, name: str) -> Interval:
-        """(value, low, high) of a metric."""
+        """(value, low, high) of a metric at 0.5."""
         return (self.values[name], *self.bounds[name])
 
+    def chosen_interval(self, name: str) -> Interval:
+        """(value, low, high) of a metric at the chosen threshold."""
+        return (self.chosen_values[name], *self.chosen_bounds[name])
+
     def figures(self) -> dict[str, float]:
-        """What is logged: `test_recall`, and, where there are intervals, `test_recall_low`, `test_recall_high`."""
-        named = {f"{self.split}_{name}": value for name, value in self.values.items()}
-        for name, (low, high) in self.bounds.items():
-            if np.isfinite(low):
-                named |= {f"{self.split}_{name}_low": low, f"{self.split}_{name}_high": high}
-        return named | {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
+        """What is logged: `test_recall`, `test_recall_low`, `test_recall_high`, `test_chosen_recall`, and so on."""
+        named = _named(f"{self.split}_", self.values, self.bounds)
+        named |= _named(f"{self.split}_chosen_", self.chosen_values, self.chosen_bounds)
+        named |= {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
+        named |= {f"{self.split}_uncalibrated_{name}": value for name, value in self.before.items()}
+        return named | {f"{self.split}_prior_{name}": value for name, value in self.prior.items()}
 
     def text(self) -> str:
-        """The classification report with the metrics and their intervals below it."""
-        lines = [
-            f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups, "
-            f"threshold {self.threshold:g}",
-            "",
-            classification_report(self.labels, self.probabilities, CLASSES, self.threshold),
+        """The classification reports at both thresholds, with the metrics and their intervals."""
+        lines = [f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups", ""]
+        for threshold, note in ((HALF, ""), (self.threshold, ", chosen on validation")):
+            report = classification_report(self.labels, self.probabilities, CLASSES, threshold)
+            lines += [f"threshold {threshold:.4g}{note}", "", report]
+        lines += [f"{name:25} {format_interval(self.interval(name))}" for name in self.values]
+        lines += [
+            f"{name + ' (chosen)':25} {format_interval(self.chosen_interval(name))}" for name in self.chosen_values
         ]
-        lines += [f"{name:18} {format_interval(self.interval(name))}" for name in self.values]
-        lines += [f"{'recall ' + name:18} {value:.4f}" for name, value in self.subtypes.items()]
-        return "\n".join(lines) + "\n"
+        lines += [f"{'recall ' + name:25} {value:.4f}" for name, value in self.subtypes.items()]
+        lines += [f"{name + ' uncalibrated':25} {value:.4f}" for name, value in self.before.items()]
+        return "\n".join([*lines, *self._prior_lines()]) + "\n"
+
+    def _prior_lines(self) -> list[str]:
+        if not self.prior:
+            return []
+        p = self.prior
+        return [
+            "",
+            f"share of pneumonia: {p['validation']:.3f} on validation, {p['own']:.3f} here, estimated without labels "
+            f"{p['estimated']:.3f}",
+            f"corrected to the share here (which one does not know in use): accuracy {self.values['accuracy']:.4f} -> "
+            f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
+            f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
+        ]
+
+
+def _named(prefix: str, values: dict[str, float], bounds: dict[str, tuple[float, float]]) -> dict[str, float]:
+    named = {f"{prefix}{name}": value for name, value in values.items()}
+    for name, (low, high) in bounds.items():
+        if np.isfinite(low):
+            named |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
+    return named
 
 
 def format_interval(interval: Interval) -> str:
@@ -92,15 +146,40 @@ def format_interval(interval: Interval) -> str:
     return f"{value:.4f} [{low:.4f}, {high:.4f}]" if np.isfinite(low) else f"{value:.4f}"
 
 
-def evaluate(table: pd.DataFrame, split: str, threshold: float, resamples: int) -> Report:
-    """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none."""
+def evaluate(
+    table: pd.DataFrame, split: str, threshold: float, resamples: int, prevalence: float | None = None
+) -> Report:
+    """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none.
+
+    `threshold` is the one chosen on validation, `prevalence` the share of pneumonia there; None leaves out what
+    a correction for it would change.
+    """
     labels = table["label"].to_numpy(np.int64)
     probabilities = table["probability"].to_numpy(np.float64)
+    groups = list(table["group"])
+    uncalibrated = point_metrics(labels, table["uncalibrated"].to_numpy(np.float64))
+    chosen = point_metrics(labels, probabilities, threshold)
+    chosen_bounds = intervals(labels, probabilities, groups, threshold, resamples)
     return Report(
         split=split,
         threshold=threshold,
         table=table,
-        values=point_metrics(labels, probabilities, threshold),
-        bounds=intervals(labels, probabilities, list(table["group"]), threshold, resamples),
-        subtypes=recall_by_subtype(labels, probabilities, table["subtype"], threshold),
+        values=point_metrics(labels, probabilities, HALF),
+        bounds=intervals(labels, probabilities, groups, HALF, resamples),
+        chosen_values={name: chosen[name] for name in DECISION_METRICS},
+        chosen_bounds={name: chosen_bounds[name] for name in DECISION_METRICS},
+        subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
+        before={name: uncalibrated[name] for name in CALIBRATED},
+        prior={} if prevalence is None else _prior(labels, probabilities, prevalence),
     )
+
+
+def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, float]:
+    own = float(labels.mean())
+    corrected = point_metrics(labels, correct_prior(probabilities, prevalence, own))
+    return {
+        "validation": prevalence,
+        "own": own,
+        "estimated": estimate_prior(probabilities, prevalence),
+        **{f"corrected_{name}": corrected[name] for name in ("accuracy", *CALIBRATED)},
+    }

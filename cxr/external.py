@@ -33,7 +33,8 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; mend or remove them")
     table = table.assign(split=split)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
-    report = evaluate(predictions_table(table, logits.numpy(), card.threshold), split, card.threshold, bootstrap)
+    predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
+    report = evaluate(predictions, split, card.threshold, bootstrap)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
         tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table)})

@@ -43,6 +43,22 @@ def open_parent(name: str, tags: Mapping[str, str]) -> str:
         return str(client.create_run(str(experiment_id), run_name=name, tags=dict(tags)).info.run_id)
 
 
+def unfinished_parent(tag: str, value: str) -> str | None:
+    """The id of the latest run with that tag that did not end FINISHED, to be gone on with; None if there is none."""
+    import mlflow
+
+    prepare()
+    with explained():
+        found = mlflow.search_runs(
+            search_all_experiments=True,
+            filter_string=f"tags.`{tag}` = '{value}' and attributes.status != 'FINISHED'",
+            order_by=["start_time DESC"],
+            output_format="list",
+            max_results=1,
+        )
+    return str(found[0].info.run_id) if found else None
+
+
 def join_parent(parent: str) -> MlflowTracker:
     """A tracker of the parent run, which is RUNNING from now on.
 

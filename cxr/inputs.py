@@ -10,7 +10,7 @@ import torch
 
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.audit import reject_bad
-from cxr.data.index import assign_splits, find_root, fingerprint, index_folder
+from cxr.data.index import assign_fold, assign_splits, find_root, fingerprint, index_folder
 from cxr.data.store import Store, open_store
 from cxr.data.synthetic import VERSION, write_synthetic
 from cxr.runtime import cache_folder, resolve_device, resolve_precision, seed_everything
@@ -26,6 +26,7 @@ class Data:
     root: Path
     fingerprint: str
     synthetic: bool
+    held_out: str = "test"  # the split that reports: `fold` in a cross-validation
 
     def part(self, split: str) -> pd.DataFrame:
         """The manifest's rows of one split."""
@@ -54,10 +55,14 @@ def read_data(config: TrainConfig) -> Data:
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
     bad = bad_paths(table, store)
     table = reject_bad(table, bad, config.on_bad_image)
-    manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+    fold = config.fold_numbers()
+    if fold:
+        manifest = assign_fold(table, *fold, config.val_fraction, config.split_seed)
+    else:
+        manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
     shapes = [store.shapes[digest] for digest in manifest["digest"]]
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
-    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic)
+    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, "fold" if fold else "test")
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:

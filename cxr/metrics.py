@@ -18,9 +18,10 @@ Ints = npt.NDArray[np.int64]
 Interval = tuple[float, float, float]
 
 DECISION_METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
-SCORE_METRICS = ("roc_auc", "pr_auc", "brier", "ece")
+SCORE_METRICS = ("roc_auc", "pr_auc", "brier", "log_loss", "ece")
 METRICS = DECISION_METRICS + SCORE_METRICS
 ECE_BINS = 15
+_EDGE = 1e-12  # probabilities are kept so far from 0 and 1 where their logarithm is taken
 
 
 def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> dict[str, float]:
@@ -42,8 +43,16 @@ def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -
         "roc_auc": float(sk.roc_auc_score(labels, probabilities)),
         "pr_auc": float(sk.average_precision_score(labels, probabilities)),
         "brier": float(sk.brier_score_loss(labels, probabilities)),
+        "log_loss": float(_log_losses(labels, probabilities).mean()),
         "ece": expected_calibration_error(labels, probabilities),
     }
+
+
+def _log_losses(labels: Ints, probabilities: Floats) -> Floats:
+    """The negative log-likelihood [n] of each label."""
+    given = np.where(labels == 1, probabilities, 1 - probabilities)
+    losses: Floats = -np.log(np.clip(given, _EDGE, 1.0))
+    return losses
 
 
 def expected_calibration_error(labels: Ints, probabilities: Floats, bins: int = ECE_BINS) -> float:
@@ -122,6 +131,7 @@ def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, thres
             ),
             **_ranking_metrics(positive, probabilities, weights),
             "brier": weights @ (probabilities - labels) ** 2 / weights.sum(1),
+            "log_loss": weights @ _log_losses(labels, probabilities) / weights.sum(1),
             "ece": _ece(weights, labels, probabilities, ECE_BINS),
         }
 

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr.activations import Activations
+from cxr.calibration import IDENTITY, Calibration, choose_threshold, fit_calibration
 from cxr.checkpoint import LAST, Checkpoints, exclusive
 from cxr.config import TrainConfig, flatten, types_of, unflatten
+from cxr.data.augment import STRESSES
 from cxr.data.dataset import eval_batches, make_split
-from cxr.data.index import CLASSES
+from cxr.data.index import CLASSES, fingerprint
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, predictions_table
+from cxr.evaluate import Report, evaluate, margins_of, predictions_table
+from cxr.family import make_child
 from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machine
+from cxr.metrics import point_metrics
 from cxr.model import build_model
-from cxr.results import THRESHOLD, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
+from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
 from cxr.runtime import cache_folder, cpu_has_bf16, describe
 from cxr.tracking import Tracker, existing_run, open_run, recorded
 from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+Float32 = npt.NDArray[np.float32]
 
 
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
@@ -38,9 +51,12 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     log_start(config, tracker, data, machine, weights)
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
-    records = train_model(config, tracker, data, machine, model, say)
-    val, test = (_report(config, data, machine, model, split) for split in ("val", "test"))
-    result = RunResult(tracker.run_id, weights, records, val, test, data, time.perf_counter() - started)
+    records, source = train_model(config, tracker, data, machine, model, say)
+    stressed = _stressed(config, machine, model, source, data)
+    uses = tracker.count({TEST_SPLIT: fingerprint(data.part(data.held_out))})
+    val, test, calibration = _reports(config, data, machine, model)
+    seconds = time.perf_counter() - started
+    result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, calibration, stressed, uses)
     return replace(result, registered=log_end(config, tracker, model, result))
 
 
@@ -65,6 +81,19 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     shutil.rmtree(checkpoint_folder(config, tracker.run_id))
     say("\n" + "\n".join(lines))
     return result
+
+
+def run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say = print) -> str:
+    """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
+    is not finished, or a new one by `config`."""
+    child = existing.get(name)
+    if child is not None and child.info.status == "FINISHED":
+        say(f"{name}: finished before, in run {child.info.run_id}")
+        return str(child.info.run_id)
+    tags = {"cxr.kind": "member", "cxr.member": name, "strategy": config.strategy, "seed": str(config.seed)}
+    run_id = child.info.run_id if child is not None else make_child(parent, name, tags, flatten(config))
+    say(f"{name}: run {run_id}")
+    return run_tracked(replace(config, resume=run_id), say, parent).run_id
 
 
 def _recorded_config(run_id: str, config: TrainConfig) -> TrainConfig:
@@ -94,8 +123,8 @@ def train_model(
     say: Say,
     watch: Callable[[EpochRecord], object] = lambda record: None,
     label: str = "",
-) -> list[EpochRecord]:
-    """Run the loop and log each epoch, its metrics' names after `label`; returns the records.
+) -> tuple[list[EpochRecord], Activations]:
+    """Run the loop and log each epoch, its metrics' names after `label`; returns the records and the batches' source.
 
     `watch` sees each record once it is logged, and may raise to end the run.
     """
@@ -115,14 +144,15 @@ def train_model(
         config.epochs, config.weight_decay, config.step_size, config.gamma, config.patience, machine.precision
     )
     batches = source.train_batches, source.val_batches
-    for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints):
+    stressed = source.stressed_batches if config.select == "stressed_val_loss" else None
+    for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
         records.append(record)
         if record.epoch >= logged:
             named = {f"{label}{name}": value for name, value in record.metrics.items()}
             tracker.metrics({**named, f"{label}phase": record.phase_index}, step=record.epoch)
         say(epoch_line(record))
         watch(record)
-    return records
+    return records, source
 
 
 def _source(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> tuple[Activations, torch.Tensor]:
@@ -139,12 +169,46 @@ def _source(config: TrainConfig, data: Data, machine: Machine, model: ResNet) ->
         config.reuse_gb * 1e9,
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
         cache_folder(config.cache_dir) / "activations",
+        stressed=True,
     )
     return source, class_weights(train.labels)
 
 
-def _report(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Report:
+def _logits(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Float32:
     split = make_split(data.manifest, data.store, name)
     logits, _ = infer(model, eval_batches(split, config.batch_size, machine.device))
-    table = predictions_table(data.part(name), logits.numpy(), THRESHOLD)
-    return evaluate(table, name, THRESHOLD, config.bootstrap)
+    logits_array: Float32 = logits.numpy()
+    return logits_array
+
+
+def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> tuple[Report, Report, Calibration]:
+    """(validation, test, calibration): what is fitted is fitted on validation, before test is looked at."""
+    val, test = data.part("val"), data.part(data.held_out)
+    labels = val["label"].to_numpy(np.int64)
+    logits = _logits(config, data, machine, model, "val")
+    calibration = fit_calibration(config.calibration, margins_of(logits), labels)
+    threshold = choose_threshold(config.threshold, labels, calibration.apply(margins_of(logits)))
+    prevalence = float(labels.mean())
+    val_table = predictions_table(val, logits, threshold, calibration)
+    test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
+    return (
+        evaluate(val_table, "val", threshold, config.bootstrap),
+        evaluate(test_table, data.held_out, threshold, config.bootstrap, prevalence),
+        calibration,
+    )
+
+
+def _stressed(
+    config: TrainConfig, machine: Machine, model: ResNet, source: Activations, data: Data
+) -> dict[str, float]:
+    """The figures of the validation images under `STRESSES`: overall, and the loss under each."""
+    phase = config.phases[-1]
+    logits, labels = infer(model, source.stressed_batches(phase), machine.precision, phase.trainable)
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    losses = F.cross_entropy(logits, labels, weights, reduction="none") / weights[labels].mean()
+    figures = {"stressed_val_loss": losses.mean().item()}
+    for name, part in zip(STRESSES, torch.chunk(losses, len(STRESSES)), strict=True):
+        figures[f"stressed_val_loss_{name}"] = part.mean().item()
+    points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
+    names = ("accuracy", "recall", "specificity", "roc_auc")
+    return figures | {f"stressed_val_{name}": points[name] for name in names}

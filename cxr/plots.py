@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -44,6 +45,11 @@ POINT: Style = {
     "zorder": 3,
 }
 BESIDE: Style = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "frameon": False}
+
+# Heat to lay over grey: plasma's brightness rises evenly, also to the colour-blind; none at 0, so that the X-ray shows.
+_OPACITY = np.linspace(0, 0.6, 256)
+HEAT = ListedColormap(np.column_stack([colormaps["plasma"](np.linspace(0, 1, 256))[:, :3], _OPACITY]), "heat")
+_HEAT_MEANS = "support for pneumonia (Grad-CAM) in parts of the image's own maximum; a bare X-ray has none"
 
 WIDTH = 7.2  # inches: 864 px at 120 dpi, about what MLflow's page shows
 Z_95 = 1.959964
@@ -215,6 +221,27 @@ def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, c
     for axes, image, line in zip(figure.axes, images, lines, strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(line, fontsize=8, pad=3)
+    return figure
+
+
+def explanation_panel(
+    images: NDArray[np.uint8], heats: Floats, captions: Sequence[str], title: str, columns: int = 4
+) -> Figure:
+    """Grey ``images`` [n, s, s] under their ``heats`` [n, s, s], in rows of ``columns``, each under its caption.
+
+    A heat runs from 0, which leaves the X-ray bare, to 1; the bar below says that it compares within an image only.
+    """
+    if len(heats) != len(images):
+        raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need as many")
+    figure = image_grid(images, captions, title, columns)
+    cells = list(figure.axes)
+    for axes, heat in zip(cells, heats, strict=False):
+        layer = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1)
+    figure.set_figheight(figure.get_figheight() + 0.65)
+    bar = figure.colorbar(layer, ax=cells, location="bottom", aspect=40, shrink=0.8)
+    bar.ax.set_facecolor(GREY)  # so that the bar shows its colours as the X-rays do
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label(textwrap.fill(_HEAT_MEANS, int(figure.get_figwidth() * 13)), fontsize=8.5)
     return figure
 
 

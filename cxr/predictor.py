@@ -9,6 +9,7 @@ import base64
 import copy
 import importlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import ResNet, get_model
 
+from cxr.calibration import IDENTITY, Calibration
 from cxr.data.augment import IMAGENET_MEAN, IMAGENET_STD, to_input
 from cxr.data.index import CLASS_TO_INDEX
 from cxr.data.store import ImageError, UInt8, check_shape, decode_gray, square_gray
 from cxr.errors import UserError
+from cxr.evaluate import margins_of
 from cxr.model import StateDict
 from cxr.train import infer
 
@@ -46,6 +49,7 @@ class ModelCard:
     data_fingerprint: str
     weights: str
     class_to_index: dict[str, int]
+    calibration: Calibration = IDENTITY
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -83,13 +87,15 @@ def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
 class _Probability(nn.Module):
     """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
 
-    def __init__(self, model: ResNet):
+    def __init__(self, model: ResNet, calibration: Calibration):
         super().__init__()
-        self.model = model
+        self.model, self.calibration = model, calibration
 
     def forward(self, image: Tensor) -> Tensor:
         """As `Predictor.predict`."""
-        return torch.softmax(self.model(to_input(image)), 1)[:, CLASS_TO_INDEX["PNEUMONIA"]]
+        logits = self.model(to_input(image))
+        margin = logits[:, CLASS_TO_INDEX["PNEUMONIA"]] - logits[:, CLASS_TO_INDEX["NORMAL"]]
+        return torch.sigmoid(self.calibration.slope * margin + self.calibration.offset)
 
 
 class Predictor:
@@ -101,7 +107,8 @@ class Predictor:
     @classmethod
     def load(cls, folder: Path) -> Predictor:
         """Read a packaged model; no pickle is involved."""
-        card = ModelCard(**json.loads((folder / CARD).read_text()))
+        fields = json.loads((folder / CARD).read_text())
+        card = ModelCard(**{**fields, "calibration": Calibration(**fields["calibration"])})
         model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return cls(model.to(memory_format=torch.channels_last), card)
@@ -121,6 +128,12 @@ class Predictor:
 
     def predict_files(self, paths: Sequence[Path]) -> pd.DataFrame:
         """Files -> columns image, label, probability, decision. Raises `UserError` naming all that are no images."""
+        table = self.predict(self.read_files(paths))
+        table.insert(0, "image", [os.fsencode(path).decode(errors="replace") for path in paths])
+        return table
+
+    def read_files(self, paths: Sequence[Path]) -> list[UInt8]:
+        """Files -> prepared images. Raises `UserError` naming all that are no images."""
         prepared, bad = [], []
         for path in paths:
             try:
@@ -129,9 +142,7 @@ class Predictor:
                 bad.append(f"{path} ({getattr(error, 'strerror', None) or error})")
         if bad:
             raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {'; '.join(bad)}")
-        table = self.predict(prepared)
-        table.insert(0, "image", [str(path) for path in paths])
-        return table
+        return prepared
 
     def export(self, folder: Path, onnx: bool = False) -> list[Path]:
         """Write the plain torchvision state dict, the class mapping, the card and, if asked, an ONNX model; returns
@@ -163,7 +174,8 @@ class Predictor:
             raise UserError(f"--onnx: the package {error.name} is not installed; {hint}") from error
         example = torch.zeros(2, self.card.image_size, self.card.image_size, dtype=torch.uint8)
         # A copy, because the exporter wants the usual memory layout.
-        network = _Probability(copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)).eval()
+        plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
+        network = _Probability(plain, self.card.calibration).eval()
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 network,
@@ -182,7 +194,7 @@ class Predictor:
         stack = torch.from_numpy(np.stack(images))
         batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
         logits, _ = infer(self.model, batches)
-        probability = torch.softmax(logits.double(), 1)[:, CLASS_TO_INDEX["PNEUMONIA"]].numpy()
+        probability = self.card.calibration.apply(margins_of(logits.numpy()))
         decision = (probability >= self.card.threshold).astype(np.int64)
         names = {index: name for name, index in self.card.class_to_index.items()}
         label = [names[int(d)] for d in decision]

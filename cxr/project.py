@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from cxr.config import TrainConfig, TuneConfig, default_of, spec_of, types_of
+from cxr.config import CompareConfig, CrossvalConfig, TrainConfig, TuneConfig, default_of, spec_of, types_of
 
 ROOT = Path(__file__).parent.parent
 ENTRY_POINTS: dict[str, tuple[str, type[TrainConfig]]] = {
     "main": ("train", TrainConfig),
     "tune": ("tune", TuneConfig),
+    "compare": ("compare", CompareConfig),
+    "crossval": ("crossval", CrossvalConfig),
 }
 Command = Callable[..., Any]
 

@@ -115,7 +115,8 @@ class Registration:
 def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     """Make a logged model a version of `name`, and champion if it is better.
 
-    `tags` must hold `val_loss` and `val_fingerprint`: only versions validated on the same images are compared.
+    `tags` must hold `val_fingerprint` and the figure that `selected_by` names (`val_loss` if that is not there): only
+    versions validated on the same images are compared.
     """
     import mlflow
 
@@ -148,10 +149,13 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     before = f"version {champion.version}"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"champion stays {before}: it was validated on other images, so the two cannot be compared"
-    mine, theirs = float(tags["val_loss"]), float(champion.tags["val_loss"])
+    name = tags.get("selected_by", "val_loss")
+    if name not in champion.tags:
+        return False, f"champion stays {before}: it has no {name} to compare with"
+    mine, theirs = float(tags[name]), float(champion.tags[name])
     if mine < theirs:
-        return True, f"champion, as its val_loss {mine:.4f} is below {theirs:.4f} of {before}"
-    return False, f"champion stays {before}: its val_loss {theirs:.4f} is not above {mine:.4f}"
+        return True, f"champion, as its {name} {mine:.4f} is below {theirs:.4f} of {before}"
+    return False, f"champion stays {before}: its {name} {theirs:.4f} is not above {mine:.4f}"
 
 
 def promote(name: str, number: str) -> str:

@@ -15,14 +15,15 @@ from PIL import Image
 from torchvision.models import ResNet
 
 from cxr import plots, registry
+from cxr.calibration import IDENTITY, Calibration
 from cxr.config import TrainConfig
 from cxr.data.audit import audit
 from cxr.data.augment import augment, view_parameters
-from cxr.data.dataset import Split
+from cxr.data.dataset import Split, make_split
 from cxr.data.index import CLASS_TO_INDEX, CLASSES, fingerprint
 from cxr.data.synthetic import phantom
 from cxr.errors import UserError
-from cxr.evaluate import Report, format_interval
+from cxr.evaluate import HALF, Report, format_interval
 from cxr.inputs import Data, Machine
 from cxr.model import count_parameters
 from cxr.predictor import ModelCard
@@ -31,14 +32,18 @@ from cxr.strategies import STRATEGIES
 from cxr.tracking import MlflowTracker, Tracker, git_commit
 from cxr.train import EpochRecord, FreezeProof
 
-THRESHOLD = 0.5
-SPLIT_NAMES = {"val": "Validation", "test": "Test", "external": "External data"}
+TEST_SPLIT = "test_split"  # the tag by which the uses of a test split are counted
+SPLIT_NAMES = {"val": "Validation", "test": "Test", "fold": "Held-out fold", "external": "External data"}
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gives back: which weights it really started from, its epochs, and the two reports."""
+    """What a run gives back: which weights it really started from, its epochs, and the two reports.
+
+    `stressed` are the figures of the stressed validation; `uses_before` says how often this test split was evaluated
+    before in the tracking store.
+    """
 
     run_id: str
     weights: str
@@ -47,6 +52,9 @@ class RunResult:
     test: Report
     data: Data
     seconds: float
+    calibration: Calibration
+    stressed: dict[str, float]
+    uses_before: int = 0
     registered: str = "not registered"
 
     @property
@@ -84,7 +92,7 @@ def log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machin
     tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
     tracker.text("\n".join(f.line() for f in audit(data.manifest, data.bad)) + "\n", "data/audit.txt")
     tracker.table(data.manifest, "data/manifest.csv")
-    for split, context in (("train", "training"), ("val", "validation"), ("test", "testing")):
+    for split, context in (("train", "training"), ("val", "validation"), (data.held_out, "testing")):
         tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
 
 
@@ -126,45 +134,68 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", "freeze_proofs.json")
     for report in (result.val, result.test):
         log_report(tracker, report, name)
+    tracker.figure(_explained(model, result, name), "plots/test_gradcam.png")
     sizes = {
         "parameters_total": count_parameters(model),
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
     }
     model_id = _log_model(config, tracker, model, result)
     registration = _register(config, tracker, model_id, result)
-    if not tracker.logged("test_roc_auc"):
+    if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
-        final = {**result.val.figures(), **result.test.figures(), **sizes}
+        gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
+        final = {**result.val.figures(), **result.test.figures(), **result.stressed, **gap, **sizes}
+        final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
+        final["total_seconds"] = result.seconds
         tracker.metrics(final, step=len(result.records), model_id=model_id)
     tracker.tags(
         {
             "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
             "best_epoch": str(best),
             "registered": registration,
+            "calibration": result.calibration.words(),
+            TEST_SPLIT: fingerprint(result.data.part(result.data.held_out)),
             "mlflow.note.content": "\n\n".join([*summary(config, tracker, result), registration]),
         }
     )
     return registration
 
 
-def card_of(config: TrainConfig, weights: str, data_fingerprint: str) -> ModelCard:
+def _explained(model: ResNet, result: RunResult, name: str) -> Figure:
+    """Grad-CAM of confident right, confident wrong and borderline images of the held-out split."""
+    from cxr.explain import choose_examples, examples_panel  # captum costs half a second, and only the end needs it
+
+    split = make_split(result.data.manifest, result.data.store, result.data.held_out)
+    chosen = choose_examples(result.test.table, result.test.threshold)
+    images = split.dataset.images[split.dataset.rows[chosen.index]]
+    return examples_panel(model, images, chosen, f"{SPLIT_NAMES[result.test.split]} images, Grad-CAM: {name}")
+
+
+def card_of(
+    config: TrainConfig,
+    weights: str,
+    data_fingerprint: str,
+    threshold: float = HALF,
+    calibration: Calibration = IDENTITY,
+) -> ModelCard:
     """What goes with the weights of a run."""
     return ModelCard(
         arch=config.arch,
         image_size=config.image_size,
         resize=config.resize,
-        threshold=THRESHOLD,
+        threshold=threshold,
         strategy=config.strategy,
         data_fingerprint=data_fingerprint,
         weights=weights,
         class_to_index=CLASS_TO_INDEX,
+        calibration=calibration,
     )
 
 
 def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
     if not isinstance(tracker, MlflowTracker):
         return None
-    card = card_of(config, result.weights, result.data.fingerprint)
+    card = card_of(config, result.weights, result.data.fingerprint, result.test.threshold, result.calibration)
     return registry.log_model(model.state_dict(), card, _example(config.image_size))
 
 
@@ -181,8 +212,11 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
         "data_fingerprint": result.data.fingerprint,
         "val_fingerprint": fingerprint(val),
         "val_loss": repr(result.best.metrics["val_loss"]),
+        "stressed_val_loss": repr(result.stressed["stressed_val_loss"]),
+        "selected_by": config.select,
         "val_roc_auc": repr(result.val.values["roc_auc"]),
-        "threshold": repr(THRESHOLD),
+        "threshold": repr(result.test.threshold),
+        "calibration": result.calibration.words(),
         "class_to_index": json.dumps(CLASS_TO_INDEX),
         "preprocessing": f"grey, {config.resize} to {config.image_size}x{config.image_size}, ImageNet mean and std",
     }
@@ -203,8 +237,14 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         "confusion_matrix": plots.confusion_matrix(report.counts(), CLASSES, title),
         "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
         "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
+        "confusion_matrix_chosen": plots.confusion_matrix(
+            report.counts(report.threshold), CLASSES, f"{title}, threshold {report.threshold:.3f}"
+        ),
         "reliability": plots.reliability_diagram(labels, probabilities, report.values["ece"], title),
-        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values}, title),
+        "reliability_uncalibrated": plots.reliability_diagram(
+            labels, report.uncalibrated, report.before["ece"], f"{title}, uncalibrated"
+        ),
+        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if m != "log_loss"}, title),
     }
     for kind, figure in figures.items():
         tracker.figure(figure, f"plots/{split}_{kind}.png")
@@ -221,20 +261,28 @@ def data_words(data: Data) -> str:
     counts = data.manifest["split"].value_counts()
     words = "synthetic phantoms (NOT real X-rays)" if data.synthetic else "X-rays"
     skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
-    return f"{words}, train {counts['train']}, val {counts['val']}, test {counts['test']} images{skipped}"
+    sizes = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", data.held_out))
+    return f"{words}, {sizes} images{skipped}"
 
 
 def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
     """Lines for a person: what came out, on what, where to look, what to run next."""
     best, test, weights = result.best, result.test, result.weights
+    name, ece = test.split, (test.before["ece"], test.values["ece"])
     shown = ("accuracy", "roc_auc", "recall", "specificity")
     others = [name for name in STRATEGIES if name != config.strategy]
     return [
         f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
         f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
         f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
-        f"test, threshold {test.threshold:g}: "
-        + ", ".join(f"{name} {format_interval(test.interval(name))}" for name in shown),
+        f"{name}, threshold 0.5: " + ", ".join(f"{m} {format_interval(test.interval(m))}" for m in shown),
+        f"{name}, threshold {test.threshold:.3f} ({config.threshold} on validation): "
+        + ", ".join(f"{m} {format_interval(test.chosen_interval(m))}" for m in ("accuracy", *shown[2:])),
+        f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
+        *(
+            [f"this test split was evaluated {result.uses_before} times before in this store"]
+            * (result.uses_before > 0)
+        ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
         f"weights: {weights}"
         + ("; pretraining is what these strategies compare" if weights.startswith("random") else ""),

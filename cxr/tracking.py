@@ -69,6 +69,9 @@ class Tracker(Protocol):
     def logged(self, metric: str) -> int:
         """How often a metric was logged before the run was opened: 0 for a new one."""
 
+    def count(self, tags: Mapping[str, str]) -> int:
+        """How many other runs of the store have these tags."""
+
     def where(self) -> list[str]:
         """Lines that tell a person where to look."""
 
@@ -116,6 +119,10 @@ class NullTracker:
 
     def logged(self, metric: str) -> int:
         """Never."""
+        return 0
+
+    def count(self, tags: Mapping[str, str]) -> int:
+        """None."""
         return 0
 
     def where(self) -> list[str]:
@@ -188,6 +195,16 @@ class MlflowTracker:
         if metric not in self._metrics:
             return 0
         return len(mlflow.MlflowClient().get_metric_history(self.run_id, metric))
+
+    def count(self, tags: Mapping[str, str]) -> int:
+        """In all experiments, whatever became of the runs."""
+        import mlflow
+
+        chosen = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = mlflow.search_runs(
+            search_all_experiments=True, filter_string=chosen, output_format="list", max_results=50_000
+        )
+        return sum(run.info.run_id != self.run_id for run in found)
 
     def where(self) -> list[str]:
         """The command that opens the UI and the pages that matter."""

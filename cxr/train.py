@@ -70,7 +70,7 @@ class Progress:
     epoch: int = 0
     phase_best: float = math.inf
     stale: int = 0
-    best_loss: float = math.inf
+    best_loss: float = math.inf  # or whatever else selects
     best_epoch: int = -1
     best_files: list[str] = field(default_factory=list)
     base: str = ""
@@ -89,7 +89,9 @@ class Loop:
         schedule: Schedule,
         class_weights: Tensor,
         checkpoints: Checkpoints,
+        select: str,
     ):
+        self.select = select
         self.model, self.phases, self.rates = model, phases, rates
         self.schedule, self.checkpoints = schedule, checkpoints
         self.device = next(model.parameters()).device
@@ -164,15 +166,19 @@ def fit(
     train_data: Callable[[Phase, int], Iterable[Batch]],
     val_data: Callable[[Phase], Iterable[Batch]],
     checkpoints: Checkpoints,
+    stressed_data: Callable[[Phase], Iterable[Batch]] | None = None,
 ) -> Iterator[EpochRecord]:
     """Train through all phases and leave the best checkpoint (lowest validation loss) in the model.
+
+    With `stressed_data`, the loss over that, `stressed_val_loss`, selects in its place, and stops a phase early.
 
     `train_data(phase, epoch)` and `val_data(phase)` give (features, labels) on the model's device; features are what
     enters the phase's first trainable stage. A folder with a checkpoint is taken up where it stopped: the records it
     already gave are given again, then the loop goes on. Each record is saved before it is given. Raises
     `FreezeError` when something frozen moved, `UserError` when the loss is no longer finite.
     """
-    loop = Loop(model, phases, rates, schedule, class_weights, checkpoints)
+    select = "stressed_val_loss" if stressed_data else "val_loss"
+    loop = Loop(model, phases, rates, schedule, class_weights, checkpoints, select)
     if state := checkpoints.load():
         loop.restore(state)
         yield from (_record_from(row) for row in loop.progress.history)
@@ -180,7 +186,7 @@ def fit(
         _enter_phase(loop, 0)
     while True:
         while not loop.phase_is_over():
-            yield _epoch(loop, train_data, val_data)
+            yield _epoch(loop, train_data, val_data, stressed_data)
         if loop.progress.phase + 1 == len(phases):
             break
         _enter_phase(loop, loop.progress.phase + 1)
@@ -205,7 +211,10 @@ def _enter_phase(loop: Loop, index: int) -> None:
 
 
 def _epoch(
-    loop: Loop, train_data: Callable[[Phase, int], Iterable[Batch]], val_data: Callable[[Phase], Iterable[Batch]]
+    loop: Loop,
+    train_data: Callable[[Phase, int], Iterable[Batch]],
+    val_data: Callable[[Phase], Iterable[Batch]],
+    stressed_data: Callable[[Phase], Iterable[Batch]] | None,
 ) -> EpochRecord:
     progress = loop.progress
     started = time.perf_counter()
@@ -213,11 +222,13 @@ def _epoch(
     train_loss, train_accuracy, images = _train(loop, train_data(loop.phase, progress.epoch))
     trained = time.perf_counter()
     val_loss, val_accuracy, val_roc_auc = _validate(loop, val_data(loop.phase))
+    stressed = {"stressed_val_loss": _validate(loop, stressed_data(loop.phase))[0]} if stressed_data else {}
     evaluated = time.perf_counter()
     loop.scheduler.step()
     metrics = {
         "train_loss": train_loss,
         "val_loss": val_loss,
+        **stressed,
         "train_accuracy": train_accuracy,
         "val_accuracy": val_accuracy,
         "val_roc_auc": val_roc_auc,
@@ -243,13 +254,14 @@ def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     """Prove the freezing, judge the epoch, keep what is best, save, and report."""
     progress = loop.progress
     proof = _prove(loop)  # in every epoch, so that nothing is saved of a network whose frozen part moved
-    improved = metrics["val_loss"] < progress.best_loss
+    judged = metrics[loop.select]
+    improved = judged < progress.best_loss
     if improved:
-        progress.best_loss, progress.best_epoch = metrics["val_loss"], progress.epoch
+        progress.best_loss, progress.best_epoch = judged, progress.epoch
         trained = loop.checkpoints.save_tensors(f"best-{progress.epoch}", stage_state(loop.model, loop.phase.trainable))
         progress.best_files = [progress.base, trained]
-    progress.stale = 0 if metrics["val_loss"] < progress.phase_best else progress.stale + 1
-    progress.phase_best = min(progress.phase_best, metrics["val_loss"])
+    progress.stale = 0 if judged < progress.phase_best else progress.stale + 1
+    progress.phase_best = min(progress.phase_best, judged)
     progress.phase_epoch += 1
     shown = proof if loop.phase_is_over() else None
     record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, shown)

@@ -11,8 +11,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from cxr.evaluate import Report, evaluate, format_interval, predictions_table
-from cxr.metrics import METRICS, point_metrics
+from cxr.calibration import Calibration
+from cxr.evaluate import CALIBRATED, Report, evaluate, format_interval, predictions_table
+from cxr.metrics import DECISION_METRICS, METRICS, point_metrics
 
 
 def images(n: int) -> pd.DataFrame:
@@ -32,7 +33,8 @@ def images(n: int) -> pd.DataFrame:
 
 def report(resamples: int = 50) -> Report:
     logits = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
-    return evaluate(predictions_table(images(20), logits, 0.4), "test", 0.4, resamples)
+    table = predictions_table(images(20), logits, 0.4, Calibration("platt", 0.8, 0.1))
+    return evaluate(table, "test", 0.4, resamples, 0.7)
 
 
 @given(arrays(np.float32, (4, 2), elements=st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-20, 20, width=32)))
@@ -63,21 +65,30 @@ def test_logits_for_another_number_of_images_are_refused() -> None:
 def test_every_figure_can_be_computed_again_from_the_table_as_text() -> None:
     first = report()
     text = io.StringIO(first.table.to_csv(index=False))
-    again = evaluate(pd.read_csv(text), "test", 0.4, 50)
+    again = evaluate(pd.read_csv(text), "test", 0.4, 50, 0.7)
     assert again.figures() == pytest.approx(first.figures(), abs=1e-12)
 
 
-def test_a_report_holds_scikit_learns_values_at_its_threshold() -> None:
+def test_a_report_holds_scikit_learns_values_at_both_thresholds_and_before_calibration() -> None:
     got = report()
-    assert got.values == point_metrics(got.labels, got.probabilities, 0.4)
-    assert got.counts().sum() == 20
+    assert got.values == point_metrics(got.labels, got.probabilities, 0.5)
+    chosen, before = point_metrics(got.labels, got.probabilities, 0.4), point_metrics(got.labels, got.uncalibrated)
+    assert got.chosen_values == {name: chosen[name] for name in DECISION_METRICS}
+    assert got.before == {name: before[name] for name in ("brier", "log_loss", "ece")}
+    assert got.before != {name: got.values[name] for name in got.before}
+    assert got.counts().sum() == got.counts(0.4).sum() == 20
+    assert not np.array_equal(got.counts(), got.counts(0.4))
     assert list(got.table["decision"]) == (got.probabilities >= 0.4).astype(int).tolist()
 
 
 def test_figures_carry_the_split_the_bounds_and_the_subtypes() -> None:
     names = set(report().figures())
-    bounds = {f"test_{name}_{end}" for name in METRICS for end in ("low", "high")}
-    assert names == {f"test_{name}" for name in METRICS} | bounds | {"test_recall_virus", "test_recall_bacteria"}
+    metrics = {*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS)}
+    bounds = {f"test_{name}_{end}" for name in metrics for end in ("low", "high")}
+    others = {"recall_virus", "recall_bacteria", *(f"uncalibrated_{name}" for name in CALIBRATED)}
+    prior = {"validation", "own", "estimated", *(f"corrected_{name}" for name in ("accuracy", *CALIBRATED))}
+    others |= {f"prior_{name}" for name in prior}
+    assert names == {f"test_{name}" for name in metrics | others} | bounds
 
 
 def test_without_resamples_no_bound_is_logged() -> None:
@@ -88,9 +99,12 @@ def test_without_resamples_no_bound_is_logged() -> None:
 
 def test_the_text_shows_each_metric_with_its_interval() -> None:
     got = report()
-    assert "20 images of 10 groups, threshold 0.4" in got.text()
+    assert "20 images of 10 groups" in got.text()
+    assert "threshold 0.4, chosen on validation" in got.text()
     for name in METRICS:
-        assert f"{name:18} {format_interval(got.interval(name))}" in got.text()
+        assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
+    assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
+    assert "share of pneumonia: 0.700 on validation, 0.500 here" in got.text()
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:

@@ -164,7 +164,8 @@ def test_intervals_are_ordered_within_bounds_and_wider_at_a_higher_level(case: C
     narrow = intervals(labels, probabilities, groups, threshold, 200, level=0.5)
     wide = intervals(labels, probabilities, groups, threshold, 200, level=0.95)
     for name in METRICS:
-        assert 0 <= wide[name][0] <= narrow[name][0] <= narrow[name][1] <= wide[name][1] <= 1 + 1e-12, name
+        largest = 28 if name == "log_loss" else 1  # nats of a certain error, clipped
+        assert 0 <= wide[name][0] <= narrow[name][0] <= narrow[name][1] <= wide[name][1] <= largest + 1e-12, name
 
 
 def test_one_group_has_nothing_to_vary() -> None:

@@ -192,6 +192,34 @@ def test_image_grid_refuses_missing_captions() -> None:
         plots.image_grid(np.zeros((2, 3, 3), np.uint8), ["one"], "grid")
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 4), (2, 2), (6, 4), (12, 4)])
+def test_explanation_panel_lays_each_heat_over_its_image(count: int, columns: int) -> None:
+    images = np.arange(count * 16, dtype=np.uint8).reshape(count, 4, 4)
+    heats = np.linspace(0, 1, count * 16).reshape(count, 4, 4)
+    figure = plots.explanation_panel(images, heats, [f"borderline {i}" for i in range(count)], "panel", columns)
+    *shown, bar = [axes for axes in figure.axes if axes.get_title() or axes.get_xlabel()]
+    assert [axes.get_title() for axes in shown] == [f"borderline {i}" for i in range(count)]
+    for layer, values in enumerate((images, heats)):
+        np.testing.assert_array_equal([axes.images[layer].get_array() for axes in shown], values)
+    assert all(axes.images[1].get_clim() == (0, 1) for axes in shown)
+    assert "own maximum" in bar.get_xlabel().replace("\n", " ")
+    save(figure)
+    assert figure.bbox.width <= 864
+    assert min(axes.bbox.width for axes in shown) > 170
+
+
+def test_heat_is_invisible_at_zero_and_never_hides_the_image() -> None:
+    opacity = plots.HEAT(np.linspace(0, 1, 256))[:, 3]
+    assert opacity[0] == 0
+    assert (np.diff(opacity) > 0).all()
+    assert opacity[-1] < 0.8
+
+
+def test_explanation_panel_refuses_missing_heat_maps() -> None:
+    with pytest.raises(ValueError, match="2 images and 1 heat maps"):
+        plots.explanation_panel(np.zeros((2, 3, 3), np.uint8), np.zeros((1, 3, 3)), ["a", "b"], "panel")
+
+
 def test_plots_leave_pyplot_alone() -> None:
     plots.metric_bars({"accuracy": (0.9, 0.8, 1.0)}, "metrics")
     pyplot = sys.modules.get("matplotlib.pyplot")

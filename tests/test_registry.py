@@ -108,7 +108,7 @@ def test_evaluate_repeats_the_test_figures_and_names_a_flat_folder_external(
 ) -> None:
     config, result, _ = finished
     assert run_main(monkeypatch, "evaluate", "--data-dir", config.data_dir, "--bootstrap", "0") == 0
-    assert f"roc_auc            {result.test.values['roc_auc']:.4f}" in capsys.readouterr().out
+    assert f"roc_auc                   {result.test.values['roc_auc']:.4f}" in capsys.readouterr().out
     assert run_main(monkeypatch, "evaluate", "--data-dir", f"{config.data_dir}/test", "--bootstrap", "0") == 0
     assert capsys.readouterr().out.startswith("external: ")
     newest = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"], output_format="list")[0]

@@ -28,6 +28,25 @@ RANGES = {
     "blur": (0.1, 1.2),
     "quality": (15.0, 70.0),
 }
+NEUTRAL = {
+    "zoom": 1.0,
+    "angle": 0.0,
+    "shift_x": 0.0,
+    "shift_y": 0.0,
+    "contrast": 1.0,
+    "brightness": 0.0,
+    "blur": 1e-3,
+    "quality": 100.0,
+}
+# Each changes one cue of the apparatus, at the edge of what training shows or a little beyond.
+STRESSES: dict[str, dict[str, float]] = {
+    "larger": {"zoom": 1.15},
+    "smaller": {"zoom": 0.85},
+    "flat": {"contrast": 0.7},
+    "harsh": {"contrast": 1.4},
+    "blurred": {"blur": 1.5},
+    "compressed": {"quality": 20.0},
+}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLUR_RADIUS = 3
@@ -55,6 +74,12 @@ def view_parameters(seed: int, keys: npt.NDArray[np.uint64], view: int) -> npt.N
     table[:, 0] = np.exp(table[:, 0])
     parameters: npt.NDArray[np.float32] = table.astype(np.float32)
     return parameters
+
+
+def stress_parameters(images: int, stress: str) -> npt.NDArray[np.float32]:
+    """The parameters [n, 8], the same for each image, of one of `STRESSES`."""
+    row = [{**NEUTRAL, **STRESSES[stress]}[name] for name in RANGES]
+    return np.tile(np.array(row, np.float32), (images, 1))
 
 
 def augment(images: Tensor, parameters: Tensor) -> Tensor:

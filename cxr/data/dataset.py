@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cxr.data.augment import augment, image_key, to_input, view_parameters
+from cxr.data.augment import augment, image_key, stress_parameters, to_input, view_parameters
 from cxr.data.store import Store
 
 Item = tuple[Tensor, Tensor, Tensor]
@@ -91,17 +91,24 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def view_batches(
-    split: Split, order: list[Tensor], seed: int, view: int | None, device: torch.device
+    split: Split, order: list[Tensor], seed: int, view: int | str | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs float32 [b, 3, s, s], labels int64 [b]) on `device`, in the given order.
 
-    The images are seen through the given view; None: as they are, without augmentation.
+    The images are seen through the given view, or under the stress of that name; None: as they are.
     """
-    parameters = None if view is None else torch.from_numpy(view_parameters(seed, split.keys, view))
+    parameters = _parameters(split, seed, view)
     for images, labels, positions in _load(split, order, device):
         images = images.to(device, non_blocking=True)
         seen = images if parameters is None else augment(images, parameters[positions])
         yield to_input(seen), labels.to(device, non_blocking=True)
+
+
+def _parameters(split: Split, seed: int, view: int | str | None) -> Tensor | None:
+    if view is None:
+        return None
+    table = stress_parameters(len(split), view) if isinstance(view, str) else view_parameters(seed, split.keys, view)
+    return torch.from_numpy(table)
 
 
 def eval_batches(split: Split, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

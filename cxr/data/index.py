@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
 
 from cxr.errors import UserError
 
@@ -155,8 +156,30 @@ def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, s
     return table
 
 
-def _require_both_classes(table: pd.DataFrame, val_split: str) -> None:
-    for split in OFFICIAL:  # test too: the only images of a class may have been unreadable, and skipped
+def assign_fold(manifest: pd.DataFrame, number: int, folds: int, val_fraction: float, seed: int) -> pd.DataFrame:
+    """The rows of train and val, with the column `split`: `fold` for part `number` (from 1) of `folds`, for the rest
+    `train` and, for a share of `val_fraction`, `val`.
+
+    Parts are stratified by class and keep groups whole (scikit-learn's `StratifiedGroupKFold`). No row of the test
+    folder is left. Raises `UserError` when a class has no image in one of the three.
+    """
+    table = manifest[manifest["official"] != "test"].reset_index(drop=True)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+    try:
+        parts = [held for _, held in splitter.split(table, table["label"], table["group"])]
+    except ValueError as error:
+        raise UserError(f"--fold {number}/{folds}: {error}; use fewer folds or more data") from error
+    table["split"] = "train"
+    table.loc[parts[number - 1], "split"] = "fold"
+    rest = table.index[table["split"] == "train"]
+    held = grouped_holdout(table.loc[rest, "group"], table.loc[rest, "label"], val_fraction, seed)
+    table.loc[rest, "split"] = np.where(held, "val", "train")
+    _require_both_classes(table, f"grouped --fold {number}/{folds}", ("train", "val", "fold"))
+    return table
+
+
+def _require_both_classes(table: pd.DataFrame, val_split: str, splits: tuple[str, ...] = OFFICIAL) -> None:
+    for split in splits:  # test too: the only images of a class may have been unreadable, and skipped
         for name, label in CLASS_TO_INDEX.items():
             if not ((table["split"] == split) & (table["label"] == label)).any():
                 raise UserError(

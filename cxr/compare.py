@@ -1,0 +1,238 @@
+"""Strategies x seeds as child runs of one parent, and what they say together; the same of runs that exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cxr import comparison_plots as draw
+from cxr.comparison import (
+    PRIMARY,
+    RunData,
+    paired_table,
+    replicate,
+    require_same_images,
+    stability_table,
+    strategies_of,
+    strategy_table,
+    verdict,
+)
+from cxr.config import CompareConfig, TrainConfig, flatten, types_of
+from cxr.data.index import CLASSES
+from cxr.errors import UserError
+from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
+from cxr.html_report import html_report
+from cxr.inputs import read_data, ready_machine
+from cxr.metrics import confusion
+from cxr.model import build_model
+from cxr.pipeline import run_child
+from cxr.results import Say
+from cxr.strategies import STRATEGIES
+from cxr.tracking import OUTCOME, MlflowTracker, explained, prepare
+
+COST = ("parameters_trained", "total_seconds", "images_per_second", "peak_memory_mb")
+SHOWN = (
+    "roc_auc",
+    "pr_auc",
+    "accuracy",
+    "balanced_accuracy",
+    "recall",
+    "specificity",
+    "chosen_accuracy",
+    "brier",
+    "ece",
+)
+BARS = ("roc_auc", "accuracy", "recall", "specificity")
+RESAMPLES = 2000
+KEY = "cxr.comparison"
+
+
+def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
+    """Run every strategy with every seed and compare; returns the verdict's sentences.
+
+    The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
+    `UserError` for bad input.
+    """
+    read_data(config)  # bad input is refused before a run is made
+    ready_machine(config)
+    build_model(config.arch, config.weights, config.seed)
+    key = _key(config)
+    parent = join_parent(unfinished_parent(KEY, key) or _make_parent(config, key))
+    with ending(parent.run_id):
+        existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
+        members = {f"{member.strategy}-s{member.seed}": member for member in _members(config)}
+        run_ids = [run_child(parent.run_id, existing, name, member, say) for name, member in members.items()]
+        lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
+    say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
+    return lines
+
+
+def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> list[str]:
+    """The same of finished runs, in a run of its own. Raises `UserError` for runs that cannot be compared."""
+    prepare()
+    runs = [load_run(run_id) for run_id in run_ids]
+    require_same_images(runs)
+    parent = join_parent(open_parent("compare-runs", {"cxr.kind": "comparison"}))
+    with ending(parent.run_id):
+        parent.params({"compare.runs": " ".join(run_ids), "compare.margin": str(margin)})
+        lines = _publish(parent, runs, margin)
+    say("\n".join([*lines, *_look(parent, run_ids)]))
+    return lines
+
+
+def _members(config: CompareConfig) -> list[TrainConfig]:
+    """Seed by seed, so that an early end has whole rounds."""
+    epochs = config.epochs_of()
+    return [
+        replace(config.train, strategy=strategy, seed=config.seed + number, epochs=epochs[strategy], resume="none")
+        for number in range(config.seeds)
+        for strategy in config.chosen()
+    ]
+
+
+def _key(config: CompareConfig) -> str:
+    """Names a comparison by what it runs."""
+    text = json.dumps([flatten(member) for member in _members(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _make_parent(config: CompareConfig, key: str) -> str:
+    run_id = open_parent(f"compare-{len(config.chosen())}x{config.seeds}", {"cxr.kind": "comparison", KEY: key})
+    own = sorted(types_of(CompareConfig).keys() - types_of(TrainConfig))
+    with explained():
+        parameters = {f"compare.{name}": str(getattr(config, name)) for name in own}
+        join_parent(run_id).params({**flatten(config.train), **parameters})
+    return run_id
+
+
+def load_run(run_id: str) -> RunData:
+    """What a finished training run logged. Raises `UserError` when it is not there, or is no such run."""
+    import mlflow
+
+    with explained():
+        run = mlflow.get_run(run_id)
+        if run.info.status != "FINISHED" and run.data.tags.get(OUTCOME) != "finished":
+            raise UserError(f"run {run_id} is {run.info.status}: only finished runs can be compared")
+        if "chosen_threshold" not in run.data.metrics:
+            raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
+        if "test_roc_auc" not in run.data.metrics:
+            raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
+        tables = {name: load_table(run_id, name) for name in ("val_predictions", "test_predictions", "history")}
+    metrics = run.data.metrics
+    return RunData(
+        run_id,
+        run.data.tags["strategy"],
+        int(run.data.tags["seed"]),
+        metrics["chosen_threshold"],
+        tables["val_predictions"],
+        tables["test_predictions"],
+        tables["history"],
+        {
+            **{name: metrics[name] for name in COST if name in metrics and name != "images_per_second"},
+            "images_per_second": float(tables["history"]["images_per_second"].median()),
+            "epochs": float(len(tables["history"])),
+            "test_uses_before": metrics.get("test_uses_before", 0.0),
+        },
+    )
+
+
+def load_table(run_id: str, name: str) -> pd.DataFrame:
+    """A table that a run logged. Raises `UserError` when it is not there."""
+    import mlflow
+
+    with explained():
+        address = f"{mlflow.get_run(run_id).info.artifact_uri}/tables/{name}.csv"
+        return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
+
+
+def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
+    """Tables, figures, report and verdict in the parent run; returns the verdict."""
+    require_same_images(runs)
+    replicates = replicate(runs, RESAMPLES)
+    table, pairs, stability = strategy_table(replicates), paired_table(runs, replicates), stability_table(runs)
+    lines = verdict(table, pairs, margin)
+    whole = table.join(stability)
+    figures = _figures(runs, whole, pairs, margin)
+    parent.table(_plain(whole), "comparison/strategies.csv")
+    parent.table(pairs, "comparison/pairs.csv")
+    for name, figure in figures.items():
+        parent.figure(figure, f"comparison/{name}.png")
+    notes = [*lines[1:], *_notes(runs, margin)]
+    tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
+    tables["Cost and stability"] = stability
+    title = "Fine-tuning strategies compared"
+    parent.text(html_report(title, lines[0], notes, tables, figures), "comparison/report.html")
+    parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
+    parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *_notes(runs, margin)])})
+    return lines
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """With the strategy as a column."""
+    return table.reset_index(names="strategy")
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`0.9700 [0.9551, 0.9812], sd 0.0021` in each cell."""
+    return pd.DataFrame(
+        {
+            name: [
+                f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
+                + (f", sd {row[f'{name}_sd']:.4f}" if np.isfinite(row[f"{name}_sd"]) else "")
+                for _, row in table.iterrows()
+            ]
+            for name in SHOWN
+        },
+        index=table.index,
+    )
+
+
+def _notes(runs: Sequence[RunData], margin: float) -> list[str]:
+    uses = int(max(run.cost["test_uses_before"] for run in runs))
+    seeds = {strategy: sum(run.strategy == strategy for run in runs) for strategy in strategies_of(runs)}
+    return [
+        f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
+        + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
+        f"intervals: {RESAMPLES} resamples of patients, seeds averaged; p by Holm over all pairs; margin {margin:g}",
+        f"before the last of these runs, this test split had been evaluated {uses} times in this store: what was "
+        "chosen after looking is no longer a test",
+    ]
+
+
+def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:
+    names = strategies_of(runs)
+    own = {name: [run for run in runs if run.strategy == name] for name in names}
+    labels = runs[0].test["label"].to_numpy(np.int64)
+    scores = {name: [run.test["probability"].to_numpy(np.float64) for run in own[name]] for name in names}
+    counts = {name: np.mean([confusion(labels, each) for each in scores[name]], axis=0) for name in names}
+    figures = {
+        "metrics": draw.metric_intervals(table, BARS, "Test, threshold 0.5"),
+        "curves": draw.strategy_curves({n: [run.history for run in own[n]] for n in names}, "Validation"),
+        "roc": draw.roc_overlay({n: (labels, scores[n]) for n in names}, "ROC on test"),
+        "confusion": draw.confusion_row(counts, CLASSES, "Test, threshold 0.5, mean over seeds"),
+        "cost": draw.quality_cost(table, PRIMARY, "total_seconds", "Quality against cost"),
+    }
+    if len(pairs):
+        figures["differences"] = draw.paired_differences(pairs, PRIMARY, margin, "Paired differences on test")
+    return figures
+
+
+def _look(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
+    ids = json.dumps(list(run_ids), separators=(",", ":"))
+    where = parent.where()
+    page = where[-1].split("/#/")[0]
+    experiments = json.dumps([parent.experiment_id], separators=(",", ":"))
+    chosen = f"{page}/#/compare-runs?runs={ids}&experiments={experiments}"
+    report = f"report: comparison/report.html in run {parent.run_id}"
+    return [*_notes_short(), report, *(f"look: {line}" for line in [*where, chosen])]
+
+
+def _notes_short() -> list[str]:
+    return [f"strategies: {', '.join(STRATEGIES)}; `cxr compare --runs ID ID …` compares any finished runs"]

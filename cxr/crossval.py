@@ -1,0 +1,95 @@
+"""Cross-validation: a child run a fold, the figures of the held-out folds together in the parent; test stays locked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from cxr import comparison_plots as draw
+from cxr import plots
+from cxr.compare import load_table
+from cxr.config import CrossvalConfig, TrainConfig, flatten
+from cxr.data.index import CLASSES
+from cxr.evaluate import Report, evaluate, format_interval
+from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
+from cxr.inputs import read_data, ready_machine
+from cxr.model import build_model
+from cxr.pipeline import run_child
+from cxr.results import Say
+from cxr.tracking import MlflowTracker, explained
+
+SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
+KEY = "cxr.crossval"
+
+
+def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
+    """Train and evaluate every fold; returns a row of figures for each.
+
+    The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
+    """
+    members = _members(config)
+    read_data(members[0])
+    ready_machine(config)
+    build_model(config.arch, config.weights, config.seed)
+    key = hashlib.sha256(json.dumps([flatten(m) for m in members], sort_keys=True).encode()).hexdigest()[:16]
+    parent = join_parent(unfinished_parent(KEY, key) or _make_parent(config, key))
+    with ending(parent.run_id):
+        existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
+        names = [f"fold-{m.fold.replace('/', '-of-')}" for m in members]
+        run_ids = [run_child(parent.run_id, existing, n, m, say) for n, m in zip(names, members, strict=True)]
+        table, pooled = _gather(run_ids, config.bootstrap)
+        lines = _publish(parent, config, table, pooled)
+    say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
+    return table
+
+
+def _members(config: CrossvalConfig) -> list[TrainConfig]:
+    return [
+        replace(config.train, fold=f"{number + 1}/{config.folds}", register="none", resume="none")
+        for number in range(config.folds)
+    ]
+
+
+def _make_parent(config: CrossvalConfig, key: str) -> str:
+    tags = {"cxr.kind": "crossval", KEY: key, "strategy": config.strategy, "seed": str(config.seed)}
+    run_id = open_parent(f"crossval-{config.strategy}-{config.folds}", tags)
+    with explained():
+        join_parent(run_id).params({**flatten(config.train), "crossval.folds": str(config.folds)})
+    return run_id
+
+
+def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
+    """(figures by fold, the report of all out-of-fold predictions together)."""
+    tables = [load_table(run_id, "fold_predictions") for run_id in run_ids]
+    reports = [evaluate(table, "fold", 0.5, 0) for table in tables]
+    rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
+    return pd.DataFrame(rows), evaluate(pd.concat(tables, ignore_index=True), "fold", 0.5, bootstrap)
+
+
+def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
+    """Tables, figures and summary in the parent run; returns the lines for a person."""
+    name = f"{config.strategy}, {config.folds} folds"
+    mean, sd = table[list(SHOWN)].mean(), table[list(SHOWN)].std(ddof=1)
+    lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
+    lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]
+    parent.table(table, "crossval/folds.csv")
+    parent.table(pooled.table, "crossval/out_of_fold_predictions.csv")
+    parent.text(pooled.text(), "crossval/report.txt")
+    labels, probabilities, title = pooled.labels, pooled.probabilities, f"Out of fold: {name}"
+    figures = {
+        "folds": draw.folds(table.set_index("fold"), SHOWN, f"Folds: {name}"),
+        "roc": plots.roc_curve(labels, probabilities, pooled.interval("roc_auc"), title),
+        "pr": plots.pr_curve(labels, probabilities, pooled.interval("pr_auc"), title),
+        "confusion_matrix": plots.confusion_matrix(pooled.counts(), CLASSES, title),
+        "reliability": plots.reliability_diagram(labels, probabilities, pooled.values["ece"], title),
+    }
+    for kind, figure in figures.items():
+        parent.figure(figure, f"crossval/{kind}.png")
+    parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
+    parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
+    parent.tags({"mlflow.note.content": "\n\n".join(lines)})
+    return lines
