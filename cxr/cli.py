@@ -165,6 +165,22 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
         click.echo(file)
 
 
+@models.command("verify")
+@click.argument("target")
+@click.option("--data-dir", help="where the images are now, if not where the run had them")
+def verify_command(target: str, data_dir: str | None) -> None:
+    """Compute every figure of TARGET (a run's id, or a model's URI) again, from predictions, model and data.
+
+    Exit code 1 when anything differs.
+    """
+    from cxr.verify import verify
+
+    findings = verify(target, data_dir)
+    for finding in findings:
+        click.echo(finding.line())
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
 @cli.group()
 def data() -> None:
     """Look at data, make phantoms, download the Kaggle set."""
@@ -173,13 +189,22 @@ def data() -> None:
 @data.command("audit")
 @click.argument("folder", default=SYNTHETIC)
 @click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
-def audit_command(folder: str, cache_dir: str) -> None:
-    """Count the images of FOLDER and name what is wrong with them. Exit code 1 when files are corrupt."""
-    from cxr.data.audit import audit
+@click.option(
+    "--weights", default="none", show_default=True, help="look for shifts with these weights, as in train; none"
+)
+@click.option("--strict", is_flag=True, help="leakage across splits ends with exit code 2")
+def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> None:
+    """Say what FOLDER holds and what is wrong with it. Exit code 1 when files are corrupt."""
+    config = TrainConfig(
+        data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict="true" if strict else "false"
+    )
+    from cxr.auditing import audited
     from cxr.inputs import read_data
+    from cxr.model import build_model
 
-    content = read_data(TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip"))
-    for finding in audit(content.manifest, content.bad):
+    content = read_data(config)
+    model = None if weights == "none" else build_model(config.arch, weights, config.seed)[0]
+    for finding in audited(config, content, model):
         click.echo(finding.line())
     sys.exit(1 if content.bad else 0)
 

@@ -151,6 +151,11 @@ class TrainConfig:
         "an unreadable image: stop (naming them all) or skip (and count them)",
         choices=("stop", "skip"),
     )
+    strict: str = param(
+        "false",
+        "whether leakage across splits is an error: patients, files or near copies on two sides",
+        choices=("true", "false"),
+    )
     reuse_gb: float = param(
         4.0,
         "memory for the frozen prefix's outputs, computed once for each view and reused, GB; 0 reuses nothing",

@@ -17,6 +17,7 @@ from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr.activations import Activations
+from cxr.auditing import audited
 from cxr.calibration import IDENTITY, Calibration, choose_threshold, fit_calibration
 from cxr.checkpoint import LAST, Checkpoints, exclusive
 from cxr.config import TrainConfig, flatten, types_of, unflatten
@@ -48,7 +49,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     data = read_data(config)
     model, weights = build_model(config.arch, config.weights, config.seed)
     model.to(device=machine.device, memory_format=torch.channels_last)
-    log_start(config, tracker, data, machine, weights)
+    findings = audited(config, data, model, machine.precision)
+    log_start(config, tracker, data, machine, weights, findings)
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
     records, source = train_model(config, tracker, data, machine, model, say)

@@ -17,7 +17,7 @@ from torchvision.models import ResNet
 from cxr import plots, registry
 from cxr.calibration import IDENTITY, Calibration
 from cxr.config import TrainConfig
-from cxr.data.audit import audit
+from cxr.data.audit import Finding
 from cxr.data.augment import augment, view_parameters
 from cxr.data.dataset import Split, make_split
 from cxr.data.index import CLASS_TO_INDEX, CLASSES, fingerprint
@@ -73,7 +73,9 @@ class RunResult:
         return [record.proof for record in self.records if record.proof]
 
 
-def log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str) -> None:
+def log_start(
+    config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str, findings: list[Finding]
+) -> None:
     _require_same(tracker, {"data_fingerprint": data.fingerprint, "weights_used": weights})
     tracker.tags(
         {
@@ -87,10 +89,11 @@ def log_start(config: TrainConfig, tracker: Tracker, data: Data, machine: Machin
             "precision": machine.precision,
             "git_commit": git_commit(),
             "images_skipped": str(len(data.bad)),
+            "audit": "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
         }
     )
     tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
-    tracker.text("\n".join(f.line() for f in audit(data.manifest, data.bad)) + "\n", "data/audit.txt")
+    tracker.text("\n".join(finding.line() for finding in findings) + "\n", "data/audit.txt")
     tracker.table(data.manifest, "data/manifest.csv")
     for split, context in (("train", "training"), ("val", "validation"), (data.held_out, "testing")):
         tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)

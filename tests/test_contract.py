@@ -42,8 +42,8 @@ FLOORS = (
     ),
     ("checkpoint", "shelf", "activations", "train", "evaluate", "predictor", "explain"),
     ("tracking", "family", "pyfunc_model", "registry"),
-    ("inputs", "results", "pipeline", "external"),
-    ("study", "search", "compare", "crossval"),
+    ("inputs", "auditing", "results", "pipeline", "external"),
+    ("study", "search", "compare", "crossval", "verify"),
     ("project", "cli", "__main__"),
 )
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}

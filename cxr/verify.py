@@ -1,0 +1,134 @@
+"""The audit of an evaluation: every logged figure again from the logged predictions, and those from model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cxr import registry
+from cxr.calibration import choose_threshold, fit_calibration
+from cxr.compare import load_table
+from cxr.config import TrainConfig, unflatten
+from cxr.data.audit import Finding
+from cxr.errors import UserError
+from cxr.evaluate import evaluate, margins_of
+from cxr.inputs import read_data
+from cxr.predictor import Predictor
+from cxr.tracking import explained, prepare
+
+EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
+_SHOWN = 5
+
+
+def verify(target: str, data_dir: str | None = None) -> list[Finding]:
+    """Check a run, or the run behind a registered model. `data_dir` names the images if they have moved.
+
+    Raises `UserError` when there is no such run or model, or the images cannot be read.
+    """
+    run, uri = _run_of(target)
+    config = unflatten(run.data.params)
+    held = "fold" if config.fold_numbers() else "test"
+    val, test = (load_table(run.info.run_id, f"{split}_predictions") for split in ("val", held))
+    predictor = registry.load(uri)
+    findings = [_figures(run, config, val, test, held), _choices(run, config, val, predictor)]
+    findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
+    return findings + _predictions(run, config, {"val": val, held: test}, predictor, data_dir)
+
+
+def _run_of(target: str) -> tuple[Any, str]:
+    """(the run, the address of its model) of a run's id or a model's URI."""
+    import mlflow
+
+    prepare()
+    with explained():
+        if "/" not in target:
+            run = mlflow.get_run(target)
+            return run, f"models:/{_logged_model(run)}"
+        if target.startswith("models:/"):
+            return mlflow.get_run(mlflow.models.get_model_info(target).run_id), target
+    raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
+
+
+def _logged_model(run: Any) -> str:
+    import mlflow
+
+    found = mlflow.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", output_format="list"
+    )
+    if not found:
+        raise UserError(f"run {run.info.run_id} has no logged model: not a finished training run")
+    return str(found[0].model_id)
+
+
+def _finding(check: str, wrong: list[str], fine: str) -> Finding:
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return Finding(check, not wrong, "; ".join(wrong[:_SHOWN]) + more if wrong else fine)
+
+
+def _figures(run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str) -> Finding:
+    threshold = run.data.metrics.get("chosen_threshold", float("nan"))
+    prevalence = float(val["label"].mean())
+    again = evaluate(val, "val", threshold, config.bootstrap).figures()
+    again |= evaluate(test, held, threshold, config.bootstrap, prevalence).figures()
+    wrong = _differences(run.data.metrics, again)
+    return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
+
+
+def _differences(logged: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
+    return [
+        f"{name} is logged as {logged.get(name, float('nan')):.6f}, and is {value:.6f}"
+        for name, value in again.items()
+        if not np.isclose(logged.get(name, float("nan")), value, rtol=EXACT, atol=EXACT)
+    ]
+
+
+def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
+    """Calibration and threshold again from validation alone."""
+    labels = val["label"].to_numpy(np.int64)
+    margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
+    fitted = fit_calibration(config.calibration, margins, labels)
+    threshold = choose_threshold(config.threshold, labels, fitted.apply(margins))
+    card = predictor.card
+    again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
+    kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}
+    kept["logged threshold"] = run.data.metrics.get("chosen_threshold", float("nan"))
+    return _finding("calibration and threshold from validation", _differences(kept, again), "the model carries them")
+
+
+def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding:
+    """Probabilities and decisions of the table from its own logits, by the model's calibration and threshold."""
+    margins = margins_of(table[["logit_normal", "logit_pneumonia"]].to_numpy())
+    again = predictor.card.calibration.apply(margins)
+    off = ~np.isclose(again, table["probability"], rtol=EXACT, atol=EXACT)
+    off |= (again >= predictor.card.threshold).astype(int) != table["decision"]
+    wrong = [f"{path}: probability or decision is not what its logits give" for path in table.loc[off, "path"]]
+    return _finding(f"{split} decisions from the logged logits", wrong, f"{len(table)} equal")
+
+
+def _predictions(
+    run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor, data_dir: str | None
+) -> list[Finding]:
+    """The images again through the model; which images they are, by digest, label and split."""
+    data = read_data(replace(config, data_dir=data_dir or config.data_dir))
+    recorded = run.data.tags.get("data_fingerprint")
+    same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded} and is {data.fingerprint}"]
+    findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]
+    if same:
+        return findings
+    for split, table in tables.items():
+        part = data.part(split)
+        wrong = [] if list(part["digest"]) == list(table["digest"]) else ["other images than the table's"]
+        images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
+        again = predictor.predict(images)["probability"].to_numpy()
+        gap = np.abs(again - table["probability"].to_numpy())
+        logged = table["probability"]
+        wrong += [f"{table['path'][i]}: {logged[i]:.4f}, not {again[i]:.4f}" for i in np.where(gap > CLOSE)[0]]
+        labels = part["label"].to_numpy() != table["label"].to_numpy()
+        wrong += [f"{path}: another label" for path in table.loc[labels, "path"]]
+        fine = f"{len(table)} images, probabilities within {gap.max():.1e}"
+        findings.append(_finding(f"{split} predictions from model and data", wrong, fine))
+    return findings
