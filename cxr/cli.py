@@ -209,6 +209,23 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
     sys.exit(1 if content.bad else 0)
 
 
+@data.command("cache")
+@click.option("--prune", "days", type=click.FloatRange(0), help="remove what was not used for so many days")
+@click.option("--cache-dir", default="auto", show_default=True, help="the cache folder")
+def cache_command(days: float | None, cache_dir: str) -> None:
+    """List what the cache holds (decoded images, activations, checkpoints), the least recently used first."""
+    from cxr.runtime import cache_folder
+    from cxr.shelf import contents, prune
+
+    folder = cache_folder(cache_dir)
+    removed = prune(folder, days) if days is not None else []
+    for kept in removed:
+        click.echo(f"removed {kept.line()}")
+    for kept in contents(folder):
+        click.echo(kept.line())
+    click.echo(f"{sum(kept.size for kept in contents(folder)) / 1e9:.2f} GB in {folder}")
+
+
 @data.command("fetch")
 def fetch_command() -> None:
     """Download the Kaggle data set (1.2 GB) and print the folder to give as --data-dir."""

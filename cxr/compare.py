@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from io import StringIO
 
 import numpy as np
 import pandas as pd
@@ -35,7 +34,7 @@ from cxr.model import build_model
 from cxr.pipeline import run_child
 from cxr.results import Say
 from cxr.strategies import STRATEGIES
-from cxr.tracking import OUTCOME, MlflowTracker, explained, prepare
+from cxr.tracking import OUTCOME, MlflowTracker, explained, load_table, prepare
 
 COST = ("parameters_trained", "total_seconds", "images_per_second", "peak_memory_mb")
 SHOWN = (
@@ -141,15 +140,6 @@ def load_run(run_id: str) -> RunData:
             "test_uses_before": metrics.get("test_uses_before", 0.0),
         },
     )
-
-
-def load_table(run_id: str, name: str) -> pd.DataFrame:
-    """A table that a run logged. Raises `UserError` when it is not there."""
-    import mlflow
-
-    with explained():
-        address = f"{mlflow.get_run(run_id).info.artifact_uri}/tables/{name}.csv"
-        return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
 
 
 def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:

@@ -11,7 +11,6 @@ import pandas as pd
 
 from cxr import comparison_plots as draw
 from cxr import plots
-from cxr.compare import load_table
 from cxr.config import CrossvalConfig, TrainConfig, flatten
 from cxr.data.index import CLASSES
 from cxr.evaluate import Report, evaluate, format_interval
@@ -20,7 +19,7 @@ from cxr.inputs import read_data, ready_machine
 from cxr.model import build_model
 from cxr.pipeline import run_child
 from cxr.results import Say
-from cxr.tracking import MlflowTracker, explained
+from cxr.tracking import MlflowTracker, explained, load_table
 
 SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
 KEY = "cxr.crossval"

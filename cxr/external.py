@@ -1,7 +1,9 @@
-"""A logged or registered model on other images, as a run of its own."""
+"""A logged or registered model on other images, as a run of its own, held against what it was on its own test split."""
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import torch
 
 from cxr import registry
@@ -10,11 +12,12 @@ from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import fingerprint, index_for_evaluation
 from cxr.data.store import open_store
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, predictions_table
+from cxr.evaluate import Report, evaluate, format_interval, predictions_table
 from cxr.inputs import bad_paths
+from cxr.metrics import Floats, group_weights, point_metrics, weighted_metrics
 from cxr.results import Say, log_report
 from cxr.runtime import cache_folder
-from cxr.tracking import open_run
+from cxr.tracking import load_table, open_run, source_run
 from cxr.train import infer
 
 
@@ -34,12 +37,71 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     table = table.assign(split=split)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
     predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
-    report = evaluate(predictions, split, card.threshold, bootstrap)
+    own = _own_tables(uri)
+    prevalence = float(own["val"]["label"].mean()) if own else None
+    report = evaluate(predictions, split, card.threshold, bootstrap, prevalence)
+    drop, words = _drop(own, predictions, split, bootstrap)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
-        tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table)})
+        tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table), "cxr.kind": "evaluation"})
         tracker.dataset(table, str(root), f"{fingerprint(table)}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
-        tracker.metrics(report.figures())
-        say("\n".join([report.text(), *(f"look: {where}" for where in tracker.where())]))
+        tracker.metrics(report.figures() | drop)
+        tracker.tags({"mlflow.note.content": "\n\n".join(words)})
+        say("\n".join([report.text(), *words, *(f"look: {where}" for where in tracker.where())]))
     return report
+
+
+def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
+    """The validation and test predictions of the run that the model comes from; empty where they cannot be had."""
+    run_id = source_run(uri)
+    if run_id is None:
+        return {}
+    try:
+        return {split: load_table(run_id, f"{split}_predictions") for split in ("val", "test")}
+    except UserError:
+        return {}
+
+
+def _drop(
+    own: dict[str, pd.DataFrame], predictions: pd.DataFrame, split: str, bootstrap: int
+) -> tuple[dict[str, float], list[str]]:
+    """(figures, sentences): how much of the ROC-AUC on the model's own test split is lost, and what else has moved."""
+    if not own:
+        return {}, ["the run that the model comes from cannot be read: nothing to hold these figures against"]
+    before, after = own["test"], predictions
+    aucs = [_points(table)["roc_auc"] for table in (before, after)]
+    figures = {f"{split}_auc_drop": aucs[0] - aucs[1]}
+    low, high = float("nan"), float("nan")
+    if bootstrap:  # other images, so the two are resampled apart
+        draws = [_auc_draws(table, bootstrap, seed) for seed, table in enumerate((before, after))]
+        low, high = (float(value) for value in np.nanquantile(draws[0] - draws[1], [0.025, 0.975]))
+        figures |= {f"{split}_auc_drop_low": low, f"{split}_auc_drop_high": high}
+    shares = [float(table["label"].mean()) for table in (own["val"], before, after)]
+    words = [
+        f"ROC-AUC {aucs[0]:.4f} on the model's own test split, {aucs[1]:.4f} here: drop "
+        f"{format_interval((aucs[0] - aucs[1], low, high))}",
+        f"share of pneumonia: {shares[0]:.3f} on validation, {shares[1]:.3f} on test, {shares[2]:.3f} here",
+        _calibration_words(before, after),
+    ]
+    if low > 0:
+        words.append("WARNING: the model ranks these images worse than its own; do not carry its figures over to them")
+    return figures, words
+
+
+def _calibration_words(before: pd.DataFrame, after: pd.DataFrame) -> str:
+    eces = [_points(table)["ece"] for table in (before, after)]
+    return (
+        f"calibration: ECE {eces[0]:.4f} on test, {eces[1]:.4f} here; mean probability "
+        f"{after['probability'].mean():.3f} where {after['label'].mean():.3f} have pneumonia"
+    )
+
+
+def _points(table: pd.DataFrame) -> dict[str, float]:
+    return point_metrics(table["label"].to_numpy(np.int64), table["probability"].to_numpy(np.float64))
+
+
+def _auc_draws(table: pd.DataFrame, resamples: int, seed: int) -> Floats:
+    weights = group_weights(list(table["group"]), resamples, seed)
+    labels, probabilities = table["label"].to_numpy(np.int64), table["probability"].to_numpy(np.float64)
+    return weighted_metrics(labels, probabilities, weights, 0.5)["roc_auc"]

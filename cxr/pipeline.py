@@ -31,7 +31,7 @@ from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machin
 from cxr.metrics import point_metrics
 from cxr.model import build_model
 from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
-from cxr.runtime import cache_folder, cpu_has_bf16, describe
+from cxr.runtime import cache_folder, cpu_has_bf16, describe, peak_memory, reset_peak_memory
 from cxr.tracking import Tracker, existing_run, open_run, recorded
 from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
 
@@ -46,6 +46,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     started = time.perf_counter()
     tracker.params(flatten(replace(config, resume="none")))  # first of all: a resume reads them
     machine = ready_machine(config)
+    reset_peak_memory(machine.device)
     data = read_data(config)
     model, weights = build_model(config.arch, config.weights, config.seed)
     model.to(device=machine.device, memory_format=torch.channels_last)
@@ -58,7 +59,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     uses = tracker.count({TEST_SPLIT: fingerprint(data.part(data.held_out))})
     val, test, calibration = _reports(config, data, machine, model)
     seconds = time.perf_counter() - started
-    result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, calibration, stressed, uses)
+    memory = peak_memory(machine.device)
+    result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, memory, calibration, stressed, uses)
     return replace(result, registered=log_end(config, tracker, model, result))
 
 

@@ -52,6 +52,7 @@ class RunResult:
     test: Report
     data: Data
     seconds: float
+    peak_memory: float
     calibration: Calibration
     stressed: dict[str, float]
     uses_before: int = 0
@@ -149,7 +150,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
         final = {**result.val.figures(), **result.test.figures(), **result.stressed, **gap, **sizes}
         final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
-        final["total_seconds"] = result.seconds
+        final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)
     tracker.tags(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -83,6 +84,31 @@ def seed_everything(seed: int, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure anew. On Linux the process's own peak is reset; elsewhere it is that since its start."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use since the last reset, MB: the GPU's, or this process's resident memory."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    here = next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM:")), None)
+    return here if here is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def describe(device: torch.device) -> str:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cxr.checkpoint import exclusive
 from cxr.errors import UserError
 
 Rows = npt.NDArray[np.int64]
@@ -106,6 +107,10 @@ class Kept:
         """Days since it was last used."""
         return (time.time() - self.used) / 86400
 
+    def line(self) -> str:
+        """For people."""
+        return f"{self.size / 1e6:9.1f} MB  {self.days:6.1f} days ago  {self.kind:14}  {self.path}"
+
 
 def contents(cache: Path) -> list[Kept]:
     """What the cache folder holds, the least recently used first."""
@@ -117,6 +122,27 @@ def contents(cache: Path) -> list[Kept]:
         if path.is_dir()
     ]
     return sorted(found, key=lambda kept: kept.used)
+
+
+def prune(cache: Path, days: float) -> list[Kept]:
+    """Remove what was not used for so many days, and return it. Checkpoints of a run that goes on are left alone.
+
+    Checkpoints of an interrupted run are gone with this: it can no longer be resumed.
+    """
+    removed = [kept for kept in contents(cache) if kept.days >= days and not _in_use(kept)]
+    for kept in removed:
+        shutil.rmtree(kept.path, ignore_errors=True)
+    return removed
+
+
+def _in_use(kept: Kept) -> bool:
+    if kept.kind != "checkpoints" or not (kept.path / ".lock").exists():
+        return False
+    try:
+        with exclusive(kept.path):
+            return False
+    except UserError:
+        return True
 
 
 def _size(folder: Path) -> int:

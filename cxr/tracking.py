@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -454,6 +455,28 @@ def _stops_once() -> AbstractContextManager[None]:
 def _signals_ignored() -> AbstractContextManager[None]:
     """A second Ctrl-C must not keep a run from being ended."""
     return handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
+
+
+def load_table(run_id: str, name: str) -> pd.DataFrame:
+    """A table that a run logged. Raises `UserError` when it is not there."""
+    import mlflow
+
+    with explained():
+        address = f"{mlflow.get_run(run_id).info.artifact_uri}/tables/{name}.csv"
+        return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
+
+
+def source_run(uri: str) -> str | None:
+    """The id of the run that logged a model; None where the store does not say (a plain folder)."""
+    import mlflow
+
+    prepare()
+    try:
+        with explained():
+            found: str | None = mlflow.models.get_model_info(uri).run_id
+    except UserError:
+        return None
+    return found
 
 
 def git_commit() -> str:

@@ -11,14 +11,13 @@ import pandas as pd
 
 from cxr import registry
 from cxr.calibration import choose_threshold, fit_calibration
-from cxr.compare import load_table
 from cxr.config import TrainConfig, unflatten
 from cxr.data.audit import Finding
 from cxr.errors import UserError
 from cxr.evaluate import evaluate, margins_of
 from cxr.inputs import read_data
 from cxr.predictor import Predictor
-from cxr.tracking import explained, prepare
+from cxr.tracking import explained, load_table, prepare
 
 EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
 _SHOWN = 5

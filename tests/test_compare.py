@@ -16,13 +16,14 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from cxr import pipeline
-from cxr.compare import compare_runs, compare_tracked, load_run, load_table
+from cxr.compare import compare_runs, compare_tracked, load_run
 from cxr.config import CompareConfig, CrossvalConfig, TrainConfig
 from cxr.crossval import crossval_tracked
 from cxr.errors import UserError
 from cxr.family import children
 from cxr.inputs import read_data
 from cxr.results import RunResult
+from cxr.tracking import load_table
 from cxr.verify import verify
 
 Finished = tuple[TrainConfig, RunResult, Run]
@@ -220,8 +221,6 @@ def test_verify_fails_on_altered_figures(
 def test_verify_says_when_the_images_are_others(
     finished: Finished, phantoms: Path, tmp_path: Path, in_store: str
 ) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(phantoms, tmp_path / "other"))
     next((copy / "test" / "NORMAL").iterdir()).unlink()
     found = {finding.check: finding for finding in verify(finished[1].run_id, str(copy))}

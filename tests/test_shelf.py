@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import run_main
 from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr import activations
 from cxr.activations import Activations
+from cxr.checkpoint import exclusive
 from cxr.data.dataset import Split
 from cxr.errors import UserError
 from cxr.model import obey
@@ -133,3 +135,27 @@ def test_a_file_removed_under_a_running_epoch_stays_readable(tiny: ResNet, split
     shutil.rmtree(tmp_path)
     assert all(torch.equal(x, y) for x, (y, _) in zip(before, again, strict=True))
     assert all(torch.equal(x, y) for x, (y, _) in zip(before, data.train_batches(HEAD, 0), strict=True))
+
+
+def test_prune_removes_what_is_old_and_leaves_a_running_run_alone(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("runs/old", "runs/running", "store/64-squash/old", "store/64-squash/new", "activations/old"):
+        folder = own_cache / name
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(5000))
+        if not name.endswith("new"):
+            for path in (folder / "file", folder):
+                os.utime(path, (1e9, 1e9))
+    assert run_main(monkeypatch, "data", "cache") == 0
+    assert capsys.readouterr().out.count("days ago") == 5
+    with exclusive(own_cache / "runs/running"):
+        for path in own_cache.glob("runs/running/*"):
+            os.utime(path, (1e9, 1e9))
+        os.utime(own_cache / "runs/running", (1e9, 1e9))
+        assert run_main(monkeypatch, "data", "cache", "--prune", "30") == 0
+    assert capsys.readouterr().out.count("removed") == 3
+    left = {path.relative_to(own_cache).as_posix() for path in own_cache.glob("*/*") if path.is_dir()}
+    assert {"runs/running", "store/64-squash"} <= left
+    assert not {"runs/old", "activations/old"} & left
+    assert {path.name for path in (own_cache / "store/64-squash").iterdir()} == {"new"}
