@@ -123,7 +123,10 @@ def load_run(run_id: str) -> RunData:
             raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
         if "test_roc_auc" not in run.data.metrics:
             raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
-        tables = {name: load_table(run_id, name) for name in ("val_predictions", "test_predictions", "history")}
+        tables = {
+            name: load_table(run_id, f"tables/{name}.csv")
+            for name in ("val_predictions", "test_predictions", "history")
+        }
     metrics = run.data.metrics
     return RunData(
         run_id,

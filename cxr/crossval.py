@@ -63,7 +63,7 @@ def _make_parent(config: CrossvalConfig, key: str) -> str:
 
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
     """(figures by fold, the report of all out-of-fold predictions together)."""
-    tables = [load_table(run_id, "fold_predictions") for run_id in run_ids]
+    tables = [load_table(run_id, "tables/fold_predictions.csv") for run_id in run_ids]
     reports = [evaluate(table, "fold", 0.5, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
     return pd.DataFrame(rows), evaluate(pd.concat(tables, ignore_index=True), "fold", 0.5, bootstrap)

@@ -41,6 +41,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     prevalence = float(own["val"]["label"].mean()) if own else None
     report = evaluate(predictions, split, card.threshold, bootstrap, prevalence)
     drop, words = _drop(own, predictions, split, bootstrap)
+    words += _seen(own, predictions)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
         tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table), "cxr.kind": "evaluation"})
@@ -58,7 +59,8 @@ def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
     if run_id is None:
         return {}
     try:
-        return {split: load_table(run_id, f"{split}_predictions") for split in ("val", "test")}
+        tables = {split: load_table(run_id, f"tables/{split}_predictions.csv") for split in ("val", "test")}
+        return tables | {"manifest": load_table(run_id, "data/manifest.csv")}
     except UserError:
         return {}
 
@@ -87,6 +89,21 @@ def _drop(
     if low > 0:
         words.append("WARNING: the model ranks these images worse than its own; do not carry its figures over to them")
     return figures, words
+
+
+def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
+    """A warning when patients of the model's training are among those that it is evaluated on, by file names."""
+    if not own:
+        return []
+    trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
+    known = predictions["subtype"] != "unknown"  # other names tell no patient
+    seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
+    if not seen:
+        return []
+    return [
+        f"WARNING: {seen} of {len(predictions)} images are of patients that the model was trained or chosen on, as far "
+        "as file names tell: these figures are no evaluation"
+    ]
 
 
 def _calibration_words(before: pd.DataFrame, after: pd.DataFrame) -> str:

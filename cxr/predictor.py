@@ -108,7 +108,8 @@ class Predictor:
     def load(cls, folder: Path) -> Predictor:
         """Read a packaged model; no pickle is involved."""
         fields = json.loads((folder / CARD).read_text())
-        card = ModelCard(**{**fields, "calibration": Calibration(**fields["calibration"])})
+        calibration = Calibration(**fields.get("calibration", asdict(IDENTITY)))
+        card = ModelCard(**{**fields, "calibration": calibration})
         model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return cls(model.to(memory_format=torch.channels_last), card)

@@ -457,12 +457,12 @@ def _signals_ignored() -> AbstractContextManager[None]:
     return handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
 
 
-def load_table(run_id: str, name: str) -> pd.DataFrame:
-    """A table that a run logged. Raises `UserError` when it is not there."""
+def load_table(run_id: str, path: str) -> pd.DataFrame:
+    """A table (CSV) that a run logged. Raises `UserError` when it is not there."""
     import mlflow
 
     with explained():
-        address = f"{mlflow.get_run(run_id).info.artifact_uri}/tables/{name}.csv"
+        address = f"{mlflow.get_run(run_id).info.artifact_uri}/{path}"
         return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
 
 

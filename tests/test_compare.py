@@ -208,7 +208,7 @@ def test_verify_fails_on_altered_figures(
     elif altered == "threshold":
         client.log_metric(result.run_id, "chosen_threshold", 0.123, step=99)
     else:
-        table = load_table(result.run_id, "test_predictions")
+        table = load_table(result.run_id, "tables/test_predictions.csv")
         table.loc[0, ["logit_normal", "logit_pneumonia"]] = [0.0, 5.0]
         client.log_text(result.run_id, table.to_csv(index=False), "tables/test_predictions.csv")
     assert run_main(monkeypatch, "models", "verify", result.run_id) == 1
