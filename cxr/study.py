@@ -116,6 +116,7 @@ def _require_same(study: optuna.Study, config: TuneConfig) -> None:
     if theirs is None:
         study.set_user_attr(_BASE, mine)
         return
+    theirs = {**_parameters(TuneConfig()), **theirs}  # a study begun before a parameter was there had its default
     other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
     if other:
         raise UserError(
