@@ -2,12 +2,13 @@
 
 The prefix is frozen and in eval mode, so its output for a view cannot change while the phase runs. A view is computed
 when an epoch first shows it, which costs what not keeping it would cost; from then on it is only looked up: on the CPU
-in a file that other runs share (`shelf`), on a GPU in its memory. Where the budget does not suffice, nothing is kept
-and the prefix runs in every epoch.
+in a file that other runs share (`shelf`), on a GPU in its memory. Where the budget does not suffice, or keeping would
+cost more than it saves (`Activations.pays`), nothing is kept and the prefix runs in every epoch.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cxr.strategies import Phase
 
 Batch = tuple[Tensor, Tensor]
 Wrap = Callable[[Iterable[Batch], int], Iterable[Batch]]
+DISK = 5e8  # bytes a second
 PLAIN = -1  # in place of a view's number: as it is, without augmentation
 View = int | str  # a view's number, or the name of a stress
 
@@ -32,7 +34,8 @@ class Activations:
     """Batches for `train.fit`: (what the prefix gives, labels), on the model's device.
 
     `budget` is the memory (with a shelf: the disk space) to spend, in bytes; `shelf` the folder of shared files, or
-    None to keep all in memory. `wrap(batches, total)` may show progress.
+    None to keep all in memory. `wrap(batches, total)` may show progress. `epochs` (of a phase, at
+    most) and `runs` (that share the shelf) tell whether keeping pays; None takes it that it does.
     """
 
     def __init__(
@@ -48,12 +51,15 @@ class Activations:
         wrap: Wrap = lambda batches, total: batches,
         shelf: Path | None = None,
         stressed: bool = False,
+        epochs: int | None = None,
+        runs: int = 1,
     ):
         self.model, self.train, self.val = model, train, val
         self.batch_size, self.seed, self.views = batch_size, seed, views
         self.precision, self.budget, self.wrap = precision, budget, wrap
         self.device = next(model.parameters()).device
         self.shelf = shelf if self.device.type == "cpu" and train.store else None
+        self.epochs, self.runs = epochs, runs
         self.stressed = stressed  # whether `stressed_batches` will be asked for, and must fit, too
         self._phase = ""
         self._prefix = ""
@@ -104,11 +110,27 @@ class Activations:
             self._probe, _ = next(iter(self._through_prefix(phase, eval_batches(self.val, 1, self.device))))
             images = len(self.train) * max(self.views, 1) + len(self.val) * (1 + self.stressed * len(STRESSES))
             need = self._probe.numel() * self._probe.element_size() * images
-            self._fits = need <= self.budget
+            self._fits = need <= self.budget and self.pays(phase, need)
             if self.shelf and self._fits:
                 self._prefix = checksum(self.model, phase.frozen)
                 keep = {self._folder(view) for view in (PLAIN, *range(self.views), *STRESSES)}
                 make_room(self.shelf, need, self.budget, keep)
+
+    def pays(self, phase: Phase, need: float) -> bool:
+        """Whether the prefix's time for what would be computed again exceeds the time to write `need` bytes.
+
+        In E epochs of K views, n training and m validation images, R runs would compute R * E * (n + m) outputs, and
+        with reuse min(E, K) * n + m. One output is timed here; the disk is taken to write half a GB/s.
+        """
+        if self.epochs is None or not self.shelf:
+            return True
+        train, val = len(self.train), len(self.val)
+        saved = self.runs * self.epochs * (train + val) - min(self.epochs, max(self.views, 1)) * train - val
+        started = time.perf_counter()
+        for _ in self._through_prefix(phase, self._shown(self.val, straight_order(self.val, 8)[:1], PLAIN)):
+            pass
+        one = (time.perf_counter() - started) / min(8, val)
+        return saved * one > need / DISK
 
     def _shown(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         return view_batches(split, order, self.seed, None if view == PLAIN else view, self.device)

@@ -127,12 +127,13 @@ def train_model(
     say: Say,
     watch: Callable[[EpochRecord], object] = lambda record: None,
     label: str = "",
+    runs: int = 1,
 ) -> tuple[list[EpochRecord], Activations]:
     """Run the loop and log each epoch, its metrics' names after `label`; returns the records and the batches' source.
 
-    `watch` sees each record once it is logged, and may raise to end the run.
+    `watch` sees each record once it is logged, and may raise to end the run. `runs` like this one share activations.
     """
-    source, weights = _source(config, data, machine, model)
+    source, weights = _source(config, data, machine, model, runs)
     names = zip(CLASSES, weights, strict=True)
     tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in names})
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
@@ -159,8 +160,11 @@ def train_model(
     return records, source
 
 
-def _source(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> tuple[Activations, torch.Tensor]:
-    """(the batches, the class weights [2]) of a training run."""
+def _source(
+    config: TrainConfig, data: Data, machine: Machine, model: ResNet, runs: int
+) -> tuple[Activations, torch.Tensor]:
+    """(the batches, the class weights [2]) of a training run, of which so many will share activations."""
+    fold = config.fold_numbers()
     train, val = (make_split(data.manifest, data.store, name) for name in ("train", "val"))
     source = Activations(
         model,
@@ -174,6 +178,8 @@ def _source(config: TrainConfig, data: Data, machine: Machine, model: ResNet) ->
         lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
         cache_folder(config.cache_dir) / "activations",
         stressed=True,
+        epochs=config.epochs,
+        runs=max(runs, fold[1] if fold else 1),
     )
     return source, class_weights(train.labels)
 

@@ -158,7 +158,9 @@ class Worker:
 
         label = f"seed{number}_" if number else ""
         quiet = lambda line: None  # noqa: E731
-        records, _ = train_model(config, tracker, self.data, self.machine, model, quiet, watch, label)
+        records, _ = train_model(
+            config, tracker, self.data, self.machine, model, quiet, watch, label, self.config.trials
+        )
         if number == 0:
             self.model, self.weights = model, weights
         values = [record.metrics[objective] for record in records]

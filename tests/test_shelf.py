@@ -116,6 +116,28 @@ def test_a_shelf_changes_no_number_and_a_second_run_computes_nothing(
         assert sum(seen) == computed
 
 
+@pytest.mark.parametrize(
+    ("epochs", "runs", "disk", "kept"), [(1, 1, 1.0, False), (1, 50, 1e9, True), (9, 1, 1e9, True)]
+)
+def test_activations_are_kept_where_that_pays(
+    tiny: ResNet,
+    splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs: int,
+    runs: int,
+    disk: float,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr(activations, "DISK", disk)
+    data = Activations(tiny, *splits, 8, 5, 2, "fp32", 1e9, shelf=tmp_path, epochs=epochs, runs=runs)
+    obey(tiny, TOP)
+    got = [x for x, _ in data.train_batches(TOP, 0)]
+    assert bool(list(tmp_path.iterdir())) is kept
+    afresh = Activations(tiny, *splits, 8, 5, 2, "fp32", 0).train_batches(TOP, 0)
+    assert all(torch.equal(x, y) for x, (y, _) in zip(got, afresh, strict=True))
+
+
 def test_other_weights_or_views_are_other_files(tiny: ResNet, splits: Splits, tmp_path: Path) -> None:
     epochs(tiny, splits, HEAD, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
