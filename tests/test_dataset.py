@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxr.data import dataset
 from cxr.data.augment import augment, image_key, to_input, view_parameters
 from cxr.data.dataset import (
     Split,
@@ -144,3 +145,17 @@ def test_a_split_of_no_images_gives_no_batches(real: tuple[pd.DataFrame, Store])
     empty = make_split(real[0], real[1], "no such split")
     assert len(empty) == 0
     assert epoch_order(len(empty), 8, 0, 0) == []
+
+
+def test_batches_from_the_devices_own_memory_are_the_same(
+    splits: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on the CPU."""
+    train, cpu = splits[0], torch.device("cpu")
+    order = epoch_order(len(train), 8, 3, 0)
+    loaded = list(view_batches(train, order, 3, 1, cpu))
+    monkeypatch.setattr(dataset, "fits_on", lambda device, split: True)
+    monkeypatch.setattr(dataset, "_load", lambda *arguments: pytest.fail("went through the loader"))
+    for (images, labels), (others, again) in zip(loaded, view_batches(train, order, 3, 1, cpu), strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, again)

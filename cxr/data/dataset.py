@@ -27,6 +27,14 @@ class XrayDataset(Dataset[Item]):
 
     def __init__(self, images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]):
         self.images, self.rows, self.labels = images, rows, labels
+        self._resident: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def resident(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(images uint8 [n, s, s], labels [n]) of the whole split on a device, moved there once."""
+        if device not in self._resident:
+            images = torch.from_numpy(np.ascontiguousarray(self.images[self.rows]))
+            self._resident[device] = images.to(device), torch.from_numpy(self.labels).to(device)
+        return self._resident[device]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,6 +94,23 @@ def _load(split: Split, order: list[Tensor], device: torch.device) -> DataLoader
     )
 
 
+def fits_on(device: torch.device, split: Split) -> bool:
+    """Whether a GPU has four times the memory free that the split's images take; a CPU has no use for a copy."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    side = split.dataset.images.shape[1]
+    return 4 * len(split) * side * side < int(free)
+
+
+def _resident_items(split: Split, order: list[Tensor], device: torch.device) -> Iterator[Item]:
+    """As `_load`, from the device's own memory."""
+    images, labels = split.dataset.resident(device)
+    for batch in order:
+        index = batch.to(device, non_blocking=True)
+        yield images[index], labels[index], batch
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -98,7 +123,8 @@ def view_batches(
     The images are seen through the given view, or under the stress of that name; None: as they are.
     """
     parameters = _parameters(split, seed, view)
-    for images, labels, positions in _load(split, order, device):
+    items = _resident_items(split, order, device) if fits_on(device, split) else _load(split, order, device)
+    for images, labels, positions in items:
         images = images.to(device, non_blocking=True)
         seen = images if parameters is None else augment(images, parameters[positions])
         yield to_input(seen), labels.to(device, non_blocking=True)
