@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 
 from cxr.errors import UserError
 from cxr.metrics import DECISION_METRICS, METRICS, group_weights, point_metrics, weighted_metrics
+from cxr.strategies import STRATEGIES
 
 Floats = npt.NDArray[np.float64]
 COMPARED = (*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS))
@@ -192,13 +193,14 @@ def verdict(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str
 
     Two strategies are *not distinguishable* when Holm's p of their difference is above 0.05. One is *non-inferior* to
     another when the lower end of its difference lies above minus `margin`. The claim holds when `partial` is
-    non-inferior to every other strategy and no other that is so, too, varies less over the seeds (3 at least).
+    non-inferior to every other of the four and no other that is so, too, varies less over the seeds (3 at least).
     """
     if len(table) < 2:
         return [f"only {table.index[0]} was run: nothing to compare"]
     best = str(table[metric].idxmax())
     row = table.loc[best]
-    seeds = f"{int(table['seeds'].min())} to {int(table['seeds'].max())} seeds"
+    fewest, most = int(table["seeds"].min()), int(table["seeds"].max())
+    seeds = f"{most} seed(s) each" if fewest == most else f"{fewest} to {most} seeds"
     lines = [
         f"test {metric}, {seeds}: {best} has the highest mean, {row[metric]:.4f} [{row[f'{metric}_low']:.4f}, "
         f"{row[f'{metric}_high']:.4f}]"
@@ -242,6 +244,9 @@ def _claim(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str)
     steadier = [o for o in rivals if table.loc[o, f"{metric}_sd"] < table.loc["partial", f"{metric}_sd"]]
     if steadier:
         return f"{head} is not supported: {', '.join(steadier)} performs as well and varies less over the seeds"
+    missing = [name for name in STRATEGIES if name not in table.index]
+    if missing:
+        return f"{head} holds among those compared, but is not decided: {', '.join(missing)} was not run"
     return f"{head} is supported: non-inferior to all, and none that is varies less over the seeds"
 
 

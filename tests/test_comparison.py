@@ -98,7 +98,12 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(
     ("signals", "seeds", "outcome"),
     [
-        ({"frozen": 1.0, "partial": 2.0, "full": 2.0}, 3, "is supported"),
+        ({"frozen": 1.0, "partial": 2.0, "full": 2.0, "gradual": 2.0}, 3, "is supported"),
+        (
+            {"frozen": 1.0, "partial": 2.0, "full": 2.0},
+            3,
+            "holds among those compared, but is not decided: gradual",
+        ),
         ({"frozen": 1.0, "partial": 1.2, "full": 2.5}, 3, "is not supported: partial is worse than full"),
         (
             {"frozen": 1.0, "partial": 2.0, "full": 2.0},
@@ -109,7 +114,7 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     ],
 )
 def test_the_claim_is_judged_by_its_rule(signals: dict[str, float], seeds: int, outcome: str) -> None:
-    noise = {"partial": 0.01, "full": 0.3, "frozen": 0.3}
+    noise = {"partial": 0.01, "full": 0.3, "frozen": 0.3, "gradual": 0.3}
     runs = [run(name, seed, signal, noise[name]) for name, signal in signals.items() for seed in range(seeds)]
     _, _, words = judged(runs)
     assert outcome in words[-1]

@@ -98,9 +98,9 @@ def fits_on(device: torch.device, split: Split) -> bool:
     """Whether a GPU has four times the memory free that the split's images take; a CPU has no use for a copy."""
     if device.type != "cuda":
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    side = split.dataset.images.shape[1]
-    return 4 * len(split) * side * side < int(free)
+    free: int = torch.cuda.mem_get_info(device)[0]
+    side = int(split.dataset.images.shape[1])
+    return 4 * len(split) * side * side < free
 
 
 def _resident_items(split: Split, order: list[Tensor], device: torch.device) -> Iterator[Item]:
