@@ -34,7 +34,11 @@ class Calibration:
         """For people."""
         if self.method == "temperature":
             return f"temperature {1 / self.slope:.3f}"
-        return self.method if self.method == "none" else f"Platt, slope {self.slope:.3f}, offset {self.offset:+.3f}"
+        return (
+            self.method
+            if self.method.startswith("none")
+            else f"Platt, slope {self.slope:.3f}, offset {self.offset:+.3f}"
+        )
 
 
 IDENTITY = Calibration("none")

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from cxr.errors import UserError
+from cxr.errors import InUseError, MachineError, UserError
 from cxr.model import StateDict
 
 VERSION = 1
@@ -32,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises `UserError` when that fails (disk full, say); `path` is then as it was.
     """
-    work = path.with_name(f".{path.name}.tmp")
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with work.open("wb") as file:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             work.unlink()
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
+        raise MachineError(
             f"{path}: cannot be written ({reason}); free space there or name another --cache-dir"
         ) from error
 
@@ -62,7 +62,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
+            raise InUseError(
                 f"--resume {folder.name}: another process is at work on this run; wait or stop it"
             ) from error
         try:

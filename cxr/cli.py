@@ -168,14 +168,15 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
 @models.command("verify")
 @click.argument("target")
 @click.option("--data-dir", help="where the images are now, if not where the run had them")
-def verify_command(target: str, data_dir: str | None) -> None:
+@click.option("--cache-dir", help="where decoded images are kept, if not where the run had them")
+def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> None:
     """Compute every figure of TARGET (a run's id, or a model's URI) again, from predictions, model and data.
 
     Exit code 1 when anything differs.
     """
     from cxr.verify import verify
 
-    findings = verify(target, data_dir)
+    findings = verify(target, data_dir, cache_dir)
     for finding in findings:
         click.echo(finding.line())
     sys.exit(0 if all(finding.ok for finding in findings) else 1)

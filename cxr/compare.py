@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr import comparison_plots as draw
+from cxr.checkpoint import exclusive
 from cxr.comparison import (
     PRIMARY,
     RunData,
@@ -28,7 +29,7 @@ from cxr.data.index import CLASSES
 from cxr.errors import UserError
 from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
 from cxr.html_report import html_report
-from cxr.inputs import read_data, ready_machine
+from cxr.inputs import checkpoint_folder, read_data, ready_machine
 from cxr.metrics import confusion
 from cxr.model import build_model
 from cxr.pipeline import run_child
@@ -59,12 +60,13 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
     The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
     `UserError` for bad input.
     """
-    read_data(config)  # bad input is refused before a run is made
+    data = read_data(config)  # bad input is refused before a run is made
     ready_machine(config)
-    build_model(config.arch, config.weights, config.seed)
-    key = _key(config)
-    parent = join_parent(unfinished_parent(KEY, key) or _make_parent(config, key))
-    with ending(parent.run_id):
+    _, weights = build_model(config.arch, config.weights, config.seed)
+    key = family_key(_members(config), data.fingerprint, weights)
+    run_id = unfinished_parent(KEY, key) or _make_parent(config, key)
+    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
+        parent = join_parent(run_id)
         existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
         members = {f"{member.strategy}-s{member.seed}": member for member in _members(config)}
         run_ids = [run_child(parent.run_id, existing, name, member, say) for name, member in members.items()]
@@ -96,9 +98,9 @@ def _members(config: CompareConfig) -> list[TrainConfig]:
     ]
 
 
-def _key(config: CompareConfig) -> str:
-    """Names a comparison by what it runs."""
-    text = json.dumps([flatten(member) for member in _members(config)], sort_keys=True)
+def family_key(members: Sequence[TrainConfig], *origin: str) -> str:
+    """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
+    text = json.dumps([*origin, *(flatten(member) for member in members)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -139,9 +141,11 @@ def load_run(run_id: str) -> RunData:
         {
             **{name: metrics[name] for name in COST if name in metrics and name != "images_per_second"},
             "images_per_second": float(tables["history"]["images_per_second"].median()),
+            "training_seconds": float((tables["history"]["epoch_seconds"] + tables["history"]["eval_seconds"]).sum()),
             "epochs": float(len(tables["history"])),
             "test_uses_before": metrics.get("test_uses_before", 0.0),
         },
+        f"data {run.data.tags.get('data_fingerprint')}, weights {run.data.tags.get('weights_used')}",
     )
 
 
@@ -196,7 +200,14 @@ def _notes(runs: Sequence[RunData], margin: float) -> list[str]:
         f"intervals: {RESAMPLES} resamples of patients, seeds averaged; p by Holm over all pairs; margin {margin:g}",
         f"before the last of these runs, this test split had been evaluated {uses} times in this store: what was "
         "chosen after looking is no longer a test",
+        "training seconds are those of the epochs, where activations that an earlier run kept cost nothing",
+        *_mixed(runs),
     ]
+
+
+def _mixed(runs: Sequence[RunData]) -> list[str]:
+    origins = sorted({run.origin for run in runs})
+    return [f"WARNING: these runs began from different data or weights: {'; '.join(origins)}"] if origins[1:] else []
 
 
 def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:
@@ -210,7 +221,7 @@ def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, 
         "curves": draw.strategy_curves({n: [run.history for run in own[n]] for n in names}, "Validation"),
         "roc": draw.roc_overlay({n: (labels, scores[n]) for n in names}, "ROC on test"),
         "confusion": draw.confusion_row(counts, CLASSES, "Test, threshold 0.5, mean over seeds"),
-        "cost": draw.quality_cost(table, PRIMARY, "total_seconds", "Quality against cost"),
+        "cost": draw.quality_cost(table, PRIMARY, "training_seconds", "Quality against cost"),
     }
     if len(pairs):
         figures["differences"] = draw.paired_differences(pairs, PRIMARY, margin, "Paired differences on test")

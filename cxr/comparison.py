@@ -1,7 +1,9 @@
 """Strategies compared on the same test images: intervals, paired differences, stability, and a verdict by stated rules.
 
-A strategy's figure is the mean over its seeds; images are resampled by patient (cluster bootstrap, Field and Welsh
-2007), with the same resamples for every run, so that differences are paired.
+A strategy's figure is the mean over its seeds. Both levels are resampled: images by patient (cluster bootstrap, Field
+and Welsh 2007), the same for every run, so that differences are paired; and within each strategy its seeds, so that
+another training run of the same strategy is allowed for. With one seed there is nothing to resample: the intervals are
+then those of these trained models.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CLAIM = "partial fine-tuning gives the best trade-off between performance and st
 @dataclass(frozen=True, slots=True)
 class RunData:
     """What a comparison knows of one finished run. `test` and `val` are predictions tables, `history` a row an epoch,
-    `threshold` the one chosen on validation, `cost` figures such as total_seconds and parameters_trained."""
+    `threshold` the one chosen on validation, `cost` figures such as total_seconds and parameters_trained,
+    `origin` names data and weights."""
 
     run_id: str
     strategy: str
@@ -39,6 +42,7 @@ class RunData:
     test: pd.DataFrame
     history: pd.DataFrame
     cost: dict[str, float]
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,23 @@ def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replica
     weights = group_weights(list(runs[0].test["group"]), resamples, seed)
     points: dict[str, dict[str, Floats]] = {}
     draws: dict[str, dict[str, Floats]] = {}
+    rng = np.random.default_rng([seed, 1])
     for strategy in strategies_of(runs):
         own = [run for run in runs if run.strategy == strategy]
+        picks = rng.integers(len(own), size=(len(own), resamples))
         each = [_points(run) for run in own]
         points[strategy] = {name: np.array([values[name] for values in each]) for name in COMPARED}
         drawn = [_draws(run, weights) for run in own]
-        draws[strategy] = {name: np.mean([values[name] for values in drawn], axis=0) for name in COMPARED}
+        draws[strategy] = {
+            name: _mean_of_picked(np.array([values[name] for values in drawn]), picks) for name in COMPARED
+        }
     return Replicates(points, draws)
+
+
+def _mean_of_picked(values: Floats, picks: npt.NDArray[np.int64]) -> Floats:
+    """The mean [resamples] over the seeds drawn for each resample; both arguments are [seeds, resamples]."""
+    mean: Floats = np.take_along_axis(values, picks, 0).mean(0)
+    return mean
 
 
 def _arrays(run: RunData) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -131,8 +145,9 @@ def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = 
     for a, b in combinations(replicates.points, 2):
         difference = float(replicates.points[a][metric].mean() - replicates.points[b][metric].mean())
         draws = replicates.draws[a][metric] - replicates.draws[b][metric]
-        low, high = _interval(draws)
-        p = min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / len(draws)))
+        draws = draws[np.isfinite(draws)]
+        low, high = _interval(draws) if len(draws) else (np.nan, np.nan)
+        p = min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / len(draws))) if len(draws) else 1.0
         row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": p}
         rows.append(row | {"p_mcnemar": mcnemar(*(_correct(runs, s) for s in (a, b)))})
     table = pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p", "p_mcnemar"])
@@ -192,7 +207,8 @@ def verdict(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str
     """Sentences: who is ahead, who cannot be told from it, and what became of the claim, each by a stated rule.
 
     Two strategies are *not distinguishable* when Holm's p of their difference is above 0.05. One is *non-inferior* to
-    another when the lower end of its difference lies above minus `margin`. The claim holds when `partial` is
+    another when the lower end of its difference lies above minus `margin`. The spread of three seeds is described, not
+    tested. The claim holds when `partial` is
     non-inferior to every other of the four and no other that is so, too, varies less over the seeds (3 at least).
     """
     if len(table) < 2:

@@ -198,6 +198,12 @@ class TrainConfig:
         return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
 
 
+def _refuse(config: TrainConfig, command: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) != "none":
+            raise UserError(f"--{name} {getattr(config, name)}: not an option of {command}; leave it out")
+
+
 SEARCHABLE = ("lr", "weight_decay", "gamma", "batch_size")
 
 
@@ -232,6 +238,9 @@ class TuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        _refuse(self, "tune", "fold")
+        if self.pruner == "WilcoxonPruner" and self.seeds == 1:
+            raise UserError("--pruner WilcoxonPruner: compares seeds; use it with --seeds above 1")
         unknown = [name for name in self.search.split(",") if name not in SEARCHABLE]
         if unknown:
             raise UserError(
@@ -261,6 +270,7 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        _refuse(self, "compare", "fold", "resume")
         unknown = [name for name in self.chosen() if name not in STRATEGIES]
         if unknown or len(set(self.chosen())) < len(self.chosen()):
             known = ", ".join(STRATEGIES)
@@ -294,6 +304,10 @@ class CrossvalConfig(TrainConfig):
     """The parameters of a cross-validation: those of the runs it makes, and its own."""
 
     folds: int = param(5, "parts that the training and validation images are split into, by patient", low=2, high=50)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _refuse(self, "crossval", "fold", "resume")
 
     @property
     def train(self) -> TrainConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,11 +9,13 @@ import pandas as pd
 
 from cxr import comparison_plots as draw
 from cxr import plots
+from cxr.checkpoint import exclusive
+from cxr.compare import family_key
 from cxr.config import CrossvalConfig, TrainConfig, flatten
 from cxr.data.index import CLASSES
 from cxr.evaluate import Report, evaluate, format_interval
 from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
-from cxr.inputs import read_data, ready_machine
+from cxr.inputs import checkpoint_folder, read_data, ready_machine
 from cxr.model import build_model
 from cxr.pipeline import run_child
 from cxr.results import Say
@@ -31,12 +31,13 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
     The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
     """
     members = _members(config)
-    read_data(members[0])
+    data = read_data(members[0])
     ready_machine(config)
-    build_model(config.arch, config.weights, config.seed)
-    key = hashlib.sha256(json.dumps([flatten(m) for m in members], sort_keys=True).encode()).hexdigest()[:16]
-    parent = join_parent(unfinished_parent(KEY, key) or _make_parent(config, key))
-    with ending(parent.run_id):
+    _, weights = build_model(config.arch, config.weights, config.seed)
+    key = family_key(members, data.fingerprint, weights)
+    run_id = unfinished_parent(KEY, key) or _make_parent(config, key)
+    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
+        parent = join_parent(run_id)
         existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
         names = [f"fold-{m.fold.replace('/', '-of-')}" for m in members]
         run_ids = [run_child(parent.run_id, existing, n, m, say) for n, m in zip(names, members, strict=True)]

@@ -5,6 +5,14 @@ class UserError(Exception):
     """Bad input. The message says what is wrong, where, and what to do about it."""
 
 
+class MachineError(UserError):
+    """A store or disk that cannot be used: no other parameters would mend it."""
+
+
+class InUseError(UserError):
+    """Another process is at work on the same run."""
+
+
 class Stopped(BaseException):
     """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
 

@@ -124,8 +124,8 @@ class Report:
         p = self.prior
         return [
             "",
-            f"share of pneumonia: {p['validation']:.3f} on validation, {p['own']:.3f} here, estimated without labels "
-            f"{p['estimated']:.3f}",
+            f"share of pneumonia: {p['implied']:.3f} is what the probabilities are made for, {p['own']:.3f} here, "
+            f"estimated without labels {p['estimated']:.3f}",
             f"corrected to the share here (which one does not know in use): accuracy {self.values['accuracy']:.4f} -> "
             f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
             f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
@@ -146,13 +146,22 @@ def format_interval(interval: Interval) -> str:
     return f"{value:.4f} [{low:.4f}, {high:.4f}]" if np.isfinite(low) else f"{value:.4f}"
 
 
+def implied_prevalence(calibration: Calibration, validation: float) -> float:
+    """The share of pneumonia that probabilities are made for.
+
+    Training weights the classes equally, which implies one half; only Platt's offset moves that to the share on
+    validation.
+    """
+    return validation if calibration.method == "platt" else 0.5
+
+
 def evaluate(
     table: pd.DataFrame, split: str, threshold: float, resamples: int, prevalence: float | None = None
 ) -> Report:
     """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none.
 
-    `threshold` is the one chosen on validation, `prevalence` the share of pneumonia there; None leaves out what
-    a correction for it would change.
+    `threshold` is the one chosen on validation, `prevalence` the share of pneumonia that the probabilities are made for
+    (`implied_prevalence`); None leaves out what a correction for it would change.
     """
     labels = table["label"].to_numpy(np.int64)
     probabilities = table["probability"].to_numpy(np.float64)
@@ -178,7 +187,7 @@ def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, 
     own = float(labels.mean())
     corrected = point_metrics(labels, correct_prior(probabilities, prevalence, own))
     return {
-        "validation": prevalence,
+        "implied": prevalence,
         "own": own,
         "estimated": estimate_prior(probabilities, prevalence),
         **{f"corrected_{name}": corrected[name] for name in ("accuracy", *CALIBRATED)},

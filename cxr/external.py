@@ -12,10 +12,10 @@ from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import fingerprint, index_for_evaluation
 from cxr.data.store import open_store
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, format_interval, predictions_table
+from cxr.evaluate import Report, evaluate, format_interval, implied_prevalence, predictions_table
 from cxr.inputs import bad_paths
 from cxr.metrics import Floats, group_weights, point_metrics, weighted_metrics
-from cxr.results import Say, log_report
+from cxr.results import TEST_SPLIT, Say, log_report
 from cxr.runtime import cache_folder
 from cxr.tracking import load_table, open_run, source_run
 from cxr.train import infer
@@ -38,13 +38,14 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
     predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
     own = _own_tables(uri)
-    prevalence = float(own["val"]["label"].mean()) if own else None
+    prevalence = implied_prevalence(card.calibration, float(own["val"]["label"].mean())) if own else None
     report = evaluate(predictions, split, card.threshold, bootstrap, prevalence)
     drop, words = _drop(own, predictions, split, bootstrap)
     words += _seen(own, predictions)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
         tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table), "cxr.kind": "evaluation"})
+        tracker.tags({TEST_SPLIT: fingerprint(table)})
         tracker.dataset(table, str(root), f"{fingerprint(table)}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
         tracker.metrics(report.figures() | drop)

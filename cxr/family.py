@@ -19,6 +19,8 @@ from cxr.tracking import (
     explained,
     is_generated,
     prepare,
+    stops_once,
+    store_errors_explained,
 )
 
 KEPT, PACKAGE = "cxr.weights", "best_model"
@@ -83,9 +85,9 @@ def join_parent(parent: str) -> MlflowTracker:
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
     try:
-        yield
-        with explained():
-            end(parent, "FINISHED")
+        with stops_once(), store_errors_explained(parent):
+            yield
+        end(parent, "FINISHED")
     except (KeyboardInterrupt, Stopped):
         end(parent, "KILLED", "stopped by the user")
         raise
@@ -105,6 +107,8 @@ def end(run_id: str, status: str, reason: str = "") -> None:
                 client.set_tag(run_id, ERROR, reason[:5000])
             else:
                 client.set_tag(run_id, OUTCOME, "finished")
+                if ERROR in client.get_run(run_id).data.tags:  # of another worker, or an earlier attempt
+                    client.delete_tag(run_id, ERROR)
             client.set_terminated(run_id, status)
     except UserError:
         if not reason:
@@ -129,7 +133,12 @@ def is_finished(run_id: str) -> bool:
     import mlflow
 
     with explained():
-        return bool(mlflow.get_run(run_id).info.status == "FINISHED")
+        return has_finished(mlflow.get_run(run_id))
+
+
+def has_finished(run: Any) -> bool:
+    """Also when it was killed between its last word and its end."""
+    return bool(run.info.status == "FINISHED" or run.data.tags.get(OUTCOME) == "finished")
 
 
 def children(parent: str, kind: str = "") -> list[Any]:

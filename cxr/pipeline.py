@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,8 @@ from cxr.data.augment import STRESSES
 from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import CLASSES, fingerprint
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, margins_of, predictions_table
-from cxr.family import make_child
+from cxr.evaluate import Report, evaluate, implied_prevalence, margins_of, predictions_table
+from cxr.family import has_finished, make_child
 from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machine
 from cxr.metrics import point_metrics
 from cxr.model import build_model
@@ -57,6 +57,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
     uses = tracker.count({TEST_SPLIT: fingerprint(data.part(data.held_out))})
+    tracker.tags({TEST_SPLIT: fingerprint(data.part(data.held_out))})  # before it is looked at, whatever comes then
     val, test, calibration = _reports(config, data, machine, model)
     seconds = time.perf_counter() - started
     memory = peak_memory(machine.device)
@@ -75,6 +76,7 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     if run_id:
         config = _recorded_config(run_id, config)
     with ExitStack() as stack:
+        stack.enter_context(_memory_explained())
         if run_id:  # before it is opened: a run that another process trains must not be touched
             stack.enter_context(exclusive(checkpoint_folder(config, run_id)))
         tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=run_id, parent=parent))
@@ -87,11 +89,19 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     return result
 
 
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError("out of memory; lower --batch-size, --image-size or --reuse-gb") from error
+
+
 def run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say = print) -> str:
     """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
     is not finished, or a new one by `config`."""
     child = existing.get(name)
-    if child is not None and child.info.status == "FINISHED":
+    if child is not None and has_finished(child):
         say(f"{name}: finished before, in run {child.info.run_id}")
         return str(child.info.run_id)
     tags = {"cxr.kind": "member", "cxr.member": name, "strategy": config.strategy, "seed": str(config.seed)}
@@ -198,7 +208,7 @@ def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -
     logits = _logits(config, data, machine, model, "val")
     calibration = fit_calibration(config.calibration, margins_of(logits), labels)
     threshold = choose_threshold(config.threshold, labels, calibration.apply(margins_of(logits)))
-    prevalence = float(labels.mean())
+    prevalence = implied_prevalence(calibration, float(labels.mean()))
     val_table = predictions_table(val, logits, threshold, calibration)
     test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
     return (

@@ -158,7 +158,6 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
             "best_epoch": str(best),
             "registered": registration,
             "calibration": result.calibration.words(),
-            TEST_SPLIT: fingerprint(result.data.part(result.data.held_out)),
             "mlflow.note.content": "\n\n".join([*summary(config, tracker, result), registration]),
         }
     )

@@ -83,6 +83,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False  # what is called fp32 is fp32
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 

@@ -24,8 +24,9 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torchvision.models import ResNet
 
+from cxr.auditing import audited
 from cxr.config import TrainConfig, TuneConfig, flatten, types_of
-from cxr.errors import Pruned, Stopped, UserError
+from cxr.errors import MachineError, Pruned, Stopped, UserError
 from cxr.evaluate import format_interval
 from cxr.family import end, ending, is_finished, join_parent, keep_only, make_child, open_parent
 from cxr.inputs import Data, checkpoint_folder, read_data, ready_machine
@@ -60,17 +61,18 @@ HOPELESS = 3  # so many failures before the first success are no accident
 class Worker:
     """One process at work on a study."""
 
-    def __init__(self, config: TuneConfig, data: Data, say: Say):
-        self.config, self.data, self.say = config, data, say
+    def __init__(self, config: TuneConfig, data: Data, weights: str, say: Say):
+        self.config, self.data, self.weights, self.say = config, data, weights, say
         self.machine = ready_machine(config.train)
         self.stopping, self.ran, self.current = False, 0, -1
         self.model: ResNet | None = None
-        self.weights = ""
+        self.fatal: MachineError | None = None
         self.release: Callable[[], None] = lambda: None
 
     def open(self) -> None:
         """Make or continue the study and its parent run."""
-        self.study = open_study(self.config, self._make_parent, self._on_stale)
+        origin = {"data": self.data.fingerprint, "weights": self.weights}
+        self.study = open_study(self.config, origin, self._make_parent, self._on_stale)
         self.parent = join_parent(str(self.study.user_attrs[PARENT]))
 
     def _make_parent(self) -> str:
@@ -108,8 +110,20 @@ class Worker:
             if not any(trial.state == TrialState.WAITING for trial in slots(self.study)):
                 return False
             self.release = stack.close  # called as soon as the trial is ours: others take theirs meanwhile
-            self.study.optimize(self._objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
+            try:
+                self.study.optimize(self._objective, n_trials=1, catch=(Exception,), callbacks=[self._after])
+            except (ValueError, AssertionError):
+                if not self._was_given_up():
+                    raise
+                self.say(f"trial {self.current}: this worker was silent too long, another has it now")
+        if self.fatal:
+            raise self.fatal
         return True
+
+    def _was_given_up(self) -> bool:
+        """Whether another worker took this one for dead and gave its trial away."""
+        trials = self.study.get_trials(deepcopy=False)
+        return any(self.current in trial.system_attrs.get("retry_history", []) for trial in trials)
 
     def _objective(self, trial: Trial) -> float:
         self.release()
@@ -124,6 +138,8 @@ class Worker:
         except Stopped as error:
             raise KeyboardInterrupt from error
         except Exception as error:
+            if isinstance(error, MachineError):  # every other trial would fail of it, too
+                self.fatal = error
             trial.set_user_attr(ERROR, f"{type(error).__name__}: {error}"[:2000])
             raise
 
@@ -148,7 +164,7 @@ class Worker:
 
     def _train_seed(self, trial: Trial, config: TrainConfig, tracker: MlflowTracker, number: int) -> float:
         seed_everything(config.seed, self.machine.device)
-        model, weights = build_model(config.arch, config.weights, config.seed)
+        model, _ = build_model(config.arch, config.weights, config.seed)
         model.to(device=self.machine.device, memory_format=torch.channels_last)
         objective = self.config.objective
 
@@ -162,9 +178,8 @@ class Worker:
             config, tracker, self.data, self.machine, model, quiet, watch, label, self.config.trials
         )
         if number == 0:
-            self.model, self.weights = model, weights
-        values = [record.metrics[objective] for record in records]
-        return min(values) if objective == "val_loss" else max(values)
+            self.model = model
+        return [record for record in records if record.improved][-1].metrics[objective]  # of the epoch that is kept
 
     def _report(self, trial: Trial, value: float, step: int, unit: str) -> None:
         trial.report(value, step)
@@ -175,8 +190,9 @@ class Worker:
         """Say what came out; keep the weights of the best trial and of no other."""
         self.ran += 1
         self.say(self._line(trial))
-        if trial.state == TrialState.COMPLETE and study.best_trial.number == trial.number:
-            self._keep_weights(trial)
+        with locked(self.config.storage):
+            if trial.state == TrialState.COMPLETE and study.best_trial.number == trial.number:
+                self._keep_weights(trial)
 
     def _line(self, trial: FrozenTrial) -> str:
         parameters = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
@@ -217,11 +233,14 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     `KeyboardInterrupt` once it was asked to stop; every trial is in order then.
     """
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # our own lines and the runs say it
-    worker = Worker(config, read_data(config).without("test"), say)
-    build_model(config.arch, config.weights, config.seed)  # weights that cannot be had are no trial's failure
+    whole = read_data(config)
+    if config.strict == "true":
+        audited(config, whole, None)
+    _, weights = build_model(config.arch, config.weights, config.seed)  # what cannot be had is no trial's failure
+    worker = Worker(config, whole.without("test"), weights, say)
     worker.open()
     say(f"study {worker.study.study_name} in {config.storage}: {_counts(worker.study)}")
-    with ending(worker.parent.run_id):
+    with explained_storage(config.storage), ending(worker.parent.run_id):
         try:
             _work(worker)
         finally:
@@ -236,7 +255,7 @@ def _work(worker: Worker) -> None:
     with handlers({signal.SIGINT: worker.interrupt, signal.SIGTERM: worker.interrupt}):
         try:
             worker.work()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MachineError):
             broken = [trial for trial in slots(worker.study) if trial.number == worker.current]
             if broken and broken[0].state == TrialState.FAIL:
                 requeue(worker.study, broken[0])
@@ -282,13 +301,16 @@ def _refit(worker: Worker) -> RunResult | None:
         if mine := claim.get("trial") != best.number:
             claim = {"trial": best.number, "run": _refit_run(worker, best)}
             study.set_user_attr(REFIT, claim)
-    if not mine and (worker.ran or is_finished(claim["run"])):
-        worker.say(f"refit: in run {claim['run']}, made before or by another worker")
+    if not mine and is_finished(claim["run"]):
+        worker.say(f"refit: finished before, in run {claim['run']}")
         return None
     worker.say(f"refit of trial {best.number}, in run {claim['run']}")
-    return run_tracked(
-        replace(best_config(study, worker.config), resume=claim["run"]), worker.say, worker.parent.run_id
-    )
+    config = replace(best_config(study, worker.config), resume=claim["run"])
+    try:
+        return run_tracked(config, worker.say, worker.parent.run_id)
+    except InUseError:
+        worker.say("refit: another worker is at it")
+        return None
 
 
 def _refit_run(worker: Worker, best: FrozenTrial) -> str:

@@ -10,7 +10,9 @@ import hashlib
 import os
 import shutil
 import time
+import weakref
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cxr.checkpoint import exclusive
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 
 Rows = npt.NDArray[np.int64]
 VERSION = 1
@@ -48,6 +50,9 @@ class RowFile:
                 with (folder / name).open("ab") as file:
                     file.truncate(length)  # sparse: a row that is not written takes no space
             os.utime(folder)  # when it was last used
+            # Held open: should another run remove the folder to make room, this one goes on with what it has.
+            self._file, self._checks = (os.open(folder / name, os.O_RDWR) for name in (_VALUES, _CHECKS))
+            weakref.finalize(self, _close, self._file, self._checks)
         except OSError as error:
             raise _no_room(folder, error) from error
         values = np.memmap(folder / _VALUES, _numpy_type(dtype), "c", shape=self.stored)
@@ -59,7 +64,7 @@ class RowFile:
         unseen = wanted[~self._known[wanted]]
         if not len(unseen):
             return unseen
-        checks = np.fromfile(self.folder / _CHECKS, np.uint64)
+        checks = np.frombuffer(os.pread(self._checks, 8 * len(self._known), 0), np.uint64)
         good = [checks[row] == _check(self._bytes[row].tobytes()) if checks[row] else False for row in unseen]
         self._known[unseen[np.array(good, bool)]] = True
         return wanted[~self._known[wanted]]
@@ -68,14 +73,18 @@ class RowFile:
         """Keep values [n, c, h, w]. Written, not mapped: on a full disk a mapped write dies of SIGBUS."""
         flat = values.detach().permute(0, 2, 3, 1).contiguous().view(_SAME_SIZE[self.dtype]).numpy()
         try:
-            with (self.folder / _VALUES).open("r+b") as file, (self.folder / _CHECKS).open("r+b") as checks:
-                for row, value in zip(rows.tolist(), flat, strict=True):
-                    data = value.tobytes()
-                    os.pwrite(file.fileno(), data, row * self.size)
-                    os.pwrite(checks.fileno(), np.uint64(_check(data)).tobytes(), row * 8)
+            for row, value in zip(rows.tolist(), flat, strict=True):
+                data = value.tobytes()
+                os.pwrite(self._file, data, row * self.size)
+                os.pwrite(self._checks, np.uint64(_check(data)).tobytes(), row * 8)
         except OSError as error:
             raise _no_room(self.folder, error) from error
         self._known[rows] = True
+
+
+def _close(*files: int) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _numpy_type(dtype: torch.dtype) -> type[np.generic]:
@@ -86,8 +95,8 @@ def _check(data: bytes) -> int:
     return _FILLED | zlib.crc32(data)
 
 
-def _no_room(folder: Path, error: OSError) -> UserError:
-    return UserError(
+def _no_room(folder: Path, error: OSError) -> MachineError:
+    return MachineError(
         f"{folder}: cannot keep activations ({error.strerror}); free space there (`cxr data cache`), name another "
         "--cache-dir, or use --reuse-gb 0"
     )
@@ -146,11 +155,21 @@ def _in_use(kept: Kept) -> bool:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    return sum(stat.st_blocks * 512 for stat in _stats(folder))
 
 
 def _last_used(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+    return max((stat.st_mtime for stat in _stats(folder)), default=0.0)
+
+
+def _stats(folder: Path) -> list[os.stat_result]:
+    """Of the folder and all in it, less what another process removes meanwhile."""
+    found = []
+    with suppress(FileNotFoundError):
+        for path in [folder, *folder.rglob("*")]:
+            with suppress(FileNotFoundError):
+                found.append(path.stat())
+    return found
 
 
 def make_room(folder: Path, need: float, budget: float, keep: set[Path]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -30,8 +28,8 @@ from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 _BASE = "parameters"
-# These change no number, so that workers and continuations may differ in them.
-_FREE = {"device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
+# These change no number (what data and weights are, `origin` says), so that workers may differ in them.
+_FREE = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
 MAX_RETRIES = 3
 SILENCE = 6  # heartbeats that a worker may miss before it is taken for dead
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -52,7 +50,7 @@ def explained_storage(url: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, for years now
             yield
-    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+    except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
         reason = str(cause or error).strip().splitlines()[0][:200]
         missing = isinstance(error, ImportError) and url.startswith("postgresql")
@@ -66,9 +64,9 @@ def locked(url: str) -> Iterator[None]:
 
     PostgreSQL's and MySQL's advisory locks; for SQLite, which one machine has to itself, a locked file.
     """
-    if url.startswith("sqlite"):
-        name = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:16]
-        with (Path(tempfile.gettempdir()) / f"cxr-study-{name}.lock").open("w") as file:
+    database = make_url(url).database if url.startswith("sqlite") else None
+    if database:
+        with Path(f"{os.path.abspath(database)}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
         return
@@ -79,10 +77,13 @@ def locked(url: str) -> Iterator[None]:
         yield
 
 
-def open_study(config: TuneConfig, make_parent: Callable[[], str], on_stale: OnStale) -> optuna.Study:
+def open_study(
+    config: TuneConfig, origin: dict[str, str], make_parent: Callable[[], str], on_stale: OnStale
+) -> optuna.Study:
     """The study, made or continued, with all its trials in the queue.
 
-    `make_parent` gives the id of the run that a new study's trials are children of. Raises `UserError` for a storage
+    `origin` names the data and the weights that are really used; `make_parent` gives the id of the run that a new
+    study's trials are children of. Raises `UserError` for a storage
     that cannot be used, and for a study that was begun with other parameters.
     """
     name = study_name(config)
@@ -98,7 +99,7 @@ def open_study(config: TuneConfig, make_parent: Callable[[], str], on_stale: OnS
         direction = StudyDirection.MINIMIZE if config.objective == "val_loss" else StudyDirection.MAXIMIZE
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
-        _require_same(study, config)
+        _require_same(study, config, origin)
         if PARENT not in study.user_attrs:
             study.set_user_attr(PARENT, make_parent())
         _fill_queue(study, config)
@@ -111,12 +112,14 @@ def _parameters(config: TuneConfig) -> dict[str, str]:
     return {**every, **own}
 
 
-def _require_same(study: optuna.Study, config: TuneConfig) -> None:
-    mine, theirs = _parameters(config), study.user_attrs.get(_BASE)
+def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str]) -> None:
+    mine = _parameters(config) | {f"origin.{name}": value for name, value in origin.items()}
+    theirs = study.user_attrs.get(_BASE)
     if theirs is None:
         study.set_user_attr(_BASE, mine)
         return
-    theirs = {**_parameters(TuneConfig()), **theirs}  # a study begun before a parameter was there had its default
+    # A study begun before a parameter was there had its default.
+    theirs = {**mine, **_parameters(TuneConfig()), **theirs}
     other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
     if other:
         raise UserError(

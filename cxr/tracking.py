@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.errors import Pruned, Stopped, UserError
+from cxr.errors import MachineError, Pruned, Stopped, UserError
 
 EXPERIMENT = "cxr"
 ERROR, OUTCOME = "cxr.error", "cxr.outcome"
@@ -283,7 +283,7 @@ def explained() -> Iterator[None]:
         hint = "check MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
             hint += ", which `mlflow run` wants with an absolute path (sqlite:////…)"
-        raise UserError(f"MLflow at {uri}: {reason}; {hint}") from error
+        raise MachineError(f"MLflow at {uri}: {reason}; {hint}") from error
 
 
 @contextmanager
@@ -305,11 +305,11 @@ def open_run(
     import mlflow
 
     prepare()
-    with _stops_once() if stops else nullcontext():
+    with stops_once() if stops else nullcontext():
         try:
             with explained():
                 run = _start(name, experiment, run_id, parent)
-            with _store_errors_explained(run.info.run_id):
+            with store_errors_explained(run.info.run_id):
                 yield MlflowTracker(run)
                 mlflow.set_tag(OUTCOME, "finished")
         except (KeyboardInterrupt, Stopped):
@@ -325,7 +325,7 @@ def open_run(
 
 
 @contextmanager
-def _store_errors_explained(run_id: str) -> Iterator[None]:
+def store_errors_explained(run_id: str) -> Iterator[None]:
     """Turn the loss of the tracking store in mid-run into one line; the run's own errors pass."""
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -336,7 +336,7 @@ def _store_errors_explained(run_id: str) -> Iterator[None]:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(
+        raise MachineError(
             f"MLflow at {mlflow.get_tracking_uri()} failed during run {run_id}: {reason}; "
             f"when it answers again, go on with: cxr train --resume {run_id}"
         ) from error
@@ -438,7 +438,7 @@ def handlers(chosen: Mapping[int, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stops_once() -> AbstractContextManager[None]:
+def stops_once() -> AbstractContextManager[None]:
     """Within the block, SIGTERM unwinds the stack like Ctrl-C, and what follows the first of either is ignored.
 
     On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending.

@@ -242,7 +242,7 @@ def _epoch(
 
 
 def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
-    if not (math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["val_loss"])):
+    if not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss", loop.select)):
         option = f"--{loop.phase.lr.replace('_', '-')}"
         raise UserError(
             f"training diverged in phase {loop.phase.name}, epoch {loop.progress.epoch}: the loss is not finite; "

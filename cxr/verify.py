@@ -14,7 +14,7 @@ from cxr.calibration import choose_threshold, fit_calibration
 from cxr.config import TrainConfig, unflatten
 from cxr.data.audit import Finding
 from cxr.errors import UserError
-from cxr.evaluate import evaluate, margins_of
+from cxr.evaluate import evaluate, implied_prevalence, margins_of
 from cxr.inputs import read_data
 from cxr.predictor import Predictor
 from cxr.tracking import explained, load_table, prepare
@@ -23,19 +23,21 @@ EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities fr
 _SHOWN = 5
 
 
-def verify(target: str, data_dir: str | None = None) -> list[Finding]:
+def verify(target: str, data_dir: str | None = None, cache_dir: str | None = None) -> list[Finding]:
     """Check a run, or the run behind a registered model. `data_dir` names the images if they have moved.
 
     Raises `UserError` when there is no such run or model, or the images cannot be read.
     """
     run, uri = _run_of(target)
     config = unflatten(run.data.params)
+    config = replace(config, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
     held = "fold" if config.fold_numbers() else "test"
     val, test = (load_table(run.info.run_id, f"tables/{split}_predictions.csv") for split in ("val", held))
     predictor = registry.load(uri)
-    findings = [_figures(run, config, val, test, held), _choices(run, config, val, predictor)]
+    share = implied_prevalence(predictor.card.calibration, float(val["label"].mean()))
+    findings = [_figures(run, config, val, test, held, share), _choices(run, config, val, predictor)]
     findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
-    return findings + _predictions(run, config, {"val": val, held: test}, predictor, data_dir)
+    return findings + _predictions(run, config, {"val": val, held: test}, predictor)
 
 
 def _run_of(target: str) -> tuple[Any, str]:
@@ -68,11 +70,10 @@ def _finding(check: str, wrong: list[str], fine: str) -> Finding:
     return Finding(check, not wrong, "; ".join(wrong[:_SHOWN]) + more if wrong else fine)
 
 
-def _figures(run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str) -> Finding:
+def _figures(run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str, share: float) -> Finding:
     threshold = run.data.metrics.get("chosen_threshold", float("nan"))
-    prevalence = float(val["label"].mean())
     again = evaluate(val, "val", threshold, config.bootstrap).figures()
-    again |= evaluate(test, held, threshold, config.bootstrap, prevalence).figures()
+    again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
     wrong = _differences(run.data.metrics, again)
     return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
 
@@ -109,10 +110,10 @@ def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding
 
 
 def _predictions(
-    run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor, data_dir: str | None
+    run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
 ) -> list[Finding]:
     """The images again through the model; which images they are, by digest, label and split."""
-    data = read_data(replace(config, data_dir=data_dir or config.data_dir))
+    data = read_data(config)
     recorded = run.data.tags.get("data_fingerprint")
     same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded} and is {data.fingerprint}"]
     findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]

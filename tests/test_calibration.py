@@ -59,7 +59,7 @@ def test_a_ranking_is_never_turned_round() -> None:
     margins, labels = sample(-1, 0, 500)
     fitted = fit_calibration("temperature", margins, labels)
     assert (fitted.slope, fitted.offset) == (1, 0)
-    assert "turn the ranking round" in fitted.method
+    assert "turn the ranking round" in fitted.words()
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["temperature", "platt"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from cxr import pipeline
 from cxr.compare import compare_runs, compare_tracked, load_run
-from cxr.config import CompareConfig, CrossvalConfig, TrainConfig
+from cxr.config import CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
 from cxr.crossval import crossval_tracked
 from cxr.errors import UserError
 from cxr.family import children
@@ -177,6 +178,21 @@ def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
         assert not [name for name in run.data.metrics if name.startswith("test_") and name != "test_uses_before"]
         assert run.data.tags["registered"] == "not registered"
     assert len(set(table["roc_auc"])) > 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CompareConfig(fold="1/5"),
+        lambda: CompareConfig(resume="x"),
+        lambda: CrossvalConfig(fold="1/5"),
+        lambda: TuneConfig(fold="1/5"),
+        lambda: TuneConfig(pruner="WilcoxonPruner"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(make: Callable[[], TrainConfig]) -> None:
+    with pytest.raises(UserError, match="--"):
+        make()
 
 
 @pytest.mark.parametrize("fold", ["0/3", "4/3", "2/1", "x", "1/999"])

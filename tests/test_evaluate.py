@@ -86,7 +86,7 @@ def test_figures_carry_the_split_the_bounds_and_the_subtypes() -> None:
     metrics = {*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS)}
     bounds = {f"test_{name}_{end}" for name in metrics for end in ("low", "high")}
     others = {"recall_virus", "recall_bacteria", *(f"uncalibrated_{name}" for name in CALIBRATED)}
-    prior = {"validation", "own", "estimated", *(f"corrected_{name}" for name in ("accuracy", *CALIBRATED))}
+    prior = {"implied", "own", "estimated", *(f"corrected_{name}" for name in ("accuracy", *CALIBRATED))}
     others |= {f"prior_{name}" for name in prior}
     assert names == {f"test_{name}" for name in metrics | others} | bounds
 
@@ -104,7 +104,7 @@ def test_the_text_shows_each_metric_with_its_interval() -> None:
     for name in METRICS:
         assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
     assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
-    assert "share of pneumonia: 0.700 on validation, 0.500 here" in got.text()
+    assert "share of pneumonia: 0.700 is what the probabilities are made for, 0.500 here" in got.text()
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from cxr import pipeline, search, study
 from cxr.config import TuneConfig
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.family import children
 from cxr.search import tune_tracked
 from cxr.study import slots
@@ -204,6 +204,48 @@ def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
     assert child.info.status == "FAILED"
     assert says in child.data.tags["cxr.error"]
     assert says in load(config).trials[1].user_attrs["error"]
+
+
+def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = search.train_model
+
+    def full(*arguments: Any) -> Any:
+        if arguments[1].recorded().get("mlflow.runName") == "trial-001":
+            raise MachineError("disk full")
+        return train(*arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(search, "train_model", full)
+        with pytest.raises(MachineError, match="disk full"):
+            tune_tracked(config, quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE", "WAITING", "WAITING"]
+    assert family(config)[0].info.status == "FAILED"
+    tune_tracked(config, quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
+    assert "cxr.error" not in family(config)[0].data.tags
+
+
+def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, phantoms: Path, tmp_path: Path) -> None:
+    tune_tracked(replace(config, trials=1), quiet)
+    moved = Path(shutil.copytree(phantoms, tmp_path / "moved"))
+    tune_tracked(replace(config, trials=2, data_dir=str(moved)), quiet)  # the same images elsewhere
+    next((moved / "train" / "NORMAL").iterdir()).unlink()
+    with pytest.raises(UserError, match="other parameters: data was"):
+        tune_tracked(replace(config, trials=3, data_dir=str(moved)), quiet)
+
+
+def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None:
+    judged = replace(config, objective="val_roc_auc", epochs=4, trials=1, strategy="partial")
+    tune_tracked(judged, quiet)
+    (trial,) = load(judged).trials
+    child = family(judged)[1][0]
+    history = {
+        name: [entry.value for entry in mlflow.MlflowClient().get_metric_history(child.info.run_id, name)]
+        for name in ("val_loss", "val_roc_auc")
+    }
+    assert trial.value == history["val_roc_auc"][int(np.argmin(history["val_loss"]))]
 
 
 def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
