@@ -26,7 +26,7 @@ from torchvision.models import ResNet
 
 from cxr.auditing import audited
 from cxr.config import TrainConfig, TuneConfig, flatten, types_of
-from cxr.errors import MachineError, Pruned, Stopped, UserError
+from cxr.errors import InUseError, MachineError, Pruned, Stopped, UserError
 from cxr.evaluate import format_interval
 from cxr.family import end, ending, is_finished, join_parent, keep_only, make_child, open_parent
 from cxr.inputs import Data, checkpoint_folder, read_data, ready_machine
