@@ -343,6 +343,6 @@ def _summary(worker: Worker, result: RunResult | None) -> list[str]:
     return [
         *lines,
         *(f"look: {where}" for where in worker.parent.where()),
-        f"look: optuna-dashboard {config.storage}",
+        f"look: uv tool run optuna-dashboard {config.storage}",
         f"next: more trials with --study {worker.study.study_name} --trials {config.trials * 2}, or another --strategy",
     ]

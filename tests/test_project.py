@@ -46,9 +46,11 @@ def test_hyphens_and_underscores_mean_the_same() -> None:
 ROOT = Path(__file__).parent.parent
 
 
-def mlflow_run(store: str, phantoms: Path, cache: Path, *parameters: str, run_id: str = "") -> subprocess.Popen[str]:
+def mlflow_run(
+    store: str, phantoms: Path, cache: Path, *parameters: str, run_id: str = "", entry: str = "main"
+) -> subprocess.Popen[str]:
     """Start `mlflow run .` on tiny phantoms in a process group of its own."""
-    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", "-e", entry]
     command += ["--run-id", run_id] if run_id else ["--experiment-name", "cxr"]
     values = [f"data_dir={phantoms}", "weights=random", "image_size=64", "bootstrap=0", "views=1", "register=none"]
     for value in (*values, *parameters):
@@ -90,6 +92,38 @@ def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
     history = mlflow.MlflowClient().get_metric_history(resumed.info.run_id, "val_loss")
     assert [entry.step for entry in history] == list(range(6))
     assert resumed.data.params["train.strategy"] == "gradual"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "parameters", "kind", "members"),
+    [
+        ("tune", ("strategy=frozen", "epochs=1", "trials=2", "refit=false"), "search", 2),
+        ("compare", ("strategies=frozen", "epochs=1", "seeds=1"), "comparison", 1),
+        ("crossval", ("strategy=frozen", "epochs=1", "folds=2", "val_fraction=0.3"), "crossval", 2),
+    ],
+)
+def test_the_run_that_mlflow_run_opens_is_the_parent(
+    store: str,
+    phantoms: Path,
+    own_cache: Path,
+    tmp_path: Path,
+    entry: str,
+    parameters: tuple[str, ...],
+    kind: str,
+    members: int,
+) -> None:
+    own = (f"storage=sqlite:///{tmp_path / 'optuna.db'}",) if entry == "tune" else ()
+    before = len(mlflow.search_runs(search_all_experiments=True, output_format="list"))
+    with mlflow_run(store, phantoms, own_cache, *parameters, *own, entry=entry) as process:
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")[: -before or None]
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.data.tags["cxr.kind"] for run in parents] == [kind]
+    assert len(runs) == 1 + members
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs} == {None, parents[0].info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 @pytest.mark.slow
