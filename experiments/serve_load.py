@@ -3,7 +3,7 @@
     MLFLOW_TRACKING_URI=sqlite:////…/mlflow.db uv run python experiments/serve_load.py --requests 1000 --clients 8
 
 Prints how many good ones were answered with the right probability, how many bad ones with 400, the rate, and the
-server's memory before and after.
+server's memory before and after each 500 requests.
 """
 
 from __future__ import annotations
@@ -104,14 +104,17 @@ def main(model: str, requests: int, clients: int) -> None:
     process = serve(model)
     try:
         list(map(post, jobs[:20]))
-        before, started = memory(process.pid), time.perf_counter()
+        sizes, answers, started = [memory(process.pid)], [], time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            answers = list(pool.map(post, jobs))
-        seconds, after = time.perf_counter() - started, memory(process.pid)
+            for first in range(0, requests, 500):
+                answers += list(pool.map(post, jobs[first : first + 500]))
+                sizes.append(memory(process.pid))
+        seconds = time.perf_counter() - started
     finally:
         os.killpg(process.pid, signal.SIGTERM)
     report(jobs, answers, good, right)
-    click.echo(f"{requests / seconds:.0f} requests/s from {clients} clients; memory {before:.0f} -> {after:.0f} MB")
+    click.echo(f"{requests / seconds:.0f} requests/s from {clients} clients")
+    click.echo("memory, MB, before and after each 500 requests: " + ", ".join(f"{size:.0f}" for size in sizes))
 
 
 def report(jobs: list[object], answers: list[tuple[int, str]], good: str, right: float) -> None:
