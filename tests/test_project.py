@@ -71,10 +71,10 @@ def mlflow_run(
 
 @pytest.mark.slow
 def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
-    store: str, phantoms: Path, own_cache: Path
+    in_store: str, phantoms: Path, own_cache: Path
 ) -> None:
     before = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    with mlflow_run(store, phantoms, own_cache, "strategy=gradual", "epochs=2") as process:
+    with mlflow_run(in_store, phantoms, own_cache, "strategy=gradual", "epochs=2") as process:
         assert process.stdout
         for line in process.stdout:
             if line.startswith("epoch  1"):
@@ -83,7 +83,7 @@ def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
     stopped = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
     assert stopped.info.status in ("KILLED", "FAILED")  # MLflow 3.17 writes the second over the first
     assert stopped.data.tags["cxr.error"] == "stopped by the user"
-    with mlflow_run(store, phantoms, own_cache, run_id=stopped.info.run_id) as process:
+    with mlflow_run(in_store, phantoms, own_cache, run_id=stopped.info.run_id) as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     resumed = mlflow.get_run(stopped.info.run_id)
@@ -104,7 +104,7 @@ def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
     ],
 )
 def test_the_run_that_mlflow_run_opens_is_the_parent(
-    store: str,
+    in_store: str,
     phantoms: Path,
     own_cache: Path,
     tmp_path: Path,
@@ -115,7 +115,7 @@ def test_the_run_that_mlflow_run_opens_is_the_parent(
 ) -> None:
     own = (f"storage=sqlite:///{tmp_path / 'optuna.db'}",) if entry == "tune" else ()
     before = len(mlflow.search_runs(search_all_experiments=True, output_format="list"))
-    with mlflow_run(store, phantoms, own_cache, *parameters, *own, entry=entry) as process:
+    with mlflow_run(in_store, phantoms, own_cache, *parameters, *own, entry=entry) as process:
         output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     runs = mlflow.search_runs(search_all_experiments=True, output_format="list")[: -before or None]
@@ -127,8 +127,10 @@ def test_the_run_that_mlflow_run_opens_is_the_parent(
 
 
 @pytest.mark.slow
-def test_mlflow_run_with_a_bad_parameter_ends_failed_and_says_why(store: str, phantoms: Path, own_cache: Path) -> None:
-    with mlflow_run(store, phantoms, own_cache, "strategy=halves") as process:
+def test_mlflow_run_with_a_bad_parameter_ends_failed_and_says_why(
+    in_store: str, phantoms: Path, own_cache: Path
+) -> None:
+    with mlflow_run(in_store, phantoms, own_cache, "strategy=halves") as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "error: --strategy halves: unknown; choose one of frozen, partial, full, gradual" in output

@@ -17,7 +17,7 @@ import pytest
 import torch
 from command import run_main
 from mlflow.entities import Run
-from torchvision.models import resnet18
+from torchvision.models import ResNet, resnet18
 
 from cxr import registry
 from cxr.config import TrainConfig
@@ -61,6 +61,13 @@ def test_the_champion_takes_images_in_every_documented_shape(finished: Finished,
     assert list(answer.columns) == ["label", "probability", "decision"]
     expected = finished[1].test.table["probability"][0]
     assert answer["probability"].to_numpy() == pytest.approx(np.full(len(answer), expected), abs=1e-5)
+
+
+def test_the_plain_torchvision_module_is_one_call_away(finished: Finished, in_store: str) -> None:
+    network = mlflow.pyfunc.load_model(CHAMPION).unwrap_python_model().network()
+    assert type(network) is ResNet
+    assert not network.training
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
 @pytest.mark.slow

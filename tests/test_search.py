@@ -320,6 +320,14 @@ def test_seeds_are_averaged(config: TuneConfig) -> None:
     assert metrics["seed1_val_loss"] != metrics["val_loss"]
 
 
+@pytest.mark.parametrize("pruner", ["MedianPruner", "HyperbandPruner", "SuccessiveHalvingPruner"])
+def test_pruners_run_by_their_names(config: TuneConfig, pruner: str) -> None:
+    named = replace(config, pruner=pruner, trials=6, epochs=3)
+    tune_tracked(named, quiet)
+    assert set(states(named)) <= {"COMPLETE", "PRUNED"}
+    assert type(study._pruner(named)).__name__ == pruner
+
+
 @pytest.mark.parametrize("sampler", ["TPESampler", "RandomSampler", "QMCSampler", "GPSampler"])
 def test_samplers_stay_in_range_and_search_what_they_are_told(config: TuneConfig, sampler: str) -> None:
     wide = replace(
