@@ -34,8 +34,8 @@ class Activations:
     """Batches for `train.fit`: (what the prefix gives, labels), on the model's device.
 
     `budget` is the memory (with a shelf: the disk space) to spend, in bytes; `shelf` the folder of shared files, or
-    None to keep all in memory. `wrap(batches, total)` may show progress. `epochs` (of a phase, at
-    most) and `runs` (that share the shelf) tell whether keeping pays; None takes it that it does.
+    None to keep all in memory. `wrap(batches, total)` may show progress. `epochs` (of a phase, at most) and `runs`
+    (that share the shelf) tell whether keeping pays; None takes it that it does.
     """
 
     def __init__(
@@ -81,23 +81,20 @@ class Activations:
     def val_batches(self, phase: Phase) -> Iterable[Batch]:
         """The validation split in order, without augmentation."""
         self._enter(phase)
-        if not self._fits:
-            return self._through_prefix(phase, eval_batches(self.val, self.batch_size, self.device))
-        return self._whole_val(phase, PLAIN)
+        return self._val_seen(phase, PLAIN)
 
     def stressed_batches(self, phase: Phase) -> Iterable[Batch]:
         """The validation split under each of `STRESSES`, one after the other."""
         self._enter(phase)
-        order = straight_order(self.val, self.batch_size)
         for stress in STRESSES:
-            if self._fits:
-                yield from self._whole_val(phase, stress)
-            else:
-                yield from self._through_prefix(phase, self._shown(self.val, order, stress))
+            yield from self._val_seen(phase, stress)
 
-    def _whole_val(self, phase: Phase, view: View) -> Iterator[Batch]:
+    def _val_seen(self, phase: Phase, view: View) -> Iterator[Batch]:
+        order = straight_order(self.val, self.batch_size)
+        if not self._fits:
+            return self._through_prefix(phase, self._shown(self.val, order, view))
         features, rows = self._features(phase, self.val, view, lambda batches, total: batches)
-        return self._look_up(features, rows, self.val, straight_order(self.val, self.batch_size))
+        return self._look_up(features, rows, self.val, order)
 
     def _enter(self, phase: Phase) -> None:
         """Forget another phase's outputs, and see whether this one's fit into the budget."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr import comparison_plots as draw
-from cxr.checkpoint import exclusive
 from cxr.comparison import (
     PRIMARY,
     RunData,
@@ -24,20 +22,19 @@ from cxr.comparison import (
     strategy_table,
     verdict,
 )
-from cxr.config import CompareConfig, TrainConfig, flatten, types_of
+from cxr.config import CompareConfig, TrainConfig, own_parameters
 from cxr.data.index import CLASSES
 from cxr.errors import UserError
-from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
+from cxr.evaluate import arrays_of
+from cxr.family import ending, join_parent, open_parent
 from cxr.html_report import html_report
-from cxr.inputs import checkpoint_folder, read_data, ready_machine
 from cxr.metrics import confusion
-from cxr.model import build_model
-from cxr.pipeline import run_child
+from cxr.pipeline import run_family
 from cxr.results import Say
 from cxr.strategies import STRATEGIES
-from cxr.tracking import OUTCOME, MlflowTracker, explained, load_table, prepare
+from cxr.tracking import MlflowTracker, explained, has_finished, load_table, prepare
 
-COST = ("parameters_trained", "total_seconds", "images_per_second", "peak_memory_mb")
+COST = ("parameters_trained", "total_seconds", "peak_memory_mb")
 SHOWN = (
     "roc_auc",
     "pr_auc",
@@ -51,7 +48,6 @@ SHOWN = (
 )
 BARS = ("roc_auc", "accuracy", "recall", "specificity")
 RESAMPLES = 2000
-KEY = "cxr.comparison"
 
 
 def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
@@ -60,16 +56,8 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
     The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
     `UserError` for bad input.
     """
-    data = read_data(config)  # bad input is refused before a run is made
-    ready_machine(config)
-    _, weights = build_model(config.arch, config.weights, config.seed)
-    key = family_key(_members(config), data.fingerprint, weights)
-    run_id = unfinished_parent(KEY, key) or _make_parent(config, key)
-    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
-        parent = join_parent(run_id)
-        existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
-        members = {f"{member.strategy}-s{member.seed}": member for member in _members(config)}
-        run_ids = [run_child(parent.run_id, existing, name, member, say) for name, member in members.items()]
+    name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config, "compare")
+    with run_family(config, _members(config), name, "comparison", {}, own, say) as (parent, run_ids):
         lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
     say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
     return lines
@@ -88,29 +76,16 @@ def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> lis
     return lines
 
 
-def _members(config: CompareConfig) -> list[TrainConfig]:
+def _members(config: CompareConfig) -> dict[str, TrainConfig]:
     """Seed by seed, so that an early end has whole rounds."""
     epochs = config.epochs_of()
-    return [
-        replace(config.train, strategy=strategy, seed=config.seed + number, epochs=epochs[strategy], resume="none")
-        for number in range(config.seeds)
+    return {
+        f"{strategy}-s{seed}": replace(
+            config.train, strategy=strategy, seed=seed, epochs=epochs[strategy], resume="none"
+        )
+        for seed in range(config.seed, config.seed + config.seeds)
         for strategy in config.chosen()
-    ]
-
-
-def family_key(members: Sequence[TrainConfig], *origin: str) -> str:
-    """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
-    text = json.dumps([*origin, *(flatten(member) for member in members)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _make_parent(config: CompareConfig, key: str) -> str:
-    run_id = open_parent(f"compare-{len(config.chosen())}x{config.seeds}", {"cxr.kind": "comparison", KEY: key})
-    own = sorted(types_of(CompareConfig).keys() - types_of(TrainConfig))
-    with explained():
-        parameters = {f"compare.{name}": str(getattr(config, name)) for name in own}
-        join_parent(run_id).params({**flatten(config.train), **parameters})
-    return run_id
+    }
 
 
 def load_run(run_id: str) -> RunData:
@@ -119,7 +94,7 @@ def load_run(run_id: str) -> RunData:
 
     with explained():
         run = mlflow.get_run(run_id)
-        if run.info.status != "FINISHED" and run.data.tags.get(OUTCOME) != "finished":
+        if not has_finished(run):
             raise UserError(f"run {run_id} is {run.info.status}: only finished runs can be compared")
         if "chosen_threshold" not in run.data.metrics:
             raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
@@ -139,7 +114,7 @@ def load_run(run_id: str) -> RunData:
         tables["test_predictions"],
         tables["history"],
         {
-            **{name: metrics[name] for name in COST if name in metrics and name != "images_per_second"},
+            **{name: metrics[name] for name in COST if name in metrics},
             "images_per_second": float(tables["history"]["images_per_second"].median()),
             "training_seconds": float((tables["history"]["epoch_seconds"] + tables["history"]["eval_seconds"]).sum()),
             "epochs": float(len(tables["history"])),
@@ -157,7 +132,7 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> l
     lines = verdict(table, pairs, margin)
     whole = table.join(stability)
     figures = _figures(runs, whole, pairs, margin)
-    parent.table(_plain(whole), "comparison/strategies.csv")
+    parent.table(whole.reset_index(names="strategy"), "comparison/strategies.csv")
     parent.table(pairs, "comparison/pairs.csv")
     for name, figure in figures.items():
         parent.figure(figure, f"comparison/{name}.png")
@@ -169,11 +144,6 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> l
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
     parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *_notes(runs, margin)])})
     return lines
-
-
-def _plain(table: pd.DataFrame) -> pd.DataFrame:
-    """With the strategy as a column."""
-    return table.reset_index(names="strategy")
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -197,7 +167,8 @@ def _notes(runs: Sequence[RunData], margin: float) -> list[str]:
     return [
         f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
         + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
-        f"intervals: {RESAMPLES} resamples of patients, seeds averaged; p by Holm over all pairs; margin {margin:g}",
+        f"intervals: {RESAMPLES} resamples of patients and, within a strategy, of seeds; p by Holm over all pairs; "
+        f"margin {margin:g}",
         f"before the last of these runs, this test split had been evaluated {uses} times in this store: what was "
         "chosen after looking is no longer a test",
         "training seconds are those of the epochs, where activations that an earlier run kept cost nothing",
@@ -213,8 +184,8 @@ def _mixed(runs: Sequence[RunData]) -> list[str]:
 def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:
     names = strategies_of(runs)
     own = {name: [run for run in runs if run.strategy == name] for name in names}
-    labels = runs[0].test["label"].to_numpy(np.int64)
-    scores = {name: [run.test["probability"].to_numpy(np.float64) for run in own[name]] for name in names}
+    labels, _ = arrays_of(runs[0].test)
+    scores = {name: [arrays_of(run.test)[1] for run in own[name]] for name in names}
     counts = {name: np.mean([confusion(labels, each) for each in scores[name]], axis=0) for name in names}
     figures = {
         "metrics": draw.metric_intervals(table, BARS, "Test, threshold 0.5"),
@@ -235,8 +206,5 @@ def _look(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
     experiments = json.dumps([parent.experiment_id], separators=(",", ":"))
     chosen = f"{page}/#/compare-runs?runs={ids}&experiments={experiments}"
     report = f"report: comparison/report.html in run {parent.run_id}"
-    return [*_notes_short(), report, *(f"look: {line}" for line in [*where, chosen])]
-
-
-def _notes_short() -> list[str]:
-    return [f"strategies: {', '.join(STRATEGIES)}; `cxr compare --runs ID ID …` compares any finished runs"]
+    others = f"strategies: {', '.join(STRATEGIES)}; `cxr compare --runs ID ID …` compares any finished runs"
+    return [others, report, *(f"look: {line}" for line in [*where, chosen])]

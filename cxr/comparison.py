@@ -18,7 +18,16 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cxr.errors import UserError
-from cxr.metrics import DECISION_METRICS, METRICS, group_weights, point_metrics, weighted_metrics
+from cxr.evaluate import arrays_of
+from cxr.metrics import (
+    DECISION_METRICS,
+    METRICS,
+    decision_metrics,
+    group_weights,
+    point_metrics,
+    weighted_decisions,
+    weighted_metrics,
+)
 from cxr.strategies import STRATEGIES
 
 Floats = npt.NDArray[np.float64]
@@ -95,22 +104,17 @@ def _mean_of_picked(values: Floats, picks: npt.NDArray[np.int64]) -> Floats:
     return mean
 
 
-def _arrays(run: RunData) -> tuple[npt.NDArray[np.int64], Floats]:
-    return run.test["label"].to_numpy(np.int64), run.test["probability"].to_numpy(np.float64)
-
-
 def _points(run: RunData) -> dict[str, float]:
-    labels, probabilities = _arrays(run)
-    chosen = point_metrics(labels, probabilities, run.threshold)
-    return point_metrics(labels, probabilities) | {f"chosen_{name}": chosen[name] for name in DECISION_METRICS}
+    labels, probabilities = arrays_of(run.test)
+    chosen = decision_metrics(labels, probabilities, run.threshold)
+    return point_metrics(labels, probabilities) | {f"chosen_{name}": value for name, value in chosen.items()}
 
 
 def _draws(run: RunData, weights: Floats) -> dict[str, Floats]:
-    labels, probabilities = _arrays(run)
-    chosen = weighted_metrics(labels, probabilities, weights, run.threshold)
-    return weighted_metrics(labels, probabilities, weights, 0.5) | {
-        f"chosen_{name}": chosen[name] for name in DECISION_METRICS
-    }
+    labels, probabilities = arrays_of(run.test)
+    chosen = weighted_decisions(labels, probabilities, weights, run.threshold)
+    every = weighted_metrics(labels, probabilities, weights, 0.5)
+    return every | {f"chosen_{name}": values for name, values in chosen.items()}
 
 
 def strategy_table(replicates: Replicates) -> pd.DataFrame:
@@ -157,7 +161,7 @@ def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = 
 
 
 def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
-    own = [_arrays(run) for run in runs if run.strategy == strategy]
+    own = [arrays_of(run.test) for run in runs if run.strategy == strategy]
     decided = np.mean([probabilities for _, probabilities in own], axis=0) >= 0.5
     correct: npt.NDArray[np.bool_] = decided == (own[0][0] == 1)
     return correct
@@ -191,12 +195,12 @@ def stability_table(runs: Sequence[RunData]) -> pd.DataFrame:
 
 
 def _stability(run: RunData) -> dict[str, float]:
-    val = point_metrics(run.val["label"].to_numpy(np.int64), run.val["probability"].to_numpy(np.float64))
+    val, test = (point_metrics(*arrays_of(table)) for table in (run.val, run.test))
     history, last = run.history, run.history.iloc[-1]
     changes = history["val_accuracy"].diff().abs().dropna()
     return {
         "val_roc_auc": val["roc_auc"],
-        "val_test_gap": val["roc_auc"] - _points(run)["roc_auc"],
+        "val_test_gap": val["roc_auc"] - test["roc_auc"],
         "overfitting_gap": float(last["val_loss"] - last["train_loss"]),
         "epoch_spread": float(changes.mean()) if len(changes) else float("nan"),
         **run.cost,
@@ -208,8 +212,8 @@ def verdict(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str
 
     Two strategies are *not distinguishable* when Holm's p of their difference is above 0.05. One is *non-inferior* to
     another when the lower end of its difference lies above minus `margin`. The spread of three seeds is described, not
-    tested. The claim holds when `partial` is
-    non-inferior to every other of the four and no other that is so, too, varies less over the seeds (3 at least).
+    tested. The claim holds when `partial` is non-inferior to every other of the four and no other that is so, too,
+    varies less over the seeds (3 at least).
     """
     if len(table) < 2:
         return [f"only {table.index[0]} was run: nothing to compare"]

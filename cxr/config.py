@@ -179,6 +179,11 @@ class TrainConfig:
         check_rule(self.threshold)
         self.fold_numbers()
 
+    @property
+    def train(self) -> TrainConfig:
+        """The parameters of a training run alone: what the runs of a search, a comparison or the folds share."""
+        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
+
     def fold_numbers(self) -> tuple[int, int] | None:
         """(k, n) of `fold`, k from 1; None for none."""
         if self.fold == "none":
@@ -247,11 +252,6 @@ class TuneConfig(TrainConfig):
                 f"--search {self.search}: {', '.join(unknown)} unknown; join some of {', '.join(SEARCHABLE)}"
             )
 
-    @property
-    def train(self) -> TrainConfig:
-        """The parameters of one trial, before the search has its say."""
-        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
-
     def searched(self) -> tuple[str, ...]:
         """The fields that the search decides: `lr` stands for the rate of each of the strategy's phases."""
         names = self.search.split(",")
@@ -276,11 +276,6 @@ class CompareConfig(TrainConfig):
             known = ", ".join(STRATEGIES)
             raise UserError(f"--strategies {self.strategies}: join different ones of {known}, or use all")
         self.epochs_of()
-
-    @property
-    def train(self) -> TrainConfig:
-        """The parameters that all runs share."""
-        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
 
     def chosen(self) -> tuple[str, ...]:
         """The strategies to compare."""
@@ -308,11 +303,6 @@ class CrossvalConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _refuse(self, "crossval", "fold", "resume")
-
-    @property
-    def train(self) -> TrainConfig:
-        """The parameters that all folds share."""
-        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
 
 
 def search_range(name: str) -> Spec:
@@ -354,6 +344,12 @@ def types_of(cls: type) -> dict[str, type]:
     """Name -> type of each parameter of a configuration class."""
     hints = get_type_hints(cls)
     return {item.name: hints[item.name] for item in fields(cls)}
+
+
+def own_parameters(config: TrainConfig, prefix: str) -> dict[str, str]:
+    """What a command adds to the parameters of a training run, under dotted keys as in `flatten`."""
+    own = sorted(types_of(type(config)).keys() - types_of(TrainConfig))
+    return {f"{prefix}.{name}": str(getattr(config, name)) for name in own}
 
 
 def default_of(item: Field[Any]) -> Any:

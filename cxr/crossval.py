@@ -9,20 +9,14 @@ import pandas as pd
 
 from cxr import comparison_plots as draw
 from cxr import plots
-from cxr.checkpoint import exclusive
-from cxr.compare import family_key
-from cxr.config import CrossvalConfig, TrainConfig, flatten
+from cxr.config import CrossvalConfig, TrainConfig, own_parameters
 from cxr.data.index import CLASSES
 from cxr.evaluate import Report, evaluate, format_interval
-from cxr.family import children, ending, join_parent, open_parent, unfinished_parent
-from cxr.inputs import checkpoint_folder, read_data, ready_machine
-from cxr.model import build_model
-from cxr.pipeline import run_child
+from cxr.pipeline import run_family
 from cxr.results import Say
-from cxr.tracking import MlflowTracker, explained, load_table
+from cxr.tracking import MlflowTracker, load_table
 
 SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
-KEY = "cxr.crossval"
 
 
 def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
@@ -30,36 +24,22 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
 
     The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
     """
-    members = _members(config)
-    data = read_data(members[0])
-    ready_machine(config)
-    _, weights = build_model(config.arch, config.weights, config.seed)
-    key = family_key(members, data.fingerprint, weights)
-    run_id = unfinished_parent(KEY, key) or _make_parent(config, key)
-    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
-        parent = join_parent(run_id)
-        existing = {child.data.tags.get("cxr.member", ""): child for child in children(parent.run_id)}
-        names = [f"fold-{m.fold.replace('/', '-of-')}" for m in members]
-        run_ids = [run_child(parent.run_id, existing, n, m, say) for n, m in zip(names, members, strict=True)]
+    name, tags = f"crossval-{config.strategy}-{config.folds}", {"strategy": config.strategy, "seed": str(config.seed)}
+    own = own_parameters(config, "crossval")
+    with run_family(config, _members(config), name, "crossval", tags, own, say) as (parent, run_ids):
         table, pooled = _gather(run_ids, config.bootstrap)
         lines = _publish(parent, config, table, pooled)
     say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
     return table
 
 
-def _members(config: CrossvalConfig) -> list[TrainConfig]:
-    return [
-        replace(config.train, fold=f"{number + 1}/{config.folds}", register="none", resume="none")
-        for number in range(config.folds)
-    ]
-
-
-def _make_parent(config: CrossvalConfig, key: str) -> str:
-    tags = {"cxr.kind": "crossval", KEY: key, "strategy": config.strategy, "seed": str(config.seed)}
-    run_id = open_parent(f"crossval-{config.strategy}-{config.folds}", tags)
-    with explained():
-        join_parent(run_id).params({**flatten(config.train), "crossval.folds": str(config.folds)})
-    return run_id
+def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
+    return {
+        f"fold-{fold}-of-{config.folds}": replace(
+            config.train, fold=f"{fold}/{config.folds}", register="none", resume="none"
+        )
+        for fold in range(1, config.folds + 1)
+    }
 
 
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:

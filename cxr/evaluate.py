@@ -11,15 +11,16 @@ import pandas as pd
 from cxr.calibration import IDENTITY, Calibration, correct_prior, estimate_prior
 from cxr.data.index import CLASSES
 from cxr.metrics import (
-    DECISION_METRICS,
     Floats,
     Interval,
     Ints,
     classification_report,
     confusion,
+    decision_metrics,
     intervals,
     point_metrics,
     recall_by_subtype,
+    weighted_decisions,
 )
 
 HALF = 0.5
@@ -44,12 +45,17 @@ def predictions_table(
     logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
     """
     table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
-    exact = logits.astype(np.float64)
+    exact, margins = logits.astype(np.float64), margins_of(logits)
     table["logit_normal"], table["logit_pneumonia"] = exact[:, 0], exact[:, 1]
-    table["uncalibrated"] = IDENTITY.apply(margins_of(logits))
-    table["probability"] = calibration.apply(margins_of(logits))
+    table["uncalibrated"] = IDENTITY.apply(margins)
+    table["probability"] = calibration.apply(margins)
     table["decision"] = (table["probability"] >= threshold).astype(int)
     return table
+
+
+def arrays_of(table: pd.DataFrame, column: str = "probability") -> tuple[Ints, Floats]:
+    """(the true classes [n], the probabilities of pneumonia [n]) of a predictions table."""
+    return table["label"].to_numpy(np.int64), table[column].to_numpy(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +78,17 @@ class Report:
     @property
     def labels(self) -> Ints:
         """The true classes [n]."""
-        return self.table["label"].to_numpy(np.int64)
+        return arrays_of(self.table)[0]
 
     @property
     def probabilities(self) -> Floats:
         """The calibrated probabilities of pneumonia [n]."""
-        return self.table["probability"].to_numpy(np.float64)
+        return arrays_of(self.table)[1]
 
     @property
     def uncalibrated(self) -> Floats:
         """The probabilities [n] without calibration."""
-        return self.table["uncalibrated"].to_numpy(np.float64)
+        return arrays_of(self.table, "uncalibrated")[1]
 
     def counts(self, threshold: float = HALF) -> Ints:
         """The confusion matrix [2, 2]."""
@@ -163,20 +169,17 @@ def evaluate(
     `threshold` is the one chosen on validation, `prevalence` the share of pneumonia that the probabilities are made for
     (`implied_prevalence`); None leaves out what a correction for it would change.
     """
-    labels = table["label"].to_numpy(np.int64)
-    probabilities = table["probability"].to_numpy(np.float64)
+    labels, probabilities = arrays_of(table)
     groups = list(table["group"])
-    uncalibrated = point_metrics(labels, table["uncalibrated"].to_numpy(np.float64))
-    chosen = point_metrics(labels, probabilities, threshold)
-    chosen_bounds = intervals(labels, probabilities, groups, threshold, resamples)
+    uncalibrated = point_metrics(*arrays_of(table, "uncalibrated"))
     return Report(
         split=split,
         threshold=threshold,
         table=table,
         values=point_metrics(labels, probabilities, HALF),
         bounds=intervals(labels, probabilities, groups, HALF, resamples),
-        chosen_values={name: chosen[name] for name in DECISION_METRICS},
-        chosen_bounds={name: chosen_bounds[name] for name in DECISION_METRICS},
+        chosen_values=decision_metrics(labels, probabilities, threshold),
+        chosen_bounds=intervals(labels, probabilities, groups, threshold, resamples, replicate=weighted_decisions),
         subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
         before={name: uncalibrated[name] for name in CALIBRATED},
         prior={} if prevalence is None else _prior(labels, probabilities, prevalence),

@@ -12,7 +12,7 @@ from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import fingerprint, index_for_evaluation
 from cxr.data.store import open_store
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, format_interval, implied_prevalence, predictions_table
+from cxr.evaluate import Report, arrays_of, evaluate, format_interval, implied_prevalence, predictions_table
 from cxr.inputs import bad_paths
 from cxr.metrics import Floats, group_weights, point_metrics, weighted_metrics
 from cxr.results import TEST_SPLIT, Say, log_report
@@ -35,6 +35,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     if bad := bad_paths(table, store):
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; mend or remove them")
     table = table.assign(split=split)
+    images = fingerprint(table)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
     predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
     own = _own_tables(uri)
@@ -44,9 +45,9 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     words += _seen(own, predictions)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
-        tracker.tags({"strategy": card.strategy, "data_fingerprint": fingerprint(table), "cxr.kind": "evaluation"})
-        tracker.tags({TEST_SPLIT: fingerprint(table)})
-        tracker.dataset(table, str(root), f"{fingerprint(table)}-{split}", "evaluation")
+        tags = {"strategy": card.strategy, "data_fingerprint": images, "cxr.kind": "evaluation", TEST_SPLIT: images}
+        tracker.tags(tags)
+        tracker.dataset(table, str(root), f"{images}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
         tracker.metrics(report.figures() | drop)
         tracker.tags({"mlflow.note.content": "\n\n".join(words)})
@@ -55,7 +56,8 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
 
 
 def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
-    """The validation and test predictions of the run that the model comes from; empty where they cannot be had."""
+    """Validation and test predictions and the manifest of the run that the model comes from; empty where they cannot
+    be had."""
     run_id = source_run(uri)
     if run_id is None:
         return {}
@@ -116,10 +118,9 @@ def _calibration_words(before: pd.DataFrame, after: pd.DataFrame) -> str:
 
 
 def _points(table: pd.DataFrame) -> dict[str, float]:
-    return point_metrics(table["label"].to_numpy(np.int64), table["probability"].to_numpy(np.float64))
+    return point_metrics(*arrays_of(table))
 
 
 def _auc_draws(table: pd.DataFrame, resamples: int, seed: int) -> Floats:
     weights = group_weights(list(table["group"]), resamples, seed)
-    labels, probabilities = table["label"].to_numpy(np.int64), table["probability"].to_numpy(np.float64)
-    return weighted_metrics(labels, probabilities, weights, 0.5)["roc_auc"]
+    return weighted_metrics(*arrays_of(table), weights, 0.5)["roc_auc"]

@@ -17,6 +17,7 @@ from cxr.tracking import (
     MlflowTracker,
     choose_experiment,
     explained,
+    has_finished,
     is_generated,
     prepare,
     stops_once,
@@ -136,16 +137,11 @@ def is_finished(run_id: str) -> bool:
         return has_finished(mlflow.get_run(run_id))
 
 
-def has_finished(run: Any) -> bool:
-    """Also when it was killed between its last word and its end."""
-    return bool(run.info.status == "FINISHED" or run.data.tags.get(OUTCOME) == "finished")
-
-
-def children(parent: str, kind: str = "") -> list[Any]:
-    """The child runs, oldest first; those with tag `cxr.kind` of that kind, if one is named."""
+def children(parent: str) -> list[Any]:
+    """The child runs, oldest first."""
     import mlflow
 
-    chosen = f"tags.`{PARENT}` = '{parent}'" + (f" and tags.`cxr.kind` = '{kind}'" if kind else "")
+    chosen = f"tags.`{PARENT}` = '{parent}'"
     with explained():
         experiment = mlflow.get_run(parent).info.experiment_id
         found: list[Any] = mlflow.search_runs(

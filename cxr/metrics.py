@@ -6,7 +6,7 @@ Point values are scikit-learn's. The intervals need each metric for a thousand w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,18 @@ def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -
     """
     if set(np.unique(labels)) != {0, 1}:
         raise ValueError("both classes are needed to compute the metrics")
+    return {
+        **decision_metrics(labels, probabilities, threshold),
+        "roc_auc": float(sk.roc_auc_score(labels, probabilities)),
+        "pr_auc": float(sk.average_precision_score(labels, probabilities)),
+        "brier": float(sk.brier_score_loss(labels, probabilities)),
+        "log_loss": float(_log_losses(labels, probabilities).mean()),
+        "ece": expected_calibration_error(labels, probabilities),
+    }
+
+
+def decision_metrics(labels: Ints, probabilities: Floats, threshold: float) -> dict[str, float]:
+    """Those of `point_metrics` that depend on the threshold: `DECISION_METRICS`."""
     decisions = (probabilities >= threshold).astype(np.int64)
     return {
         "accuracy": float(sk.accuracy_score(labels, decisions)),
@@ -40,11 +52,6 @@ def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -
         "recall": float(sk.recall_score(labels, decisions)),
         "specificity": float(sk.recall_score(labels, decisions, pos_label=0)),
         "f1": float(sk.f1_score(labels, decisions, zero_division=0)),
-        "roc_auc": float(sk.roc_auc_score(labels, probabilities)),
-        "pr_auc": float(sk.average_precision_score(labels, probabilities)),
-        "brier": float(sk.brier_score_loss(labels, probabilities)),
-        "log_loss": float(_log_losses(labels, probabilities).mean()),
-        "ece": expected_calibration_error(labels, probabilities),
     }
 
 
@@ -102,11 +109,13 @@ def intervals(
     threshold: float,
     resamples: int,
     level: float = 0.95,
+    replicate: Callable[[Ints, Floats, Floats, float], dict[str, Floats]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it."""
-    if resamples == 0:
-        return dict.fromkeys(METRICS, (float("nan"), float("nan")))
-    replicates = weighted_metrics(labels, probabilities, group_weights(groups, resamples), threshold)
+    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it.
+
+    Of `METRICS`, or of those alone that `replicate` (`weighted_decisions`, say) gives.
+    """
+    replicates = (replicate or weighted_metrics)(labels, probabilities, group_weights(groups, resamples), threshold)
     tails = [(1 - level) / 2, (1 + level) / 2]
     return {name: _quantiles(values, tails) for name, values in replicates.items()}
 
@@ -120,23 +129,26 @@ def _quantiles(values: Floats, tails: list[float]) -> tuple[float, float]:
 
 def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
     """Every metric [b] for each of the b weightings [b, n] of the same images; nan where undefined."""
-    positive, decided = labels == 1, probabilities >= threshold
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            **_decision_metrics(
-                tp=weights @ (positive & decided),
-                fp=weights @ (~positive & decided),
-                fn=weights @ (positive & ~decided),
-                tn=weights @ (~positive & ~decided),
-            ),
-            **_ranking_metrics(positive, probabilities, weights),
+            **weighted_decisions(labels, probabilities, weights, threshold),
+            **_ranking_metrics(labels == 1, probabilities, weights),
             "brier": weights @ (probabilities - labels) ** 2 / weights.sum(1),
             "log_loss": weights @ _log_losses(labels, probabilities) / weights.sum(1),
             "ece": _ece(weights, labels, probabilities, ECE_BINS),
         }
 
 
-def _decision_metrics(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Floats]:
+def weighted_decisions(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
+    """Those of `weighted_metrics` that depend on the threshold: `DECISION_METRICS`."""
+    positive, decided = labels == 1, probabilities >= threshold
+    tp, fn = weights @ (positive & decided), weights @ (positive & ~decided)
+    fp, tn = weights @ (~positive & decided), weights @ (~positive & ~decided)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _from_counts(tp, fp, fn, tn)
+
+
+def _from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Floats]:
     recall, specificity = tp / (tp + fn), tn / (tn + fp)
     return {
         "accuracy": (tp + tn) / (tp + fp + fn + tn),

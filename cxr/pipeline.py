@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,13 +28,13 @@ from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import CLASSES, fingerprint
 from cxr.errors import UserError
 from cxr.evaluate import Report, evaluate, implied_prevalence, margins_of, predictions_table
-from cxr.family import has_finished, make_child
+from cxr.family import children, ending, join_parent, make_child, open_parent, unfinished_parent
 from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machine
 from cxr.metrics import point_metrics
 from cxr.model import build_model
 from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
-from cxr.runtime import cache_folder, cpu_has_bf16, describe, peak_memory, reset_peak_memory
-from cxr.tracking import Tracker, existing_run, open_run, recorded
+from cxr.runtime import cache_folder, cpu_has_bf16, describe, memory_explained, peak_memory, reset_peak_memory
+from cxr.tracking import MlflowTracker, Tracker, existing_run, explained, has_finished, open_run, recorded
 from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
 
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
-    uses = tracker.count({TEST_SPLIT: fingerprint(data.part(data.held_out))})
-    tracker.tags({TEST_SPLIT: fingerprint(data.part(data.held_out))})  # before it is looked at, whatever comes then
+    held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
+    uses = tracker.count(held_out)
+    tracker.tags(held_out)  # before it is looked at, whatever comes then
     val, test, calibration = _reports(config, data, machine, model)
     seconds = time.perf_counter() - started
     memory = peak_memory(machine.device)
@@ -76,7 +79,7 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     if run_id:
         config = _recorded_config(run_id, config)
     with ExitStack() as stack:
-        stack.enter_context(_memory_explained())
+        stack.enter_context(memory_explained())
         if run_id:  # before it is opened: a run that another process trains must not be touched
             stack.enter_context(exclusive(checkpoint_folder(config, run_id)))
         tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=run_id, parent=parent))
@@ -90,14 +93,48 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
 
 
 @contextmanager
-def _memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError("out of memory; lower --batch-size, --image-size or --reuse-gb") from error
+def run_family(
+    config: TrainConfig,
+    members: Mapping[str, TrainConfig],
+    name: str,
+    kind: str,
+    tags: Mapping[str, str],
+    own: Mapping[str, str],
+    say: Say,
+) -> Iterator[tuple[MlflowTracker, list[str]]]:
+    """Run `members` (name -> configuration) as child runs of one parent run, which is the block's.
+
+    Yields (the parent, the ids of its finished children); the parent ends with the block. A new parent gets `name`, the
+    tag `cxr.kind`, `tags` and, beside the children's parameters, its `own`. The same call after an interruption goes on
+    in the same parent: finished children are taken as they are, others are resumed. Raises `UserError` for bad input,
+    before a run is made.
+    """
+    data = read_data(next(iter(members.values())))
+    ready_machine(config)
+    _, weights = build_model(config.arch, config.weights, config.seed)
+    key = _family_key(members.values(), data.fingerprint, weights)
+    tags = {**tags, "cxr.kind": kind, f"cxr.{kind}": key}
+    run_id = unfinished_parent(f"cxr.{kind}", key) or _make_parent(name, tags, {**flatten(config.train), **own})
+    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
+        parent = join_parent(run_id)
+        existing = {child.data.tags.get("cxr.member", ""): child for child in children(run_id)}
+        yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
 
 
-def run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say = print) -> str:
+def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
+    """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
+    text = json.dumps([*origin, *(flatten(member) for member in members)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _make_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    run_id = open_parent(name, tags)
+    with explained():
+        join_parent(run_id).params(params)
+    return run_id
+
+
+def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say) -> str:
     """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
     is not finished, or a new one by `config`."""
     child = existing.get(name)

@@ -74,12 +74,20 @@ def log_model(state: StateDict, card: ModelCard, example: bytes) -> str:
     return str(info.model_id)
 
 
+def logged_models(experiment_id: str, run_id: str) -> list[Any]:
+    """The models that a run logged, half-logged ones among them."""
+    import mlflow
+
+    chosen = f"source_run_id = '{run_id}'"
+    found: list[Any] = mlflow.search_logged_models([experiment_id], chosen, output_format="list")
+    return found
+
+
 def _logged_earlier(experiment_id: str, run_id: str) -> str | None:
     """The id of the run's model, if it was logged to the end; half-logged ones are deleted."""
     import mlflow
 
-    found = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", output_format="list")
-    for model in found:
+    for model in logged_models(experiment_id, run_id):
         if model.status == "READY":
             return str(model.model_id)
         mlflow.MlflowClient().delete_logged_model(model.model_id)

@@ -16,6 +16,7 @@ from torchvision.models import ResNet
 
 from cxr import plots, registry
 from cxr.calibration import IDENTITY, Calibration
+from cxr.comparison_plots import calibration_pair
 from cxr.config import TrainConfig
 from cxr.data.audit import Finding
 from cxr.data.augment import augment, view_parameters
@@ -77,6 +78,10 @@ class RunResult:
 def log_start(
     config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str, findings: list[Finding]
 ) -> None:
+    """What is known before training: tags, configuration, audit, manifest, data sets.
+
+    Raises `UserError` when a resumed run would go on with other data or weights than it began with.
+    """
     _require_same(tracker, {"data_fingerprint": data.fingerprint, "weights_used": weights})
     tracker.tags(
         {
@@ -109,6 +114,7 @@ def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
 
 
 def epoch_line(record: EpochRecord) -> str:
+    """An epoch for people; the star marks the best so far."""
     m = record.metrics
     line = (
         f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
@@ -232,6 +238,7 @@ def _proof_words(proof: FreezeProof) -> str:
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:
+    """The predictions, the report and the figures of one split; `name` says whose they are."""
     split, labels, probabilities = report.split, report.labels, report.probabilities
     title = f"{SPLIT_NAMES[split]}: {name}"
     tracker.table(report.table, f"tables/{split}_predictions.csv")
@@ -243,10 +250,7 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         "confusion_matrix_chosen": plots.confusion_matrix(
             report.counts(report.threshold), CLASSES, f"{title}, threshold {report.threshold:.3f}"
         ),
-        "reliability": plots.reliability_diagram(labels, probabilities, report.values["ece"], title),
-        "reliability_uncalibrated": plots.reliability_diagram(
-            labels, report.uncalibrated, report.before["ece"], f"{title}, uncalibrated"
-        ),
+        "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
         "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if m != "log_loss"}, title),
     }
     for kind, figure in figures.items():
@@ -261,6 +265,7 @@ def _example(size: int) -> bytes:
 
 
 def data_words(data: Data) -> str:
+    """What the images are and how many in each split, for people."""
     counts = data.manifest["split"].value_counts()
     words = "synthetic phantoms (NOT real X-rays)" if data.synthetic else "X-rays"
     skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""

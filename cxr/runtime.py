@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,17 @@ def peak_memory(device: torch.device) -> float:
     lines = status.read_text().splitlines() if status.exists() else []
     here = next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM:")), None)
     return here if here is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn running out of memory, the GPU's or the machine's, into one line."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError("out of memory; lower --batch-size, --image-size or --reuse-gb") from error
 
 
 def describe(device: torch.device) -> str:

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torchvision.models import ResNet
 
 from cxr.auditing import audited
-from cxr.config import TrainConfig, TuneConfig, flatten, types_of
+from cxr.config import TrainConfig, TuneConfig, flatten, own_parameters
 from cxr.errors import InUseError, MachineError, Pruned, Stopped, UserError
 from cxr.evaluate import format_interval
 from cxr.family import end, ending, is_finished, join_parent, keep_only, make_child, open_parent
@@ -34,7 +34,7 @@ from cxr.model import build_model
 from cxr.pipeline import run_tracked, train_model
 from cxr.predictor import save_package
 from cxr.results import RunResult, Say, card_of
-from cxr.runtime import seed_everything
+from cxr.runtime import memory_explained, seed_everything
 from cxr.study import (
     ERROR,
     MAX_RETRIES,
@@ -42,7 +42,6 @@ from cxr.study import (
     PARENT,
     REFIT,
     RUN,
-    best_config,
     explained_storage,
     locked,
     open_study,
@@ -50,6 +49,7 @@ from cxr.study import (
     slots,
     study_figures,
     suggest,
+    trial_config,
     trials_table,
 )
 from cxr.tracking import MlflowTracker, explained, handlers, open_run
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, config: TuneConfig, data: Data, weights: str, say: Say):
         self.config, self.data, self.weights, self.say = config, data, weights, say
         self.machine = ready_machine(config.train)
-        self.stopping, self.ran, self.current = False, 0, -1
+        self.stopping, self.current = False, -1
         self.model: ResNet | None = None
         self.fatal: MachineError | None = None
         self.release: Callable[[], None] = lambda: None
@@ -79,11 +79,8 @@ class Worker:
         config = self.config
         tags = {"strategy": config.strategy, "data_fingerprint": self.data.fingerprint, "cxr.kind": "search"}
         parent = open_parent(f"tune-{config.strategy}-s{config.seed}", tags)
-        own = {
-            f"tune.{name}": str(getattr(config, name)) for name in types_of(TuneConfig).keys() - types_of(TrainConfig)
-        }
         with explained():
-            join_parent(parent).params({**flatten(config.train), **own})
+            join_parent(parent).params({**flatten(config.train), **own_parameters(config, "tune")})
         return parent
 
     def _on_stale(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -149,13 +146,12 @@ class Worker:
         tracker.tags({"strategy": config.strategy, "trial": str(trial.number), "cxr.kind": "trial"})
         values: list[float] = []
         try:
-            for number in range(self.config.seeds):
-                values.append(self._train_seed(trial, replace(config, seed=config.seed + number), tracker, number))
-                if self.config.seeds > 1:
-                    judged = values[-1] if self.config.pruner == "WilcoxonPruner" else float(np.mean(values))
-                    self._report(trial, judged, number, "seed")
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError("out of memory; lower --batch-size, --image-size or --reuse-gb") from error
+            with memory_explained():
+                for number in range(self.config.seeds):
+                    values.append(self._train_seed(trial, replace(config, seed=config.seed + number), tracker, number))
+                    if self.config.seeds > 1:
+                        judged = values[-1] if self.config.pruner == "WilcoxonPruner" else float(np.mean(values))
+                        self._report(trial, judged, number, "seed")
         finally:
             shutil.rmtree(checkpoint_folder(config, tracker.run_id), ignore_errors=True)
         mean = float(np.mean(values))
@@ -173,9 +169,8 @@ class Worker:
                 self._report(trial, record.metrics[objective], record.epoch, "epoch")
 
         label = f"seed{number}_" if number else ""
-        quiet = lambda line: None  # noqa: E731
         records, _ = train_model(
-            config, tracker, self.data, self.machine, model, quiet, watch, label, self.config.trials
+            config, tracker, self.data, self.machine, model, _unsaid, watch, label, self.config.trials
         )
         if number == 0:
             self.model = model
@@ -188,10 +183,11 @@ class Worker:
 
     def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Say what came out; keep the weights of the best trial and of no other."""
-        self.ran += 1
         self.say(self._line(trial))
+        if trial.state != TrialState.COMPLETE:
+            return
         with locked(self.config.storage):
-            if trial.state == TrialState.COMPLETE and study.best_trial.number == trial.number:
+            if study.best_trial.number == trial.number:
                 self._keep_weights(trial)
 
     def _line(self, trial: FrozenTrial) -> str:
@@ -207,7 +203,7 @@ class Worker:
 
     def _keep_weights(self, trial: FrozenTrial) -> None:
         assert self.model is not None
-        config = replace(self.config.train, resume="none", **trial.params)
+        config = trial_config(self.config, trial.params)
         with tempfile.TemporaryDirectory() as work:
             save_package(Path(work), self.model.state_dict(), card_of(config, self.weights, self.data.fingerprint))
             keep_only(self.parent.run_id, trial.user_attrs[RUN], Path(work))
@@ -224,6 +220,10 @@ class Worker:
             raise KeyboardInterrupt
         self.stopping = True
         self.say("stopping after this trial; Ctrl-C again to stop at once")
+
+
+def _unsaid(line: str) -> None:
+    """What a trial's epochs have to say: a trial has one line, when it ends."""
 
 
 def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
@@ -305,7 +305,7 @@ def _refit(worker: Worker) -> RunResult | None:
         worker.say(f"refit: finished before, in run {claim['run']}")
         return None
     worker.say(f"refit of trial {best.number}, in run {claim['run']}")
-    config = replace(best_config(study, worker.config), resume=claim["run"])
+    config = replace(trial_config(worker.config, best.params), resume=claim["run"])
     try:
         return run_tracked(config, worker.say, worker.parent.run_id)
     except InUseError:
@@ -315,7 +315,7 @@ def _refit(worker: Worker) -> RunResult | None:
 
 def _refit_run(worker: Worker, best: FrozenTrial) -> str:
     """The run to be, with its parameters recorded: whatever happens now, `train --resume` knows what to do."""
-    config = best_config(worker.study, worker.config)
+    config = trial_config(worker.config, best.params)
     tags = {"cxr.kind": "refit", "trial": str(best.number), "strategy": config.strategy}
     return make_child(worker.parent.run_id, f"refit-trial-{best.number:03}", tags, flatten(config))
 

@@ -12,6 +12,7 @@ import shutil
 import time
 import weakref
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +122,15 @@ class Kept:
         return f"{self.size / 1e6:9.1f} MB  {self.days:6.1f} days ago  {self.kind:14}  {self.path}"
 
 
-def contents(cache: Path) -> list[Kept]:
-    """What the cache folder holds, the least recently used first."""
-    kinds = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
+_KINDS = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
+
+
+def contents(cache: Path, kinds: Iterable[str] = tuple(_KINDS)) -> list[Kept]:
+    """What the cache folder holds of these kinds, the least recently used first."""
     found = [
         Kept(kind, path, _size(path), _last_used(path))
-        for kind, pattern in kinds.items()
-        for path in cache.glob(pattern)
+        for kind in kinds
+        for path in cache.glob(_KINDS[kind])
         if path.is_dir()
     ]
     return sorted(found, key=lambda kept: kept.used)
@@ -177,7 +180,7 @@ def make_room(folder: Path, need: float, budget: float, keep: set[Path]) -> None
 
     A file that another run has mapped stays readable to it.
     """
-    files = [kept for kept in contents(folder.parent) if kept.path.parent == folder and kept.path not in keep]
+    files = [kept for kept in contents(folder.parent, ["activations"]) if kept.path not in keep]
     total = sum(kept.size for kept in files) + need
     for kept in files:
         if total <= budget:

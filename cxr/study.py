@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def open_study(
     """The study, made or continued, with all its trials in the queue.
 
     `origin` names the data and the weights that are really used; `make_parent` gives the id of the run that a new
-    study's trials are children of. Raises `UserError` for a storage
-    that cannot be used, and for a study that was begun with other parameters.
+    study's trials are children of. Raises `UserError` for a storage that cannot be used, and for a study that was begun
+    with other parameters.
     """
     name = study_name(config)
     with explained_storage(config.storage), locked(config.storage):
@@ -174,19 +174,18 @@ def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
             chosen[name] = trial.suggest_int(name, int(low), int(high), log=spec.log)
         else:
             chosen[name] = trial.suggest_float(name, low, high, log=spec.log)
-    return replace(config.train, resume="none", **chosen)
+    return trial_config(config, chosen)
+
+
+def trial_config(config: TuneConfig, params: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a trial with those parameters."""
+    return replace(config.train, resume="none", **params)
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, limit: int | None = None) -> None:
     """Put a trial that was broken off back into the queue, unless it has been there again `limit` times."""
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         RetryHeartbeatStaleTrialCallback(max_retry=limit)(study, trial)
-
-
-def best_config(study: optuna.Study, config: TuneConfig) -> TrainConfig:
-    """The parameters of the best trial."""
-    types = {item.name for item in fields(TrainConfig)}
-    return replace(config.train, resume="none", **{k: v for k, v in study.best_params.items() if k in types})
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:

@@ -264,9 +264,14 @@ def recorded(run_id: str) -> dict[str, str]:
         run = mlflow.get_run(run_id)
         if run.data.tags.get(OUTCOME) == "finished" and run.info.status != "FINISHED":
             mlflow.MlflowClient().set_terminated(run_id, "FINISHED")  # it was killed on its last step
-    if run.data.tags.get(OUTCOME) == "finished" or run.info.status == "FINISHED":
+    if has_finished(run):
         raise UserError(f"run {run_id} is finished: there is nothing to resume; start a new one")
     return {**run.data.params, **run.data.tags}
+
+
+def has_finished(run: Any) -> bool:
+    """Also when it was killed between its last word and its end."""
+    return bool(run.info.status == "FINISHED" or run.data.tags.get(OUTCOME) == "finished")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from cxr.calibration import choose_threshold, fit_calibration
 from cxr.config import TrainConfig, unflatten
 from cxr.data.audit import Finding
 from cxr.errors import UserError
-from cxr.evaluate import evaluate, implied_prevalence, margins_of
+from cxr.evaluate import arrays_of, evaluate, implied_prevalence, margins_of
 from cxr.inputs import read_data
 from cxr.predictor import Predictor
 from cxr.tracking import explained, load_table, prepare
@@ -48,18 +48,14 @@ def _run_of(target: str) -> tuple[Any, str]:
     with explained():
         if "/" not in target:
             run = mlflow.get_run(target)
-            return run, f"models:/{_logged_model(run)}"
+            return run, f"models:/{_model_of(run)}"
         if target.startswith("models:/"):
             return mlflow.get_run(mlflow.models.get_model_info(target).run_id), target
     raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
 
 
-def _logged_model(run: Any) -> str:
-    import mlflow
-
-    found = mlflow.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", output_format="list"
-    )
+def _model_of(run: Any) -> str:
+    found = registry.logged_models(run.info.experiment_id, run.info.run_id)
     if not found:
         raise UserError(f"run {run.info.run_id} has no logged model: not a finished training run")
     return str(found[0].model_id)
@@ -88,7 +84,7 @@ def _differences(logged: Mapping[str, float], again: Mapping[str, float]) -> lis
 
 def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
     """Calibration and threshold again from validation alone."""
-    labels = val["label"].to_numpy(np.int64)
+    labels, _ = arrays_of(val)
     margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     fitted = fit_calibration(config.calibration, margins, labels)
     threshold = choose_threshold(config.threshold, labels, fitted.apply(margins))
