@@ -227,6 +227,7 @@ def _source(
         stressed=True,
         epochs=config.epochs,
         runs=max(runs, fold[1] if fold else 1),
+        phases=config.phases,
     )
     return source, class_weights(train.labels)
 

@@ -26,7 +26,7 @@ from cxr.checkpoint import exclusive
 from cxr.errors import MachineError, UserError
 
 Rows = npt.NDArray[np.int64]
-VERSION = 1
+VERSION = 2
 _VALUES, _CHECKS = "rows.bin", "checks.bin"
 _FILLED = 1 << 32  # a row's check is this and the crc32 of its bytes; 0 for a row that is not there
 _SAME_SIZE = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

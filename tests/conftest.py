@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,11 @@ import matplotlib
 import pytest
 import torch
 from narrow import narrow_resnet
+from small import small
+from torch import Tensor
 from torchvision.models import ResNet
 
+from cxr import prefix
 from cxr.data.dataset import Split, make_split
 from cxr.data.index import assign_splits, index_folder
 from cxr.data.store import open_store
@@ -62,6 +65,20 @@ def tiny() -> ResNet:
     return narrow_resnet()
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each run of the prefix took."""
+    counts: list[int] = []
+    run_stages = prefix.run_stages
+
+    def counted(model: ResNet, x: Tensor, stages: Iterable[str]) -> Tensor:
+        counts.append(len(x))
+        return run_stages(model, x, stages)
+
+    monkeypatch.setattr(prefix, "run_stages", counted)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A tracking store that tests share; making one takes seconds."""
@@ -95,17 +112,8 @@ def finished(
     from cxr.config import TrainConfig
     from cxr.pipeline import run_tracked
 
-    config = TrainConfig(
-        strategy="gradual",
-        data_dir=str(phantoms),
-        weights="random",
-        image_size=64,
-        epochs=1,
-        views=1,
-        val_split="official",
-        bootstrap=50,
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-    )
+    cache = str(tmp_path_factory.mktemp("cache"))
+    config = small(TrainConfig, phantoms, strategy="gradual", val_split="official", bootstrap=50, cache_dir=cache)
     mlflow.set_tracking_uri(store)
     result = run_tracked(config, say=lambda line: None)
     return config, result, mlflow.get_run(result.run_id)

@@ -9,7 +9,6 @@ from narrow import FEATURES
 from torch import Tensor
 from torchvision.models import ResNet
 
-from cxr import activations
 from cxr.activations import Activations
 from cxr.data.dataset import Split, epoch_order
 from cxr.model import obey
@@ -38,20 +37,6 @@ def same(left: Batches, right: Batches) -> bool:
     """Bit for bit."""
     pairs = zip(left, right, strict=True)
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each run of the prefix took."""
-    counts: list[int] = []
-    run_stages = activations.run_stages
-
-    def counted(model: ResNet, x: Tensor, stages: Iterable[str]) -> Tensor:
-        counts.append(len(x))
-        return run_stages(model, x, stages)
-
-    monkeypatch.setattr(activations, "run_stages", counted)
-    return counts
 
 
 # Bit for bit: reuse computes the prefix in another order of images, in batches of the same size but for the last.
@@ -117,7 +102,8 @@ def test_the_budget_is_kept_to_the_byte(
         for epoch in range(2):
             one_epoch(data, phase, epoch)
         validation(data, phase)
-        assert sum(kept.numel() * 4 for kept in data._kept.values()) == (need if budget == need else 0)
+        kept = sum(values.numel() * 4 for values in data.prefixes[phase.name].values.values())
+        assert kept == (need if budget == need else 0)
         seen.clear()
         one_epoch(data, phase, 2)
         validation(data, phase)
@@ -127,7 +113,7 @@ def test_the_budget_is_kept_to_the_byte(
 def test_a_phase_that_freezes_nothing_gets_the_images(tiny: ResNet, splits: Splits) -> None:
     data = source(tiny, splits, AMPLE)
     assert one_epoch(data, ALL, 0)[0][0].shape == (BATCH, 3, 32, 32)
-    assert not data._kept
+    assert not data.prefixes
 
 
 def test_another_phase_forgets_what_the_network_gave_before(tiny: ResNet, splits: Splits) -> None:
@@ -159,3 +145,26 @@ def test_progress_is_shown_over_all_batches(tiny: ResNet, splits: Splits, budget
     one_epoch(source(tiny, splits, budget, wrap=wrap), HEAD, 0)
     assert shown
     assert all(count == total == -(-len(splits[0]) // BATCH) for count, total in shown)
+
+
+def test_a_phase_goes_on_from_what_is_kept_for_a_later_one(tiny: ResNet, splits: Splits, seen: list[int]) -> None:
+    data, afresh = source(tiny, splits, phases=(HEAD, TOP, ALL)), source(tiny, splits, 0)
+    for epoch in range(2):
+        assert same(one_epoch(data, HEAD, epoch), one_epoch(afresh, HEAD, epoch))
+    assert same(validation(data, HEAD), validation(afresh, HEAD))
+    with torch.no_grad():
+        tiny.fc.bias += 1  # what the phase trained
+    expected = [one_epoch(afresh, TOP, epoch) for epoch in (2, 3)], validation(afresh, TOP)
+    seen.clear()
+    assert all(same(one_epoch(data, TOP, epoch), batches) for epoch, batches in zip((2, 3), expected[0], strict=True))
+    assert same(validation(data, TOP), expected[1])
+    assert not seen
+
+
+def test_a_later_phase_is_not_kept_for_an_earlier_one_where_only_one_fits(tiny: ResNet, splits: Splits) -> None:
+    need = 4 * FEATURES * (2 * len(splits[0]) + len(splits[1]))  # of HEAD; TOP takes twice as much
+    data = source(tiny, splits, need, phases=(HEAD, TOP))
+    assert same(one_epoch(data, HEAD, 0), one_epoch(source(tiny, splits, 0), HEAD, 0))
+    assert data.prefixes["head"].kept
+    assert not data.prefixes["top"].kept
+    assert data.prefixes["head"].base is None

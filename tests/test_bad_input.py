@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlflow
 import numpy as np
@@ -18,6 +18,7 @@ import pytest
 import torch
 from command import run_main
 from mlflow.entities import Run
+from payload import Payload
 from PIL import Image
 from torchvision.models import resnet34
 
@@ -200,16 +201,6 @@ def test_cuda_where_there_is_none(refused: Refused, folder: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     says = ("--device cuda", "none on this machine", "--device auto or cpu")
     refused.train(*TINY, "--data-dir", str(folder), "--device", "cuda", says=says)
-
-
-class Payload:
-    """Unpickling it makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
 
 
 def absent(path: Path) -> str:

@@ -15,6 +15,7 @@ import pytest
 from command import run_main
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from small import quiet, small
 
 from cxr import pipeline
 from cxr.compare import compare_runs, compare_tracked, load_run
@@ -30,24 +31,10 @@ from cxr.verify import verify
 Finished = tuple[TrainConfig, RunResult, Run]
 
 
-def quiet(line: str) -> None:
-    """Say nothing."""
-
-
 @pytest.fixture
 def config(in_store: str, phantoms: Path) -> CompareConfig:
     """A comparison of seconds."""
-    return CompareConfig(
-        data_dir=str(phantoms),
-        weights="random",
-        image_size=64,
-        epochs=1,
-        views=1,
-        bootstrap=20,
-        register="none",
-        strategies="frozen,partial",
-        seeds=2,
-    )
+    return small(CompareConfig, phantoms, bootstrap=20, register="none", strategies="frozen,partial", seeds=2)
 
 
 def newest_parent(kind: str) -> Run:
@@ -151,17 +138,7 @@ def test_epochs_of_single_strategies(config: CompareConfig) -> None:
 def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
     in_store: str, phantoms: Path, config: CompareConfig
 ) -> None:
-    folds = CrossvalConfig(
-        strategy="frozen",
-        data_dir=str(phantoms),
-        weights="random",
-        image_size=64,
-        epochs=1,
-        views=1,
-        bootstrap=20,
-        folds=3,
-        val_fraction=0.3,
-    )
+    folds = small(CrossvalConfig, phantoms, strategy="frozen", bootstrap=20, folds=3, val_fraction=0.3)
     table = crossval_tracked(folds, quiet)
     parent = newest_parent("crossval")
     pooled = pd.read_csv(f"{parent.info.artifact_uri}/crossval/out_of_fold_predictions.csv")

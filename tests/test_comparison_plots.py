@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,12 +8,12 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from plot_help import LABELS, PROBABILITIES, line, save, texts
 from sklearn.metrics import roc_auc_score
 
 from cxr import comparison_plots as plots
@@ -23,23 +22,7 @@ from cxr.plots import BLUE
 from cxr.strategies import STRATEGIES
 
 NAMES = list(STRATEGIES)
-LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
-PROBABILITIES = np.array([0.1, 0.2, 0.3, 0.9, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
 coordinate = st.integers(0, 4).map(float) | st.just(float("nan"))
-
-
-def save(figure: Figure) -> None:
-    """Draw in full; pytest's -W error turns a layout or glyph warning into a failure."""
-    figure.savefig(io.BytesIO(), format="png")
-
-
-def texts(axes: Axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
-
-
-def line(axes: Axes, start: str) -> Line2D:
-    (found,) = [line for line in axes.lines if str(line.get_label()).startswith(start)]
-    return found
 
 
 def legend(figure: Figure) -> Legend:

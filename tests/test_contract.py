@@ -41,7 +41,7 @@ FLOORS = (
         "comparison_plots",
         "html_report",
     ),
-    ("checkpoint", "shelf", "activations", "train", "predictor", "explain"),
+    ("checkpoint", "shelf", "prefix", "activations", "train", "predictor", "explain"),
     ("tracking", "family", "pyfunc_model", "registry"),
     ("inputs", "auditing", "results", "pipeline", "external"),
     ("study", "search", "compare", "crossval", "verify"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from narrow import narrow_resnet
+from payload import Payload
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
@@ -24,6 +25,7 @@ from cxr.model import (
     checksum,
     count_parameters,
     fit_weights,
+    folded,
     obey,
     run_stages,
     stage_modules,
@@ -140,16 +142,6 @@ def test_a_truncated_file_is_refused(tiny: ResNet, tmp_path: Path, name: str, ke
     (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
     path.write_bytes(path.read_bytes()[:keep])
     refuses(path, str(path))
-
-
-class Payload:
-    """Unpickling it makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -280,3 +272,21 @@ def test_autocast_is_off_in_fp32() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(torch.device("cpu"), precision):
             assert (a @ a).dtype == dtype
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_folding_takes_batchnorm_out_of_the_stages_alone_and_changes_only_rounding(arch: str) -> None:
+    model, _ = build_model(arch, "random", 0)
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    before, copy = checksum(model), folded(model, ("stem", "layer1"))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = run_stages(model.eval(), x, ("stem", "layer1", "layer2"))
+        torch.testing.assert_close(run_stages(copy, x, ("stem", "layer1", "layer2")), expected, rtol=1e-4, atol=1e-4)
+    kinds = {name.split(".")[0] for name, m in copy.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == {"layer2", "layer3", "layer4"}
+    assert checksum(model) == before

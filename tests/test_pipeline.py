@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small import small
 
 from cxr.config import TrainConfig
 from cxr.errors import FreezeError, UserError
@@ -21,9 +22,7 @@ from cxr.tracking import NullTracker
 @pytest.fixture
 def tiny(phantoms: Path) -> TrainConfig:
     """A run of seconds: 64 pixels, two epochs, no download."""
-    return TrainConfig(
-        data_dir=str(phantoms), weights="random", image_size=64, epochs=2, val_split="official", bootstrap=50, views=1
-    )
+    return small(TrainConfig, phantoms, epochs=2, val_split="official", bootstrap=50)
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))

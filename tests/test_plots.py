@@ -1,38 +1,20 @@
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from plot_help import LABELS, PROBABILITIES, line, save, texts
 
 from cxr import plots
 
-LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
-PROBABILITIES = np.array([0.1, 0.2, 0.3, 0.9, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
 CURVES = [plots.roc_curve, plots.pr_curve]
 Curve = Callable[..., Figure]
-
-
-def save(figure: Figure) -> None:
-    """Draw in full; pytest's -W error turns a layout or glyph warning into a failure."""
-    figure.savefig(io.BytesIO(), format="png")
-
-
-def texts(axes: Axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
-
-
-def line(axes: Axes, start: str) -> Line2D:
-    (found,) = [line for line in axes.lines if str(line.get_label()).startswith(start)]
-    return found
 
 
 def history(*phases: tuple[str, int], lr: float = 1e-3) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command import run_main
 from mlflow.entities import Run
+from small import small
 from torchvision.models import ResNet, resnet18
 
 from cxr import registry
@@ -172,9 +173,7 @@ def test_a_bad_registry_name_is_refused() -> None:
 def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
     store: str, phantoms: Path, in_store: str, tmp_path: Path
 ) -> None:
-    config = TrainConfig(
-        strategy="gradual", data_dir=str(phantoms), weights="random", image_size=64, epochs=2, views=1, bootstrap=0
-    )
+    config = small(TrainConfig, phantoms, strategy="gradual", epochs=2)
     options = ["--strategy", "gradual", "--data-dir", str(phantoms), "--weights", "random", "--image-size", "64"]
     options += ["--epochs", "2", "--views", "1", "--bootstrap", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

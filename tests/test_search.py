@@ -21,6 +21,7 @@ import torch
 from command import run_main
 from mlflow.entities import Run
 from optuna.trial import TrialState
+from small import quiet, small
 
 from cxr import pipeline, search, study
 from cxr.config import TuneConfig
@@ -38,14 +39,11 @@ pytestmark = [
 @pytest.fixture
 def config(in_store: str, phantoms: Path, tmp_path: Path) -> TuneConfig:
     """A search of seconds."""
-    return TuneConfig(
+    return small(
+        TuneConfig,
+        phantoms,
         strategy="frozen",
-        data_dir=str(phantoms),
-        weights="random",
-        image_size=64,
         epochs=2,
-        views=1,
-        bootstrap=0,
         register="none",
         trials=3,
         pruner="NopPruner",
@@ -53,10 +51,6 @@ def config(in_store: str, phantoms: Path, tmp_path: Path) -> TuneConfig:
         refit="false",
         heartbeat=1,
     )
-
-
-def quiet(line: str) -> None:
-    """Say nothing."""
 
 
 OPENED: list[optuna.storages.RDBStorage] = []

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -82,20 +81,6 @@ def test_the_least_recently_used_go_first_and_what_is_wanted_stays(tmp_path: Pat
     assert [kept.path.name for kept in contents(tmp_path)] == ["wanted", "old", "new"]
     make_room(folder, 200_000, 700_000, {folder / "wanted"})
     assert {path.name for path in folder.iterdir()} == {"new", "wanted"}
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each run of the prefix took."""
-    counts: list[int] = []
-    run_stages = activations.run_stages
-
-    def counted(model: ResNet, x: Tensor, stages: Iterable[str]) -> Tensor:
-        counts.append(len(x))
-        return run_stages(model, x, stages)
-
-    monkeypatch.setattr(activations, "run_stages", counted)
-    return counts
 
 
 def epochs(model: ResNet, splits: Splits, phase: Phase, shelf: Path | None, seed: int = 5) -> list[Tensor]:

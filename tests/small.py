@@ -1,0 +1,21 @@
+"""Runs of seconds: their parameters, and a `say` for those whose lines nobody reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from cxr.config import TrainConfig
+
+Config = TypeVar("Config", bound="TrainConfig")
+SMALL = {"weights": "random", "image_size": 64, "epochs": 1, "views": 1, "bootstrap": 0}
+
+
+def small(kind: type[Config], folder: Path, **options: Any) -> Config:
+    """A configuration of that kind on the images of `folder`: 64 pixels, one epoch, no download."""
+    return kind(**{"data_dir": str(folder), **SMALL, **options})
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
