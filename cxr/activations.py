@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.models import ResNet
 
+from cxr import parallel
 from cxr.data.augment import STRESSES
 from cxr.data.dataset import Split, epoch_order, straight_order, view_batches
 from cxr.model import checksum
@@ -66,7 +67,7 @@ class Activations:
         """One epoch in its own order; epoch e shows view e mod `views`."""
         self._enter(phase)
         view = epoch % self.views if self.views else PLAIN
-        order = epoch_order(len(self.train), self.batch_size, self.manner.seed, epoch)
+        order = parallel.shares(epoch_order(len(self.train), self.batch_size, self.manner.seed, epoch))
         return self.manner.wrap(self._batches(phase, self.train, order, view), len(order))
 
     def val_batches(self, phase: Phase) -> Iterable[Batch]:

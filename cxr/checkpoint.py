@@ -79,14 +79,16 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 class Checkpoints:
-    """The checkpoint folder of one run."""
+    """The checkpoint folder of one run. One that `writes` nothing reads what another process wrote there."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, writes: bool = True):
+        self.folder, self.writes = folder, writes
 
     def save_tensors(self, name: str, state: StateDict) -> str:
         """Write tensors as `name`.safetensors and return that file's name."""
         file = f"{name}.safetensors"
+        if not self.writes:
+            return file
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         write_atomically(self.folder / file, lambda stream: stream.write(save(tensors)))
         return file
@@ -103,6 +105,8 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], keep: set[str]) -> None:
         """Write the loop's state, then remove what it does not name: tensor files not in `keep`, half-written ones."""
+        if not self.writes:
+            return
         write_atomically(self.folder / LAST, lambda stream: torch.save({"version": VERSION, **state}, stream))
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             if file.name not in keep:

@@ -14,6 +14,7 @@ import cxr
 from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
 from cxr.errors import Stopped, UserError
 from cxr.project import options
+from cxr.runtime import processes
 
 BAD_INPUT, STOPPED = 2, 130
 
@@ -27,14 +28,19 @@ def cli() -> None:
     """
 
 
+def _one_process(command: str) -> None:
+    if processes() > 1:
+        raise UserError(f"torchrun: not for {command}; start it without, or use torchrun for train")
+
+
 @cli.command()
 @options(TrainConfig)
 def train(**parameters: Any) -> None:
     """Train one strategy, evaluate its best checkpoint on the test split once, and log everything."""
     config = TrainConfig(**parameters)
-    from cxr.pipeline import run_tracked
+    from cxr.pipeline import run_together
 
-    run_tracked(config, say=click.echo)
+    run_together(config, say=click.echo)
 
 
 @cli.command()
@@ -42,6 +48,7 @@ def train(**parameters: Any) -> None:
 def tune(**parameters: Any) -> None:
     """Search the learning rate of every phase with Optuna. The same command again continues the study."""
     config = TuneConfig(**parameters)
+    _one_process("tune")
     from cxr.search import tune_tracked
 
     tune_tracked(config, say=click.echo)
@@ -56,6 +63,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
     if more and not first:
         raise click.UsageError(f"{' '.join(more)}: name runs after --runs")
     config = CompareConfig(**parameters)
+    _one_process("compare")
     from cxr.compare import compare_runs, compare_tracked
 
     if first:
@@ -69,6 +77,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
 def crossval(**parameters: Any) -> None:
     """Cross-validate a strategy on the training and validation images, patients kept together; test stays locked."""
     config = CrossvalConfig(**parameters)
+    _one_process("crossval")
     from cxr.crossval import crossval_tracked
 
     crossval_tracked(config, say=click.echo)
@@ -257,7 +266,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (click.ClickException, UserError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"error: {reason}", err=True)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, each process says the same
+            click.echo(f"error: {reason}", err=True)
         _note_on_run(reason)
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt, Stopped):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torchvision.models import ResNet
 from tqdm import tqdm
 
+from cxr import parallel
 from cxr.activations import Activations
 from cxr.auditing import audited
 from cxr.calibration import IDENTITY, Calibration, choose_threshold, fit_calibration
@@ -34,7 +35,7 @@ from cxr.metrics import point_metrics
 from cxr.model import build_model
 from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
 from cxr.runtime import cache_folder, cpu_has_bf16, describe, memory_explained, peak_memory, reset_peak_memory
-from cxr.tracking import MlflowTracker, Tracker, existing_run, explained, has_finished, open_run, recorded
+from cxr.tracking import MlflowTracker, NullTracker, Tracker, existing_run, explained, has_finished, open_run, recorded
 from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     log_start(config, tracker, data, machine, weights, findings)
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
+    parallel.agreed((config, tracker.run_id))  # the other processes begin here
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
     held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
@@ -90,6 +92,25 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     shutil.rmtree(checkpoint_folder(config, tracker.run_id))
     say("\n" + "\n".join(lines))
     return result
+
+
+def run_together(config: TrainConfig, say: Say = print) -> None:
+    """`run_tracked`, with the help of the processes that torchrun started, if it did. Raises as `run_tracked`."""
+    with parallel.joined(config.device):
+        if parallel.rank() == 0:
+            run_tracked(config, say)
+        else:
+            _follow(config)
+
+
+def _follow(config: TrainConfig) -> None:
+    """What the other processes do: train along in the run that the first one opened. They log and write nothing."""
+    config, run_id = parallel.agreed((config, ""))
+    machine = ready_machine(config)
+    data = read_data(config)
+    model, _ = build_model(config.arch, config.weights, config.seed)
+    model.to(device=machine.device, memory_format=torch.channels_last)
+    train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 
 
 @contextmanager
@@ -186,7 +207,7 @@ def train_model(
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")
     records, logged = [], tracker.logged(f"{label}val_loss")
-    checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id) / label)
+    checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id) / label, parallel.rank() == 0)
     if logged and not (checkpoints.folder / LAST).exists():
         raise UserError(
             f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {logged} epochs; "
@@ -222,7 +243,9 @@ def _source(
         min(config.views, config.epochs * len(config.phases)),  # no more will be shown
         machine.precision,
         config.reuse_gb * 1e9,
-        lambda batches, total: tqdm(batches, total=total, unit="step", leave=False, disable=None),
+        lambda batches, total: tqdm(
+            batches, total=total, unit="step", leave=False, disable=True if parallel.rank() else None
+        ),
         cache_folder(config.cache_dir) / "activations",
         stressed=True,
         epochs=config.epochs,

@@ -28,7 +28,7 @@ from cxr.evaluate import HALF, Report, format_interval
 from cxr.inputs import Data, Machine
 from cxr.model import count_parameters
 from cxr.predictor import ModelCard
-from cxr.runtime import describe
+from cxr.runtime import describe, processes
 from cxr.strategies import STRATEGIES
 from cxr.tracking import MlflowTracker, Tracker, git_commit
 from cxr.train import EpochRecord, FreezeProof
@@ -93,6 +93,7 @@ def log_start(
             "weights_used": weights,
             "device": describe(machine.device),
             "precision": machine.precision,
+            "processes": str(processes()),
             "git_commit": git_commit(),
             "images_skipped": str(len(data.bad)),
             "audit": "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",

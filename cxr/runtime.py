@@ -33,8 +33,16 @@ def cache_folder(cache_dir: str = "auto") -> Path:
     return path
 
 
+def processes() -> int:
+    """How many processes torchrun started to train together; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def resolve_device(name: str) -> torch.device:
-    """`auto|cpu|cuda|mps` -> a device that exists here. Raises `UserError` when it does not."""
+    """`auto|cpu|cuda|mps` -> a device that exists here; under torchrun, a GPU for each process.
+
+    Raises `UserError` when it does not exist.
+    """
     import torch
 
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -42,6 +50,11 @@ def resolve_device(name: str) -> torch.device:
         name = next(kind for kind, there in present.items() if there)
     if not present[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto or cpu")
+    if name == "cuda" and processes() > 1:
+        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= there:
+            raise UserError(f"torchrun: more processes than the {there} GPU(s) here; use --nproc-per-node {there}")
+        return torch.device("cuda", own)
     return torch.device(name)
 
 

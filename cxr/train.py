@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import ResNet
 
+from cxr import parallel
 from cxr.checkpoint import Checkpoints
 from cxr.errors import FreezeError, UserError
-from cxr.model import autocast, checksum, obey, run_stages, stage_state
+from cxr.model import autocast, checksum, obey, run_stages, stage_modules, stage_state
 from cxr.strategies import STAGES, Phase
 
 Batch = tuple[Tensor, Tensor]
@@ -78,6 +79,18 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Suffix(nn.Module):
+    """The stages that a phase trains, as a module of its own."""
+
+    def __init__(self, model: ResNet, stages: tuple[str, ...]):
+        super().__init__()
+        self.model, self.stages = model, stages
+
+    def forward(self, features: Tensor) -> Tensor:
+        """What enters the first of the stages -> logits [n, 2]."""
+        return run_stages(self.model, features, self.stages)
+
+
 class Loop:
     """What changes while a phase runs: model, optimizer, scheduler, scaler and progress."""
 
@@ -106,6 +119,8 @@ class Loop:
     def begin_phase(self) -> None:
         """A new optimizer, scheduler and scaler over what the phase trains."""
         schedule = self.schedule
+        trained = [module for stage in self.phase.trainable for module in stage_modules(self.model, stage)]
+        parallel.share_batchnorm([self.model] if self.phase.first == "stem" else trained, self.device)
         self.optimizer = torch.optim.Adam(
             obey(self.model, self.phase),
             self.rates[self.progress.phase],
@@ -114,6 +129,7 @@ class Loop:
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
+        self.suffix = parallel.together(Suffix(self.model, self.phase.trainable))
 
     def phase_is_over(self) -> bool:
         """Whether the epoch limit is reached or the patience is spent."""
@@ -135,6 +151,7 @@ class Loop:
             "generators": _generators(self.device),
         }
         self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
+        parallel.wait()  # for the files: others may read them next
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a state that `save` wrote."""
@@ -191,6 +208,7 @@ def fit(
             break
         _enter_phase(loop, loop.progress.phase + 1)
     loop.load(loop.progress.best_files)
+    parallel.wait()  # whoever removes the files next
     model.eval()
 
 
@@ -282,28 +300,31 @@ def _prove(loop: Loop) -> FreezeProof:
 
 
 def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
-    """One pass. Returns (weighted loss, accuracy, images); sums stay on the device until the end."""
+    """One pass. Returns (weighted loss, accuracy, images); the sums stay on the device until the end."""
     obey(loop.model, loop.phase)
-    loss_sum = weight_sum = correct = torch.zeros((), device=loop.device)
+    sums = torch.zeros(3, device=loop.device)  # of losses, class weights, right answers
     images = 0
     for features, labels in batches:
         with autocast(loop.device, loop.schedule.precision):
-            logits = run_stages(loop.model, features, loop.phase.trainable).float()
+            logits = loop.suffix(features).float()
         losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
         weight = loop.class_weights[labels].sum()
+        share = parallel.summed(weight.clone()) / parallel.size()  # gradients are averaged over the processes
         loop.optimizer.zero_grad()
-        loop.scaler.scale(losses.sum() / weight).backward()  # type: ignore[no-untyped-call]
+        loop.scaler.scale(losses.sum() / share).backward()  # type: ignore[no-untyped-call]
         loop.scaler.step(loop.optimizer)
         loop.scaler.update()
-        loss_sum, weight_sum = loss_sum + losses.detach().sum(), weight_sum + weight
-        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        right = (logits.detach().argmax(1) == labels).sum()
+        sums += torch.stack([losses.detach().sum(), weight, right])
         images += len(labels)
-    return (loss_sum / weight_sum).item(), correct.item() / images, images
+    loss, weights, correct, shown = parallel.summed(torch.cat([sums, sums.new_tensor([images])])).tolist()
+    return loss / weights, correct / shown, int(shown)
 
 
 def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float]:
     """(weighted loss, accuracy, ROC-AUC) in eval mode."""
     logits, labels = infer(loop.model, batches, loop.schedule.precision, loop.phase.trainable)
+    logits = parallel.same(logits.to(loop.device)).cpu()  # what follows from them must follow in every process
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()

@@ -21,7 +21,7 @@ from cxr.project import ENTRY_POINTS, render_mlproject
 ROOT = Path(__file__).parent.parent
 # Lower floors first; a file may import from lower floors and from earlier files of its own.
 FLOORS = (
-    ("errors", "strategies", "config", "runtime"),
+    ("errors", "strategies", "config", "runtime", "parallel"),
     (
         "data.index",
         "data.duplicates",
