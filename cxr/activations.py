@@ -9,15 +9,16 @@ epoch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr import parallel
-from cxr.data.augment import STRESSES
-from cxr.data.dataset import Split, epoch_order, straight_order, view_batches
+from cxr.data.augment import STRESSES, to_input
+from cxr.data.dataset import Split, epoch_order, grey_batches, straight_order, view_batches
 from cxr.model import checksum
 from cxr.prefix import PLAIN, Batch, Manner, Prefix, View, Wrap
 from cxr.runtime import eval_batch_size
@@ -61,6 +62,8 @@ class Activations:
         shelf = shelf if device.type == "cpu" and train.store else None
         self.manner = Manner(eval_batch_size(device, batch_size), seed, precision, device, shelf, wrap)
         self.prefixes: dict[str, Prefix] = {}
+        self.keeps_views = device.type == "cuda" and self._shown() * train.dataset.images[0].size <= budget
+        self._views: dict[tuple[int, View], Tensor] = {}
         self._phase = ""
 
     def train_batches(self, phase: Phase, epoch: int) -> Iterable[Batch]:
@@ -87,7 +90,21 @@ class Activations:
     def _batches(self, phase: Phase, split: Split, order: list[Tensor], view: View) -> Iterable[Batch]:
         if phase.frozen:
             return self.prefixes[phase.name].batches(split, order, view)
+        if self.keeps_views:
+            return self._from_kept_views(split, order, view)
         return view_batches(split, order, self.manner.seed, None if view == PLAIN else view, self.manner.device)
+
+    def _from_kept_views(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
+        """What a network with no frozen stage gets: each view is made once, and kept as grey levels of a byte each."""
+        device, at = self.manner.device, (id(split.dataset), view)
+        if at not in self._views:
+            seen = None if view == PLAIN else view
+            made = grey_batches(split, straight_order(split, self.manner.batch_size), self.manner.seed, seen, device)
+            self._views[at] = torch.cat([images.byte() for images, _ in made])
+        images, labels = self._views[at], torch.from_numpy(split.labels).to(device)
+        for chosen in order:
+            index = chosen.to(device, non_blocking=True)
+            yield to_input(images[index]), labels[index]
 
     def _enter(self, phase: Phase) -> None:
         """Forget the outputs that this phase and later ones have no use for, and ready this one's."""
@@ -124,8 +141,11 @@ class Activations:
     def _need(self, prefix: Prefix) -> float:
         """Bytes, for all that will be shown."""
         row = prefix.row(self.val)
-        images = len(self.train) * max(self.views, 1) + len(self.val) * (1 + self.stressed * len(STRESSES))
-        return float(row.numel() * row.element_size() * images)
+        return float(row.numel() * row.element_size() * self._shown())
+
+    def _shown(self) -> int:
+        """How many different (image, view) there are."""
+        return len(self.train) * max(self.views, 1) + len(self.val) * (1 + self.stressed * len(STRESSES))
 
     def _folders(self, shelf: Path, prefix: Prefix) -> set[Path]:
         views = (PLAIN, *range(self.views), *STRESSES)

@@ -130,6 +130,12 @@ class TrainConfig:
         "fp32 on the CPU. The result is evaluated in fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compile: str = param(
+        "none",
+        "make training steps faster, where the run is long enough to pay for it: inductor (torch.compile), graphs "
+        "(CUDA graphs), or none",
+        choices=("none", "inductor", "graphs"),
+    )
     select: str = param(
         "val_loss",
         "what picks the best epoch and the champion: the validation loss, or its mean over stressed copies "

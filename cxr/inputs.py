@@ -13,7 +13,8 @@ from cxr.data.audit import reject_bad
 from cxr.data.index import assign_fold, assign_splits, find_root, fingerprint, index_folder
 from cxr.data.store import Store, open_store
 from cxr.data.synthetic import VERSION, write_synthetic
-from cxr.runtime import cache_folder, resolve_device, resolve_precision, seed_everything
+from cxr.errors import UserError
+from cxr.runtime import cache_folder, processes, resolve_device, resolve_precision, seed_everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,10 @@ def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:
 def ready_machine(config: TrainConfig) -> Machine:
     """Device and precision by `config`, all generators seeded."""
     device = resolve_device(config.device)
+    if config.compile == "graphs" and device.type != "cuda":
+        raise UserError("--compile graphs: records what a GPU is told to do; without one, use inductor or none")
+    if config.compile != "none" and processes() > 1:
+        raise UserError(f"--compile {config.compile}: for one process alone; leave it out under torchrun")
     machine = Machine(device, resolve_precision(config.precision, device))
     seed_everything(config.seed, device)
     return machine

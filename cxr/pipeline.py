@@ -214,7 +214,13 @@ def train_model(
             "resume on the machine and with the --cache-dir that it had, or start a new run"
         )
     schedule = Schedule(
-        config.epochs, config.weight_decay, config.step_size, config.gamma, config.patience, machine.precision
+        config.epochs,
+        config.weight_decay,
+        config.step_size,
+        config.gamma,
+        config.patience,
+        machine.precision,
+        config.compile,
     )
     batches = source.train_batches, source.val_batches
     stressed = source.stressed_batches if config.select == "stressed_val_loss" else None

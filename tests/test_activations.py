@@ -168,3 +168,15 @@ def test_a_later_phase_is_not_kept_for_an_earlier_one_where_only_one_fits(tiny: 
     assert data.prefixes["head"].kept
     assert not data.prefixes["top"].kept
     assert data.prefixes["head"].base is None
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_views_that_are_kept_are_the_same(
+    tiny: ResNet, splits: Splits, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, afresh = source(tiny, splits, AMPLE, views, phases=(ALL,)), source(tiny, splits, 0, views)
+    kept.keeps_views = True  # as on a GPU
+    assert all(same(one_epoch(kept, ALL, epoch), one_epoch(afresh, ALL, epoch)) for epoch in range(2))
+    assert same(list(kept.stressed_batches(ALL)), list(afresh.stressed_batches(ALL)))
+    monkeypatch.setattr("cxr.activations.grey_batches", None)
+    assert same(one_epoch(kept, ALL, 2), one_epoch(afresh, ALL, 2))

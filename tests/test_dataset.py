@@ -1,5 +1,6 @@
 """From store and manifest to batches: every image once, in the asked order, seen through the asked view."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cxr.data import dataset
 from cxr.data.augment import augment, image_key, to_input, view_parameters
@@ -159,3 +161,16 @@ def test_batches_from_the_devices_own_memory_are_the_same(
     for (images, labels), (others, again) in zip(loaded, view_batches(train, order, 3, 1, cpu), strict=True):
         assert torch.equal(images, others)
         assert torch.equal(labels, again)
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_reaches_who_asks() -> None:
+    items = [(torch.tensor([n]), torch.tensor([n]), torch.tensor([n])) for n in range(7)]
+    assert list(dataset._ahead(items)) == items
+    assert next(dataset._ahead(items)) == items[0]  # who stops early gets no more
+
+    def broken() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield items[0]
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(dataset._ahead(broken()))

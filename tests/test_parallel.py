@@ -62,7 +62,7 @@ def test_two_processes_take_the_step_that_one_takes(tmp_path: Path) -> None:
     for each in both:
         for name, value in expected.items():
             scale = 2 if name.startswith("grad.") else 1  # they are averaged over the two
-            torch.testing.assert_close(each[name] * scale, value, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(each[name] * scale, value, rtol=1e-5, atol=5e-4, msg=name)
         assert (each["rank 0's"], each["sum"], each["agreed"]) == (0, 3, 0)
 
 

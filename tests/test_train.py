@@ -408,3 +408,13 @@ def test_a_resumed_phase_goes_on_with_its_rate(few: Splits, tmp_path: Path, epoc
     list(itertools.islice(head(narrow_resnet()), epochs))
     rates = [record.metrics["lr"] / RATES["head"] for record in head(narrow_resnet())]
     assert rates == [1, 1, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.slow
+def test_compiled_steps_take_the_same_way(few: Splits, tmp_path: Path) -> None:
+    ways = []
+    for how in ("none", "inductor"):  # eleven images in fours: the last batch is of another size, and goes as it is
+        ways.append(list(start(narrow_resnet(), few, tmp_path / how, (HEAD,), compile=how)))
+    for plain, fast in zip(*ways, strict=True):
+        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
+            assert fast.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-5)

@@ -92,10 +92,16 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
 def to_input(images: Tensor) -> Tensor:
     """Grey levels [n, s, s] -> what the network takes: float32 [n, 3, s, s], by ImageNet's mean and std."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _normalisation(images.device)
     grey = images.float().div(255).unsqueeze(1)
     return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and std [1, 3, 1, 1], brought to the device once."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def _move(x: Tensor, zoom: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
@@ -136,8 +142,12 @@ _QUANTISATION = (
 
 
 @functools.cache
+def _codec(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the quantisation table, the orthonormal DCT-II of length 8), each [8, 8], brought to the device once."""
+    return torch.tensor(_QUANTISATION, dtype=torch.float32, device=device), _dct_matrix().to(device)
+
+
 def _dct_matrix() -> Tensor:
-    """The orthonormal DCT-II of length 8, [8, 8]."""
     k = torch.arange(8, dtype=torch.float64)
     matrix = torch.cos((2 * k + 1) * k.unsqueeze(1) * math.pi / 16) / 2
     matrix[0] /= math.sqrt(2)
@@ -151,12 +161,11 @@ def _compress(x: Tensor, quality: Tensor) -> Tensor:
     """
     quality = quality.round()
     scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
-    table = torch.tensor(_QUANTISATION, dtype=torch.float32, device=x.device)
+    table, dct = _codec(x.device)
     steps = ((table * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)
     n, height, width = x.shape
     blocks = F.pad(x.unsqueeze(1), [0, -width % 8, 0, -height % 8], mode="replicate")
     blocks = blocks.view(n, blocks.shape[2] // 8, 8, blocks.shape[3] // 8, 8).transpose(2, 3)
-    dct = _dct_matrix().to(x.device)
     steps = steps.view(n, 1, 1, 8, 8)
     coefficients = (dct @ (blocks.round() - 128) @ dct.T / steps).round() * steps
     restored = (dct.T @ coefficients @ dct + 128).round().clamp(0, 255).transpose(2, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from cxr.data.augment import augment, image_key, stress_parameters, to_input, vi
 from cxr.data.store import Store
 
 Item = tuple[Tensor, Tensor, Tensor]
+AHEAD = 3  # batches gathered before a GPU asks for them
 
 
 class XrayDataset(Dataset[Item]):
@@ -108,7 +111,7 @@ def _resident_items(split: Split, order: list[Tensor], device: torch.device) -> 
     images, labels = split.dataset.resident(device)
     for batch in order:
         index = batch.to(device, non_blocking=True)
-        yield images[index], labels[index], batch
+        yield images[index], labels[index], index
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -122,12 +125,37 @@ def view_batches(
 
     The images are seen through the given view, or under the stress of that name; None: as they are.
     """
-    parameters = _parameters(split, seed, view)
-    items = _resident_items(split, order, device) if fits_on(device, split) else _load(split, order, device)
-    for images, labels, positions in items:
+    for images, labels in grey_batches(split, order, seed, view, device):
+        yield to_input(images), labels
+
+
+def grey_batches(
+    split: Split, order: list[Tensor], seed: int, view: int | str | None, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `view_batches`, before normalisation: whole grey levels [b, s, s], uint8 or float32."""
+    table = _parameters(split, seed, view)
+    parameters = None if table is None else table.to(device)
+    for images, labels, positions in _items(split, order, device):
         images = images.to(device, non_blocking=True)
-        seen = images if parameters is None else augment(images, parameters[positions])
-        yield to_input(seen), labels.to(device, non_blocking=True)
+        seen = images if parameters is None else augment(images, parameters[positions.to(device, non_blocking=True)])
+        yield seen, labels.to(device, non_blocking=True)
+
+
+def _items(split: Split, order: list[Tensor], device: torch.device) -> Iterable[Item]:
+    if fits_on(device, split):
+        return _resident_items(split, order, device)
+    items = _load(split, order, device)
+    return _ahead(items) if device.type == "cuda" else items
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same, the next ones made in a thread while the one given is in use."""
+    source = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, source, None) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, source, None))
+            yield item
 
 
 def _parameters(split: Split, seed: int, view: int | str | None) -> Tensor | None:
