@@ -38,6 +38,14 @@ def test_help_answers_in_under_half_a_second_of_cpu() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+def test_training_imports_nothing_that_it_may_not_need() -> None:
+    optional = ("optuna", "captum", "imagehash", "onnx", "onnxruntime", "kagglehub", "psycopg", "lightning", "mlflow")
+    others = ("cxr.search", "cxr.study", "cxr.compare", "cxr.crossval", "cxr.external", "cxr.verify", "cxr.explain")
+    code = f"import sys, cxr.pipeline; print([name for name in {optional + others} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_python_dash_m_and_the_module_agree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

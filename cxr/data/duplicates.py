@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Hashable, Iterable, Iterator
 from itertools import product
 
-import imagehash
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -111,6 +110,8 @@ Views = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]
 def _views(small: UInt8, cut: float, mirrored: bool) -> Views:
     """(hash [n], pixels [n, 1024] of mean 0 and length 1) of the images with `cut` off each side, maybe mirrored."""
     box = (cut * _SIDE, cut * _SIDE, (1 - cut) * _SIDE, (1 - cut) * _SIDE)
+    import imagehash  # only where an audit is not in the cache
+
     flipped = small[:, :, ::-1] if mirrored else small
     views = [Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS, box=box) for image in flipped]
     bits = np.array([imagehash.phash(view).hash.ravel() for view in views], dtype=bool).reshape(-1, 64)
