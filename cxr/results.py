@@ -289,7 +289,7 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         + ", ".join(f"{m} {format_interval(test.chosen_interval(m))}" for m in ("accuracy", *shown[2:])),
         f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
         *(
-            [f"this test split was evaluated {result.uses_before} times before in this store"]
+            [f"this {name} split was evaluated {result.uses_before} times before in this store"]
             * (result.uses_before > 0)
         ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
