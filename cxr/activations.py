@@ -160,11 +160,17 @@ class Activations:
         """
         if self.epochs is None or not self.manner.shelf:
             return True
+        if prefix.folder(self.manner.shelf, self.val, PLAIN).exists():  # another run has begun to write them
+            return True
         train, val = len(self.train), len(self.val)
         saved = self.runs * self.epochs * (train + val) - min(self.epochs, max(self.views, 1)) * train - val
+        return saved * self._seconds(prefix) > need / DISK
+
+    def _seconds(self, prefix: Prefix) -> float:
+        """What one output costs when it is computed from the image."""
+        whole = Prefix(self.model, prefix.phase, self.manner) if prefix.base else prefix
         few = straight_order(self.val, 8)[:1]
         started = time.perf_counter()
-        for _ in Prefix(self.model, prefix.phase, self.manner).through(self.val, few, PLAIN):
+        for _ in whole.through(self.val, few, PLAIN):
             pass
-        one = (time.perf_counter() - started) / min(8, val)
-        return saved * one > need / DISK
+        return (time.perf_counter() - started) / len(few[0])

@@ -18,7 +18,7 @@ from torchvision.models import ResNet
 from cxr import parallel
 from cxr.checkpoint import Checkpoints
 from cxr.errors import FreezeError, UserError
-from cxr.model import autocast, checksum, obey, run_stages, stage_modules, stage_state
+from cxr.model import autocast, bit_sums, checksum, obey, run_stages, stage_modules, stage_state
 from cxr.strategies import STAGES, Phase
 
 Batch = tuple[Tensor, Tensor]
@@ -163,6 +163,7 @@ class Loop:
             weight_decay=schedule.weight_decay,
             fused=True,
         )
+        self.bits = bit_sums(self.model, self.phase.frozen)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
         suffix = Suffix(self.model, self.phase.trainable)
@@ -308,7 +309,8 @@ def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
 def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     """Prove the freezing, judge the epoch, keep what is best, save, and report."""
     progress = loop.progress
-    proof = _prove(loop)  # in every epoch, so that nothing is saved of a network whose frozen part moved
+    # In every epoch, so that nothing is saved of a network whose frozen part moved.
+    _require_frozen(loop, bit_sums(loop.model, loop.phase.frozen) == loop.bits)
     judged = metrics[loop.select]
     improved = judged < progress.best_loss
     if improved:
@@ -318,22 +320,26 @@ def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     progress.stale = 0 if judged < progress.phase_best else progress.stale + 1
     progress.phase_best = min(progress.phase_best, judged)
     progress.phase_epoch += 1
-    shown = proof if loop.phase_is_over() else None
-    record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, shown)
+    proof = _proof(loop) if loop.phase_is_over() else None
+    record = EpochRecord(progress.epoch, loop.phase.name, progress.phase, metrics, improved, proof)
     progress.epoch += 1
     progress.history.append(asdict(record))
     loop.save()
     return record
 
 
-def _prove(loop: Loop) -> FreezeProof:
+def _proof(loop: Loop) -> FreezeProof:
     after = checksum(loop.model, loop.phase.frozen)
-    if after != loop.progress.before:
+    _require_frozen(loop, after == loop.progress.before)
+    return FreezeProof(loop.phase.name, loop.phase.frozen, loop.progress.before, after)
+
+
+def _require_frozen(loop: Loop, unmoved: bool) -> None:
+    if not unmoved:
         raise FreezeError(
             f"phase {loop.phase.name}: a frozen stage ({', '.join(loop.phase.frozen)}) changed while it trained; "
             "the run's result is void"
         )
-    return FreezeProof(loop.phase.name, loop.phase.frozen, loop.progress.before, after)
 
 
 def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:

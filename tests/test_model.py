@@ -21,6 +21,7 @@ from cxr.config import ARCHS
 from cxr.errors import UserError
 from cxr.model import (
     autocast,
+    bit_sums,
     build_model,
     checksum,
     count_parameters,
@@ -290,3 +291,15 @@ def test_folding_takes_batchnorm_out_of_the_stages_alone_and_changes_only_roundi
     kinds = {name.split(".")[0] for name, m in copy.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert kinds == {"layer2", "layer3", "layer4"}
     assert checksum(model) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bit_sums_tell_the_smallest_step(tiny: ResNet, stage: str) -> None:
+    before = bit_sums(tiny, STAGES)
+    assert before == bit_sums(tiny, STAGES)
+    tensor = next(iter(stage_state(tiny, (stage,)).values()))
+    with torch.no_grad():
+        first = tensor[(0,) * tensor.dim()]
+        first.copy_(torch.nextafter(first, torch.tensor(9.0)))
+    assert sum(x != y for x, y in zip(before, bit_sums(tiny, STAGES), strict=True)) == 1
+    assert bit_sums(tiny, ()) == []
