@@ -62,7 +62,8 @@ class Activations:
         shelf = shelf if device.type == "cpu" and train.store else None
         self.manner = Manner(eval_batch_size(device, batch_size), seed, precision, device, shelf, wrap)
         self.prefixes: dict[str, Prefix] = {}
-        self.keeps_views = device.type == "cuda" and self._shown() * train.dataset.images[0].size <= budget
+        again = epochs is None or epochs > max(views, 1)  # whether a view is shown twice
+        self.keeps_views = again and self._shown() * train.dataset.images[0].size <= budget
         self._views: dict[tuple[int, View], Tensor] = {}
         self._phase = ""
 
@@ -99,7 +100,8 @@ class Activations:
         device, at = self.manner.device, (id(split.dataset), view)
         if at not in self._views:
             seen = None if view == PLAIN else view
-            made = grey_batches(split, straight_order(split, self.manner.batch_size), self.manner.seed, seen, device)
+            whole = straight_order(split, self.manner.batch_size)
+            made = self.manner.wrap(grey_batches(split, whole, self.manner.seed, seen, device), len(whole))
             self._views[at] = torch.cat([images.byte() for images, _ in made])
         images, labels = self._views[at], torch.from_numpy(split.labels).to(device)
         for chosen in order:

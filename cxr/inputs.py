@@ -14,7 +14,7 @@ from cxr.data.index import assign_fold, assign_splits, find_root, fingerprint, i
 from cxr.data.store import Store, open_store
 from cxr.data.synthetic import VERSION, write_synthetic
 from cxr.errors import UserError
-from cxr.runtime import cache_folder, processes, resolve_device, resolve_precision, seed_everything
+from cxr.runtime import cache_folder, hold_memory, processes, resolve_device, resolve_precision, seed_everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ def ready_machine(config: TrainConfig) -> Machine:
         raise UserError("--compile graphs: records what a GPU is told to do; without one, use inductor or none")
     if config.compile != "none" and processes() > 1:
         raise UserError(f"--compile {config.compile}: for one process alone; leave it out under torchrun")
+    if device.type == "cpu":
+        hold_memory()
     machine = Machine(device, resolve_precision(config.precision, device))
     seed_everything(config.seed, device)
     return machine

@@ -58,13 +58,15 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
+    before = tracker.logged("val_loss")  # epochs of the attempts before this one
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
     held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
     val, test, calibration = _reports(config, data, machine, model)
-    seconds = time.perf_counter() - started
+    earlier = sum(record.metrics["epoch_seconds"] + record.metrics["eval_seconds"] for record in records[:before])
+    seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
     result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, memory, calibration, stressed, uses)
     return replace(result, registered=log_end(config, tracker, model, result))

@@ -73,7 +73,8 @@ def locked(url: str) -> Iterator[None]:
     engine = create_engine(url, poolclass=NullPool)
     take = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
     with engine.connect() as connection:  # a connection of its own: closing it lets go
-        connection.execute(text(take))
+        if connection.execute(text(take)).scalar() == 0:  # MySQL's answer after 600 s; PostgreSQL waits
+            raise UserError(f"--storage {url}: another worker has held the study for ten minutes; start again later")
         yield
 
 

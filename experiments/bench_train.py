@@ -82,6 +82,7 @@ class Task:
     workers: int
     peer_precision: str
     peer_epochs: int | None
+    notebook_epochs: int | None = None
 
     def images(self, split: str) -> int:
         """How many images a split has."""
@@ -348,7 +349,8 @@ OPTIONAL = ("lightning", "timm")  # peers named as the package that they need
 def measure(task: Task, way: str) -> dict[str, float]:
     """One run of a way in a cache folder of its own, as the table's columns."""
     model, _ = build_model(task.config.arch, task.config.weights, task.config.seed)
-    epochs = (task.peer_epochs if way in OPTIONAL else None) or task.config.epochs
+    fewer = {"cxr": None, "notebook": task.notebook_epochs}.get(way, task.peer_epochs)
+    epochs = fewer or task.config.epochs
     gc.collect()  # what the way before left would count as this one's memory
     if task.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -534,12 +536,14 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--repeats", type=AT_LEAST_1, default=1, show_default=True, help="rounds")
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--peer-epochs", type=AT_LEAST_1, help="fewer epochs for lightning and timm, without a whole run")
+@click.option("--notebook-epochs", type=AT_LEAST_1, help="fewer epochs for the notebook, without a whole run")
 @click.option("--copies", type=AT_LEAST_1, default=1, show_default=True, help="of each image")
 @click.option("--arch", default="resnet18", show_default=True)
 @click.option("--image-size", default=224, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True, help="of cxr and of the ceiling")
+@click.option("--compile", default="none", show_default=True, help="of cxr: inductor, graphs or none")
 @click.option("--peer-precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--weights", default="random", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), default=os.cpu_count(), show_default=True, help="of the peers")
@@ -553,6 +557,7 @@ def main(
     out: str | None,
     all_strategies_seeds: int | None,
     peer_epochs: int | None,
+    notebook_epochs: int | None,
     peer_precision: str,
     workers: int,
     **training: Any,
@@ -563,8 +568,8 @@ def main(
         require_installed(ways)
         config = TrainConfig(patience=10_000, **training)
         with tempfile.TemporaryDirectory() as scratch:
-            own = {"workers": workers, "peer_precision": peer_precision, "peer_epochs": peer_epochs}
-            task = prepare(config, copies, Path(scratch), **own)
+            fewer = {"peer_epochs": peer_epochs, "notebook_epochs": notebook_epochs}
+            task = prepare(config, copies, Path(scratch), workers=workers, peer_precision=peer_precision, **fewer)
             click.echo(heading(task))
             table = summarise(all_rounds(task, chosen(strategies, SINGLE, "--strategies"), (*ways, "cxr"), repeats))
             click.echo(shown(table))

@@ -193,3 +193,5 @@ def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
     assert [entry.value for entry in history] == list(whole.history["val_loss"])
     assert np.array_equal(resumed.test.probabilities, whole.test.probabilities)
     assert mlflow.get_run(resumed.run_id).info.status == "FINISHED"
+    epochs = mlflow.MlflowClient().get_metric_history(resumed.run_id, "epoch_seconds")
+    assert resumed.seconds > sum(epoch.value for epoch in epochs)  # those of the killed attempt, too
