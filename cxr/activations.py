@@ -116,7 +116,15 @@ class Activations:
         wanted = {phase.name, *(each.name for each in self._later(phase))}
         self.prefixes = {name: prefix for name, prefix in self.prefixes.items() if name in wanted}
         if phase.frozen:
-            self._ready(phase)
+            self._make_room(self._ready(phase))
+
+    def _make_room(self, prefix: Prefix) -> None:
+        """On the shelf, for what will be kept of this phase and of the one that it leaves something for."""
+        kept = [each for each in (prefix, prefix.base) if each and each.kept]
+        if self.manner.shelf and kept:
+            views = (PLAIN, *range(self.views), *STRESSES)
+            folders = {each.folder(self.manner.shelf, self.train, view) for each in kept for view in views}
+            make_room(self.manner.shelf, sum(self._need(each) for each in kept), self.budget, folders)
 
     def _later(self, phase: Phase) -> tuple[Phase, ...]:
         return self.phases[self.phases.index(phase) + 1 :] if phase in self.phases else ()
@@ -129,8 +137,6 @@ class Activations:
         prefix = Prefix(self.model, phase, self.manner, self._base(phase))
         need, spent = self._need(prefix), self._need(prefix.base) if prefix.base else 0
         prefix.kept = need + spent <= self.budget and self.pays(prefix, need)
-        if self.manner.shelf and prefix.kept:
-            make_room(self.manner.shelf, need + spent, self.budget, self._folders(self.manner.shelf, prefix))
         self.prefixes[phase.name] = prefix
         return prefix
 
@@ -148,11 +154,6 @@ class Activations:
     def _shown(self) -> int:
         """How many different (image, view) there are."""
         return len(self.train) * max(self.views, 1) + len(self.val) * (1 + self.stressed * len(STRESSES))
-
-    def _folders(self, shelf: Path, prefix: Prefix) -> set[Path]:
-        views = (PLAIN, *range(self.views), *STRESSES)
-        both = [prefix, *([prefix.base] if prefix.base else [])]
-        return {each.folder(shelf, self.train, view) for each in both for view in views}
 
     def pays(self, prefix: Prefix, need: float) -> bool:
         """Whether the prefix's time for what would be computed again exceeds the time to write `need` bytes.

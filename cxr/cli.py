@@ -266,8 +266,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (click.ClickException, UserError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun, each process says the same
-            click.echo(f"error: {reason}", err=True)
+        number = os.environ.get("RANK", "0")  # under torchrun, where mostly each process says the same
+        click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)
         _note_on_run(reason)
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt, Stopped):

@@ -164,7 +164,8 @@ class TrainConfig:
     )
     reuse_gb: float = param(
         4.0,
-        "memory for the frozen prefix's outputs, computed once for each view and reused, GB; 0 reuses nothing",
+        "space for what is computed once for each view and reused, the frozen prefix's outputs or the views, GB; "
+        "0 reuses nothing",
         low=0,
         high=1e6,
     )

@@ -1,7 +1,8 @@
 """Several processes that train one model together (DistributedDataParallel), as torchrun starts them.
 
 Each takes its share of every batch; gradients, BatchNorm's statistics and the epoch's sums are those of the whole
-batch, so that the numbers are those of one process up to rounding. The first process (rank 0) alone logs and writes. In
+batch, so that the numbers are those of one process up to rounding (an epoch's last batch of fewer images than
+processes is left out). The first process (rank 0) alone logs and writes. In
 a process that is on its own, everything here does nothing.
 """
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cxr.runtime import processes, resolve_device
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # while the first process decodes, audits and evaluates, the others wait
+PATIENCE = timedelta(hours=2)  # while the first process decodes and audits, the others wait
 
 
 @contextmanager

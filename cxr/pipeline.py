@@ -112,7 +112,8 @@ def _follow(config: TrainConfig) -> None:
     data = read_data(config)
     model, _ = build_model(config.arch, config.weights, config.seed)
     model.to(device=machine.device, memory_format=torch.channels_last)
-    train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
+    with memory_explained():
+        train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def look_up(features: Tensor, rows: Tensor, split: Split, order: list[Tensor]) -
     device = features.device
     labels, rows = torch.from_numpy(split.labels).to(device), rows.to(device)
     for chosen in order:
-        index = chosen.to(device)
+        index = chosen.to(device, non_blocking=True)
         yield features[rows[index]].contiguous(memory_format=torch.channels_last), labels[index]
 
 

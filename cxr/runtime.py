@@ -53,10 +53,10 @@ def resolve_device(name: str) -> torch.device:
     if not present[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto or cpu")
     if name == "cuda" and processes() > 1:
-        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= there:
+        there = torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > there:  # which each process says, the first among them
             raise UserError(f"torchrun: more processes than the {there} GPU(s) here; use --nproc-per-node {there}")
-        return torch.device("cuda", own)
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -105,7 +105,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 def eval_batch_size(device: torch.device, batch_size: int) -> int:
     """Images at a time where nothing is learned from them: a GPU takes more at once, a CPU's caches do not."""
-    return max(batch_size, 256) if device.type == "cuda" else batch_size
+    return max(batch_size, min(256, 8 * batch_size)) if device.type == "cuda" else batch_size
 
 
 def hold_memory() -> None:

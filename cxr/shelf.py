@@ -180,7 +180,8 @@ def make_room(folder: Path, need: float, budget: float, keep: set[Path]) -> None
 
     A file that another run has mapped stays readable to it.
     """
-    files = [kept for kept in contents(folder.parent, ["activations"]) if kept.path not in keep]
+    files = [kept for kept in contents(folder.parent, ["activations"]) if kept.path.parent == folder]
+    files = [kept for kept in files if kept.path not in keep]
     total = sum(kept.size for kept in files) + need
     for kept in files:
         if total <= budget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from torchvision.models import ResNet
 
 from cxr import parallel
 from cxr.checkpoint import Checkpoints
+from cxr.data.dataset import MAKING
 from cxr.errors import FreezeError, UserError
 from cxr.model import autocast, bit_sums, checksum, obey, run_stages, stage_modules, stage_state
 from cxr.strategies import STAGES, Phase
@@ -103,14 +105,15 @@ class Fast(nn.Module):
         super().__init__()
         self.suffix, self.how = suffix, how
         self.shape: torch.Size | None = None
-        self._made: Callable[[Tensor], Tensor] = suffix
+        self._made: tuple[Callable[[Tensor], Tensor], ...] = ()  # in a tuple, as it is no part of this module
 
     def forward(self, features: Tensor) -> Tensor:
         """As the suffix's."""
         if self.shape is None:
             self.shape = features.shape
-            self._made = self._graphs(features) if self.how == "graphs" else torch.compile(self.suffix, dynamic=False)
-        return (self._made if features.shape == self.shape else self.suffix)(features)
+            graphs = self.how == "graphs"
+            self._made = (self._graphs(features) if graphs else torch.compile(self.suffix, dynamic=False),)
+        return (self._made[0] if features.shape == self.shape else self.suffix)(features)
 
     def _graphs(self, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Recorded under the caller's autocast, whose cache of cast weights a recording must not see.
@@ -120,7 +123,8 @@ class Fast(nn.Module):
         twin = Suffix(self.suffix.model, self.suffix.stages)  # the recording replaces its `forward`
         buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
         kind, enabled = features.device.type, torch.is_autocast_enabled(features.device.type)
-        with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=enabled, cache_enabled=False):
+        gc.collect()  # graphs of an earlier phase must not be freed in the middle of a recording
+        with MAKING, torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=enabled, cache_enabled=False):
             made = torch.cuda.make_graphed_callables(twin, (features.clone(),))
         for name, buffer in twin.named_buffers():
             buffer.copy_(buffers[name])

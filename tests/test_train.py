@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrow import narrow_resnet
+from narrow import FEATURES, narrow_resnet
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.models import ResNet
@@ -25,7 +25,7 @@ from cxr.data.dataset import Split, XrayDataset, eval_batches
 from cxr.errors import FreezeError, UserError
 from cxr.model import StateDict, checksum, obey, run_stages, stage_state
 from cxr.strategies import HEAD, STAGES, STRATEGIES, TOP, Phase
-from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
+from cxr.train import EpochRecord, Fast, Schedule, Suffix, class_weights, fit, infer
 
 Splits = tuple[Split, Split]
 Batch = tuple[Tensor, Tensor]
@@ -411,10 +411,36 @@ def test_a_resumed_phase_goes_on_with_its_rate(few: Splits, tmp_path: Path, epoc
 
 
 @pytest.mark.slow
-def test_compiled_steps_take_the_same_way(few: Splits, tmp_path: Path) -> None:
+def test_compiled_steps_take_the_same_way(few: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, used = torch.compile, []
+
+    def counted(module: torch.nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+        made = compiled(module, **options)
+        return lambda features: (used.append(len(features)), made(features))[1]
+
+    monkeypatch.setattr(torch, "compile", counted)
     ways = []
-    for how in ("none", "inductor"):  # eleven images in fours: the last batch is of another size, and goes as it is
-        ways.append(list(start(narrow_resnet(), few, tmp_path / how, (HEAD,), compile=how)))
+    for how in ("none", "inductor"):
+        rates = {"head": 1e-3, "top": 1e-4}
+        ways.append(list(start(narrow_resnet(), few, tmp_path / how, (HEAD, TOP), compile=how, rates=rates)))
     for plain, fast in zip(*ways, strict=True):
-        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
-            assert fast.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-5)
+        for name in ("train_loss", "val_loss"):
+            assert fast.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-2)
+    assert used == [4] * 2 * len(ways[0])  # eleven images in fours: the last three go as they are
+
+
+def test_recorded_steps_leave_batchnorm_as_it_was(tiny: ResNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(twin: Suffix, sample: tuple[Tensor]) -> Callable[[Tensor], Tensor]:
+        for _ in range(3):  # the passes that warm up
+            twin(*sample)
+        twin.stages = ()  # as a recording, which replaces what the twin does
+        return lambda features: torch.full((len(features), 2), 7.0)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    obey(tiny, TOP)
+    before = clone(tiny.state_dict())
+    fast = Fast(Suffix(tiny, TOP.trainable), "graphs")
+    features = torch.randn(4, FEATURES // 2, 2, 2)
+    assert torch.equal(fast(features), torch.full((4, 2), 7.0))
+    assert equal(before, tiny.state_dict())
+    assert not torch.equal(fast(features[:3]), torch.full((3, 2), 7.0))

@@ -92,16 +92,19 @@ def augment(images: Tensor, parameters: Tensor) -> Tensor:
 
 def to_input(images: Tensor) -> Tensor:
     """Grey levels [n, s, s] -> what the network takes: float32 [n, 3, s, s], by ImageNet's mean and std."""
-    mean, std = _normalisation(images.device)
+    mean, std = (_kept_normalisation if images.is_cuda else _normalisation)(images.device)
     grey = images.float().div(255).unsqueeze(1)
     return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and std [1, 3, 1, 1], brought to the device once."""
+    """ImageNet's mean and std [1, 3, 1, 1]."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
+
+
+# Brought to a GPU once. Not for the CPU, where an export to ONNX would leave its stand-ins for tensors in the cache.
+_kept_normalisation = functools.cache(_normalisation)
 
 
 def _move(x: Tensor, zoom: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:

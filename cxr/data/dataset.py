@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from cxr.data.augment import augment, image_key, stress_parameters, to_input, vi
 from cxr.data.store import Store
 
 Item = tuple[Tensor, Tensor, Tensor]
+MAKING = threading.Lock()  # held while a batch is made ahead: pinning memory would spoil a CUDA graph's recording
 AHEAD = 3  # batches gathered before a GPU asks for them
 
 
@@ -38,6 +40,10 @@ class XrayDataset(Dataset[Item]):
             images = torch.from_numpy(np.ascontiguousarray(self.images[self.rows]))
             self._resident[device] = images.to(device), torch.from_numpy(self.labels).to(device)
         return self._resident[device]
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether the device holds the split already."""
+        return device in self._resident
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,7 +148,7 @@ def grey_batches(
 
 
 def _items(split: Split, order: list[Tensor], device: torch.device) -> Iterable[Item]:
-    if fits_on(device, split):
+    if split.dataset.is_on(device) or fits_on(device, split):
         return _resident_items(split, order, device)
     items = _load(split, order, device)
     return _ahead(items) if device.type == "cuda" else items
@@ -151,10 +157,15 @@ def _items(split: Split, order: list[Tensor], device: torch.device) -> Iterable[
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The same, the next ones made in a thread while the one given is in use."""
     source = iter(items)
+
+    def make() -> Item | None:
+        with MAKING:
+            return next(source, None)
+
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, source, None) for _ in range(AHEAD))
+        waiting = deque(pool.submit(make) for _ in range(AHEAD))
         while (item := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, source, None))
+            waiting.append(pool.submit(make))
             yield item
 
 
