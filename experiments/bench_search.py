@@ -193,7 +193,7 @@ def show(table: pd.DataFrame) -> str:
 @click.option("--strategy", type=click.Choice(SINGLE), default="frozen", show_default=True)
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--trials", default=30, show_default=True, help="of the study with reuse")
-@click.option("--trials-without", default=3, show_default=True, help="of the study without")
+@click.option("--trials-without", default=3, show_default=True, help="of the study without; 0 leaves it out")
 @click.option("--reuse-gb", default=4.0, show_default=True)
 @click.option("--notebook-epochs", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--workers", default=os.cpu_count() or 1, show_default="cores", help="of the notebook's DataLoader")
@@ -231,7 +231,8 @@ def main(
         ground = Ground(images, notebook_epoch(task, notebook_epochs), Path(tables))
         rows: list[Row] = [{"what": f"notebook epoch, {workers} workers", "images": images, "s": ground.epoch}]
         rows.append(row(f"study, reuse {config.reuse_gb:g} GB", config, ground))
-        rows.append(row("study, no reuse", replace(config, trials=trials_without, reuse_gb=0.0), ground))
+        if trials_without:
+            rows.append(row("study, no reuse", replace(config, trials=trials_without, reuse_gb=0.0), ground))
         if grow:
             first = replace(config, trials=growth_trials or config.trials)
             rows += relative(more_images(first, ground, copies)) + relative(more_trials(first, ground, copies))
