@@ -65,7 +65,9 @@ def test_a_run_whose_freezing_is_broken_fails(tiny: TrainConfig, monkeypatch: py
 
     def thaw_batchnorm(model: train.ResNet, phase: train.Phase) -> list[train.torch.nn.Parameter]:
         parameters = obey(model, phase)
-        model.bn1.train()
+        model.bn1.train()  # and, unlike our own loop, send images through the whole model
+        with train.torch.no_grad():
+            model(train.torch.ones(2, 3, 64, 64))
         return parameters
 
     monkeypatch.setattr(train, "obey", thaw_batchnorm)
