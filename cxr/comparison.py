@@ -1,9 +1,10 @@
 """Strategies compared on the same test images: intervals, paired differences, stability, and a verdict by stated rules.
 
-A strategy's figure is the mean over its seeds. Both levels are resampled: images by patient (cluster bootstrap, Field
-and Welsh 2007), the same for every run, so that differences are paired; and within each strategy its seeds, so that
-another training run of the same strategy is allowed for. With one seed there is nothing to resample: the intervals are
-then those of these trained models.
+A strategy's figure is the mean over its seeds. It would come out differently with other patients and with other seeds.
+The first variance is that of a cluster bootstrap (Field and Welsh 2007), the same resamples for every run, so that
+differences are paired. The second is the variance over seeds, pooled over the strategies, as three seeds of one tell
+too little (bootstrapping them gives intervals far too narrow). Their sum goes with Student's t and the degrees of
+freedom of Satterthwaite (1946). Where no strategy has two seeds, the intervals are of these trained models alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest
+from scipy import stats
+from scipy.special import expit, logit
 
 from cxr.errors import UserError
 from cxr.evaluate import arrays_of
@@ -57,10 +59,54 @@ class RunData:
 @dataclass(frozen=True, slots=True)
 class Replicates:
     """Each strategy's figures: `points[strategy][metric]` is [seeds], `draws[strategy][metric]` [resamples], the mean
-    over seeds in each resample."""
+    over seeds in each resample of the `groups` patients."""
 
     points: dict[str, dict[str, Floats]]
     draws: dict[str, dict[str, Floats]]
+    groups: int
+
+    def seed_variance(self, metric: str) -> tuple[float, int]:
+        """(variance over seeds, degrees of freedom), pooled over the strategies; (0, 0) where none has two seeds."""
+        values = [each[metric] for each in self.points.values()]
+        freedom = sum(len(each) - 1 for each in values)
+        total = sum(float(((each - each.mean()) ** 2).sum()) for each in values)
+        return (total / freedom, freedom) if freedom else (0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far an estimate may be off: its standard error and the degrees of freedom of its t distribution."""
+
+    error: float
+    freedom: float
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95% interval."""
+        return float(stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error
+
+    def p(self, difference: float) -> float:
+        """The two-sided p of a difference from zero; 1 where the error is not known."""
+        if not np.isfinite(self.error):
+            return 1.0
+        return (
+            float(2 * stats.t.sf(abs(difference) / self.error, self.freedom)) if self.error else float(difference == 0)
+        )
+
+
+def _spread(draws: Floats, groups: int, seeds: tuple[float, int], share: float) -> Spread:
+    """Of an estimate that has those values [resamples] over patients, and `share` of the variance over seeds.
+
+    Satterthwaite, "An approximate distribution of estimates of variance components", 1946. The error is nan where
+    there are fewer than two patients.
+    """
+    known = draws[np.isfinite(draws)]
+    if len(known) < 2 or groups < 2:
+        return Spread(float("nan"), 1.0)
+    patients, training = float(known.var(ddof=1)), seeds[0] * share
+    total = patients + training
+    parts = patients**2 / (groups - 1) + (training**2 / seeds[1] if seeds[1] else 0.0)
+    return Spread(float(np.sqrt(total)), total**2 / parts if parts else float(groups - 1))
 
 
 def require_same_images(runs: Sequence[RunData]) -> None:
@@ -82,26 +128,16 @@ def strategies_of(runs: Sequence[RunData]) -> list[str]:
 
 def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replicates:
     """Every metric of `COMPARED` for every strategy and resample; the resamples are the same for all."""
-    weights = group_weights(list(runs[0].test["group"]), resamples, seed)
+    groups = list(runs[0].test["group"])
+    weights = group_weights(groups, resamples, seed)
     points: dict[str, dict[str, Floats]] = {}
     draws: dict[str, dict[str, Floats]] = {}
-    rng = np.random.default_rng([seed, 1])
     for strategy in strategies_of(runs):
         own = [run for run in runs if run.strategy == strategy]
-        picks = rng.integers(len(own), size=(len(own), resamples))
-        each = [_points(run) for run in own]
+        each, drawn = [_points(run) for run in own], [_draws(run, weights) for run in own]
         points[strategy] = {name: np.array([values[name] for values in each]) for name in COMPARED}
-        drawn = [_draws(run, weights) for run in own]
-        draws[strategy] = {
-            name: _mean_of_picked(np.array([values[name] for values in drawn]), picks) for name in COMPARED
-        }
-    return Replicates(points, draws)
-
-
-def _mean_of_picked(values: Floats, picks: npt.NDArray[np.int64]) -> Floats:
-    """The mean [resamples] over the seeds drawn for each resample; both arguments are [seeds, resamples]."""
-    mean: Floats = np.take_along_axis(values, picks, 0).mean(0)
-    return mean
+        draws[strategy] = {name: np.mean([values[name] for values in drawn], axis=0) for name in COMPARED}
+    return Replicates(points, draws, len(set(groups)))
 
 
 def _points(run: RunData) -> dict[str, float]:
@@ -126,7 +162,13 @@ def strategy_table(replicates: Replicates) -> pd.DataFrame:
     for strategy, metrics in replicates.points.items():
         row: dict[str, object] = {"seeds": len(metrics[PRIMARY])}
         for name, values in metrics.items():
-            low, high = _interval(replicates.draws[strategy][name])
+            spread = _spread(
+                replicates.draws[strategy][name],
+                replicates.groups,
+                replicates.seed_variance(name),
+                1 / len(values),
+            )
+            low, high = _interval(float(values.mean()), spread, name)
             sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
             row |= {name: float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
             row[f"{name}_seeds"] = values.tolist()
@@ -134,25 +176,31 @@ def strategy_table(replicates: Replicates) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _interval(draws: Floats) -> tuple[float, float]:
-    low, high = np.nanquantile(draws, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+def _interval(value: float, spread: Spread, metric: str) -> tuple[float, float]:
+    """On the logit scale, which keeps it between 0 and 1; (nan, nan) at 0 and 1, where that has no width."""
+    if metric == "log_loss":
+        return max(value - spread.half, 0.0), value + spread.half
+    if not 0 < value < 1:
+        return float("nan"), float("nan")
+    half = spread.half / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 
 def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = PRIMARY) -> pd.DataFrame:
     """A row for each pair of strategies: difference a - b of the means over seeds, its 95% interval, and p values.
 
-    p is the bootstrap's two-sided one, at least 1/resamples; McNemar's (exact) compares the decisions, at 0.5, of the
-    probabilities averaged over seeds. Holm (1979) corrects each over all pairs.
+    p is that of Student's t; McNemar's (exact) compares the decisions, at 0.5, of the probabilities averaged over
+    seeds, and takes images for independent. Holm (1979) corrects each over all pairs.
     """
     rows = []
     for a, b in combinations(replicates.points, 2):
-        difference = float(replicates.points[a][metric].mean() - replicates.points[b][metric].mean())
+        ours, theirs = replicates.points[a][metric], replicates.points[b][metric]
+        difference = float(ours.mean() - theirs.mean())
         draws = replicates.draws[a][metric] - replicates.draws[b][metric]
-        draws = draws[np.isfinite(draws)]
-        low, high = _interval(draws) if len(draws) else (np.nan, np.nan)
-        p = min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / len(draws))) if len(draws) else 1.0
-        row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": p}
+        share = 1 / len(ours) + 1 / len(theirs)
+        spread = _spread(draws, replicates.groups, replicates.seed_variance(metric), share)
+        low, high = difference - spread.half, difference + spread.half
+        row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": spread.p(difference)}
         rows.append(row | {"p_mcnemar": mcnemar(*(_correct(runs, s) for s in (a, b)))})
     table = pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p", "p_mcnemar"])
     for name in ("p", "p_mcnemar"):
@@ -170,7 +218,7 @@ def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
 def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
     """The exact two-sided p of McNemar's test (1947) for who is right [n] on the same images."""
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p: Floats) -> Floats:
@@ -211,9 +259,11 @@ def verdict(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str
     """Sentences: who is ahead, who cannot be told from it, and what became of the claim, each by a stated rule.
 
     Two strategies are *not distinguishable* when Holm's p of their difference is above 0.05. One is *non-inferior* to
-    another when the lower end of its difference lies above minus `margin`. The spread of three seeds is described, not
-    tested. The claim holds when `partial` is non-inferior to every other of the four and no other that is so, too,
-    varies less over the seeds (3 at least).
+    another when the lower end of its difference lies above minus `margin`; *worse*, for the claim, is distinguishable
+    and not shown to be non-inferior. The claim is tested with three seeds or more of each strategy. It fails when
+    `partial` is worse than another. It holds when `partial` is non-inferior to every other of the four, and varies less
+    over the seeds than each other that is so, too (F test of the two variances, two-sided 0.05); it fails when one of
+    those varies less. All else leaves it open.
     """
     if len(table) < 2:
         return [f"only {table.index[0]} was run: nothing to compare"]
@@ -225,7 +275,7 @@ def verdict(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str
         f"test {metric}, {seeds}: {best} has the highest mean, {row[metric]:.4f} [{row[f'{metric}_low']:.4f}, "
         f"{row[f'{metric}_high']:.4f}]"
     ]
-    lines += [_against(best, other, pairs, margin) for other in table.index if other != best]
+    lines += [_against(best, other, table, pairs, margin) for other in table.index if other != best]
     return [*lines, _claim(table, pairs, margin, metric)]
 
 
@@ -239,35 +289,53 @@ def _difference(a: str, b: str, pairs: pd.DataFrame) -> tuple[float, float, floa
     raise KeyError((a, b))
 
 
-def _against(best: str, other: str, pairs: pd.DataFrame, margin: float) -> str:
+def _against(best: str, other: str, table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> str:
     difference, low, high, p = _difference(other, best, pairs)
     words = "worse than" if p <= LEVEL else "not distinguishable from"
     also = f", non-inferior within {margin:g}" if low > -margin else f", not shown to be non-inferior within {margin:g}"
-    return f"{other} is {words} {best}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], Holm p {p:.3f}{also}"
+    names = [f"the one run of {name}" if table.loc[name, "seeds"] == 1 else name for name in (other, best)]
+    holm_p = "below 0.001" if p < 0.001 else f"{p:.3f}"
+    return f"{names[0]} is {words} {names[1]}: {difference:+.4f} [{low:+.4f}, {high:+.4f}], Holm p {holm_p}{also}"
 
 
 def _claim(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, metric: str) -> str:
     head = f"the claim that {CLAIM}"
     if "partial" not in table.index:
         return f"{head} was not tested: partial was not run"
+    if table["seeds"].min() < 3:
+        return f"{head} is not decided: that takes 3 seeds of each strategy"
     others = [name for name in table.index if name != "partial"]
-    worse = [other for other in others if _is_worse("partial", other, pairs)]
-    if worse:
-        return f"{head} is not supported: partial is worse than {', '.join(worse)}"
     unsure = [other for other in others if _difference("partial", other, pairs)[1] <= -margin]
+    if worse := [other for other in unsure if _is_worse("partial", other, pairs)]:
+        return f"{head} is not supported: partial is worse than {', '.join(worse)}"
     if unsure:
         names = ", ".join(unsure)
         return f"{head} is not decided: partial is not shown to be non-inferior (margin {margin:g}) to {names}"
-    if table["seeds"].min() < 3:
-        return f"{head} is not decided: partial is non-inferior, but stability needs 3 seeds of each strategy"
     rivals = [o for o in others if all(_difference(o, x, pairs)[1] > -margin for x in table.index if x != o)]
-    steadier = [o for o in rivals if table.loc[o, f"{metric}_sd"] < table.loc["partial", f"{metric}_sd"]]
-    if steadier:
-        return f"{head} is not supported: {', '.join(steadier)} performs as well and varies less over the seeds"
-    missing = [name for name in STRATEGIES if name not in table.index]
-    if missing:
-        return f"{head} holds among those compared, but is not decided: {', '.join(missing)} was not run"
-    return f"{head} is supported: non-inferior to all, and none that is varies less over the seeds"
+    return f"{head} {_judged_by_spread(table, rivals, metric)}"
+
+
+def _judged_by_spread(table: pd.DataFrame, rivals: Sequence[str], metric: str) -> str:
+    """The claim's outcome for a `partial` that is non-inferior to all, as are its `rivals`."""
+    own = np.array(table.loc["partial", f"{metric}_seeds"])
+    p_less = {rival: variance_test(np.array(table.loc[rival, f"{metric}_seeds"]), own) for rival in rivals}
+    if steadier := [rival for rival, p in p_less.items() if p <= LEVEL / 2]:
+        return f"is not supported: {', '.join(steadier)} performs as well and varies less over the seeds"
+    if unsure := [rival for rival, p in p_less.items() if p < 1 - LEVEL / 2]:
+        return (
+            f"is not decided: {', '.join(unsure)} performs as well, and {len(own)} seeds do not tell which varies less"
+        )
+    if missing := [name for name in STRATEGIES if name not in table.index]:
+        return f"holds among those compared, but is not decided: {', '.join(missing)} was not run"
+    return "is supported: non-inferior to all, and of those that are it varies least over the seeds"
+
+
+def variance_test(a: Floats, b: Floats) -> float:
+    """The one-sided p of the F test that `a` [n] has a smaller variance than `b` [m]; 0.5 where neither varies."""
+    ours, theirs = float(a.var(ddof=1)), float(b.var(ddof=1))
+    if ours == theirs == 0:
+        return 0.5
+    return float(stats.f.cdf(ours / theirs, len(a) - 1, len(b) - 1)) if theirs else 1.0
 
 
 def _is_worse(a: str, b: str, pairs: pd.DataFrame) -> bool:
