@@ -18,7 +18,7 @@ from torchvision.models import ResNet
 
 from cxr import parallel
 from cxr.data.augment import STRESSES, to_input
-from cxr.data.dataset import Split, epoch_order, grey_batches, straight_order, view_batches
+from cxr.data.dataset import Split, brought, epoch_order, grey_batches, straight_order, view_batches
 from cxr.model import checksum
 from cxr.prefix import PLAIN, Batch, Manner, Prefix, View, Wrap
 from cxr.runtime import eval_batch_size
@@ -60,7 +60,7 @@ class Activations:
         self.epochs, self.runs = epochs, runs
         self.stressed = stressed  # whether `stressed_batches` will be asked for, and must fit, too
         shelf = shelf if device.type == "cpu" and train.store else None
-        self.manner = Manner(eval_batch_size(device, batch_size), seed, precision, device, shelf, wrap)
+        self.manner = Manner(eval_batch_size(device, batch_size), seed, precision, device, shelf, wrap, self._inputs)
         self.prefixes: dict[str, Prefix] = {}
         again = epochs is None or epochs > max(views, 1)  # whether a view is shown twice
         self.keeps_views = again and self._shown() * train.dataset.images[0].size <= budget
@@ -91,12 +91,15 @@ class Activations:
     def _batches(self, phase: Phase, split: Split, order: list[Tensor], view: View) -> Iterable[Batch]:
         if phase.frozen:
             return self.prefixes[phase.name].batches(split, order, view)
+        return self._inputs(split, order, view)
+
+    def _inputs(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         if self.keeps_views:
             return self._from_kept_views(split, order, view)
         return view_batches(split, order, self.manner.seed, None if view == PLAIN else view, self.manner.device)
 
     def _from_kept_views(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
-        """What a network with no frozen stage gets: each view is made once, and kept as grey levels of a byte each."""
+        """What enters a network's first stage: each view is made once, and kept as grey levels of a byte each."""
         device, at = self.manner.device, (id(split.dataset), view)
         if at not in self._views:
             seen = None if view == PLAIN else view
@@ -104,8 +107,7 @@ class Activations:
             made = self.manner.wrap(grey_batches(split, whole, self.manner.seed, seen, device), len(whole))
             self._views[at] = torch.cat([images.byte() for images, _ in made])
         images, labels = self._views[at], torch.from_numpy(split.labels).to(device)
-        for chosen in order:
-            index = chosen.to(device, non_blocking=True)
+        for index in brought(order, device):
             yield to_input(images[index]), labels[index]
 
     def _enter(self, phase: Phase) -> None:

@@ -22,7 +22,7 @@ from cxr.model import checksum
 from cxr.runtime import cache_folder
 from cxr.strategies import HEAD
 
-VERSION = 1
+VERSION = 2
 Features = npt.NDArray[np.float32]
 
 
@@ -32,14 +32,16 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
     Raises `UserError` when `strict` is true and something leaks across splits.
     """
     prefix = checksum(model, HEAD.frozen) if model else "none"
-    text = repr((VERSION, data.fingerprint, sorted(data.bad), str(data.root), prefix, config.image_size, config.resize))
+    names = data.manifest[["path", "group"]].to_csv(index=False)  # the fingerprint does not know them
+    about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root))
+    text = repr((*about, prefix, config.image_size, config.resize))
     file = cache_folder(config.cache_dir) / "audits" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     findings = _kept(file)
     if findings is None:
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
         features = pooled_features(config, data, model, precision) if model else None
         findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
-        content = json.dumps([[str(f.check), bool(f.ok), str(f.detail)] for f in findings]).encode()
+        content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.told)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict == "true" and (leaked := leaks(findings)):
         told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)

@@ -76,7 +76,8 @@ def choose_threshold(rule: str, labels: Ints, probabilities: Floats) -> float:
     check_rule(rule)
     if re.fullmatch(r"0?\.\d+", rule):
         return float(rule)
-    levels = np.unique(np.clip(probabilities, _EDGE, 1 - _EDGE))
+    probabilities = np.clip(probabilities, _EDGE, 1 - _EDGE)
+    levels = np.unique(probabilities)
     candidates = np.concatenate([[levels[0] / 2], (levels[1:] + levels[:-1]) / 2, [(1 + levels[-1]) / 2]])
     score = _scores(rule, labels, probabilities, candidates)
     best = candidates[score >= score.max() - 1e-12]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -54,23 +54,33 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process; the lock falls with the process, however it ends.
 
-    Raises `UserError` when another process of this machine trains the same run.
+    Raises `UserError` when another process of this machine trains the same run, or nothing can be locked there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
-    with lock.open("w") as file:
+    file = _lock(lock)
+    try:
+        yield
+    finally:
+        with file, suppress(OSError):  # a run that failed before its first checkpoint leaves nothing
+            lock.unlink()
+            folder.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUseError(
-                f"--resume {folder.name}: another process is at work on this run; wait or stop it"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.unlink()
-            with suppress(OSError):  # a run that failed before its first checkpoint leaves nothing
-                folder.rmdir()
+        except OSError:
+            file.close()
+            raise
+    except BlockingIOError as error:
+        name = path.parent.name
+        raise InUseError(f"--resume {name}: another process is at work on this run; wait or stop it") from error
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be locked ({error.strerror}); name another --cache-dir") from error
+    return file
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

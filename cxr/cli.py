@@ -179,7 +179,8 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
 @click.option("--data-dir", help="where the images are now, if not where the run had them")
 @click.option("--cache-dir", help="where decoded images are kept, if not where the run had them")
 def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> None:
-    """Compute every figure of TARGET (a run's id, or a model's URI) again, from predictions, model and data.
+    """Compute the figures of TARGET (a run's id, or a model's URI) again: validation's and test's, from predictions,
+    model and data.
 
     Exit code 1 when anything differs.
     """
@@ -220,7 +221,12 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
 
 
 @data.command("cache")
-@click.option("--prune", "days", type=click.FloatRange(0), help="remove what was not used for so many days")
+@click.option(
+    "--prune",
+    "days",
+    type=click.FloatRange(0),
+    help="remove what was not used for so many days; an interrupted run whose checkpoints go cannot go on",
+)
 @click.option("--cache-dir", default="auto", show_default=True, help="the cache folder")
 def cache_command(days: float | None, cache_dir: str) -> None:
     """List what the cache holds (decoded images, activations, checkpoints), the least recently used first."""
@@ -238,7 +244,7 @@ def cache_command(days: float | None, cache_dir: str) -> None:
 
 @data.command("fetch")
 def fetch_command() -> None:
-    """Download the Kaggle data set (1.2 GB) and print the folder to give as --data-dir."""
+    """Download the Kaggle data set (about 2 GB) and print the folder to give as --data-dir."""
     from cxr.data.fetch import fetch
 
     click.echo(fetch())

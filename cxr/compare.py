@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from cxr.comparison import (
     strategy_table,
     verdict,
 )
-from cxr.config import CompareConfig, TrainConfig, own_parameters
+from cxr.config import CHANGE_NO_NUMBER, CompareConfig, TrainConfig, own_parameters
 from cxr.data.index import CLASSES
 from cxr.errors import UserError
 from cxr.evaluate import arrays_of
@@ -33,6 +34,9 @@ from cxr.pipeline import run_family
 from cxr.results import Say
 from cxr.strategies import STRATEGIES
 from cxr.tracking import MlflowTracker, explained, has_finished, load_table, prepare
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 COST = ("parameters_trained", "total_seconds", "peak_memory_mb")
 SHOWN = (
@@ -68,9 +72,9 @@ def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> lis
     prepare()
     runs = [load_run(run_id) for run_id in run_ids]
     require_same_images(runs)
-    parent = join_parent(open_parent("compare-runs", {"cxr.kind": "comparison"}))
+    params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
+    parent = join_parent(open_parent("compare-runs", {"cxr.kind": "comparison"}, params))
     with ending(parent.run_id):
-        parent.params({"compare.runs": " ".join(run_ids), "compare.margin": str(margin)})
         lines = _publish(parent, runs, margin)
     say("\n".join([*lines, *_look(parent, run_ids)]))
     return lines
@@ -121,7 +125,16 @@ def load_run(run_id: str) -> RunData:
             "test_uses_before": metrics.get("test_uses_before", 0.0),
         },
         f"data {run.data.tags.get('data_fingerprint')}, weights {run.data.tags.get('weights_used')}",
+        _settings(run),
     )
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """What decides a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
+    apart = CHANGE_NO_NUMBER | {"strategy", "seed"}
+    known = {key.removeprefix("train."): value for key, value in run.data.params.items() if key.startswith("train.")}
+    known = {name: value for name, value in known.items() if name not in apart}
+    return known | {"code": run.data.tags.get("git_commit", "unknown")}
 
 
 def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
@@ -136,13 +149,14 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> l
     parent.table(pairs, "comparison/pairs.csv")
     for name, figure in figures.items():
         parent.figure(figure, f"comparison/{name}.png")
-    notes = [*lines[1:], *_notes(runs, margin)]
+    below = notes(runs, margin)
+    head = ". ".join(dict.fromkeys([lines[0], lines[-1]]))
     tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
     tables["Cost and stability"] = stability
     title = "Fine-tuning strategies compared"
-    parent.text(html_report(title, lines[0], notes, tables, figures), "comparison/report.html")
+    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), "comparison/report.html")
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
-    parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *_notes(runs, margin)])})
+    parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *below])})
     return lines
 
 
@@ -161,24 +175,43 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _notes(runs: Sequence[RunData], margin: float) -> list[str]:
-    uses = int(max(run.cost["test_uses_before"] for run in runs))
+def notes(runs: Sequence[RunData], margin: float) -> list[str]:
+    """What a reader of the comparison must know beside the verdict."""
+    uses = max(0, int(max(run.cost["test_uses_before"] for run in runs)) - (len(runs) - 1))
     seeds = {strategy: sum(run.strategy == strategy for run in runs) for strategy in strategies_of(runs)}
     return [
         f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
         + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
-        f"intervals: {RESAMPLES} resamples of patients and, within a strategy, of seeds; p by Holm over all pairs; "
-        f"margin {margin:g}",
-        f"before the last of these runs, this test split had been evaluated {uses} times in this store: what was "
-        "chosen after looking is no longer a test",
+        f"intervals: Student's t, of the variance over {RESAMPLES} resamples of patients and that over seeds, pooled "
+        f"over the strategies; p by Holm over all pairs; margin {margin:g}; McNemar's p takes images for independent "
+        "and judges the seeds' mean probabilities",
+        f"beside these runs, this test split was evaluated {uses} times in this store"
+        + (": what was chosen after looking is no longer a test" if uses else ""),
         "training seconds are those of the epochs, where activations that an earlier run kept cost nothing",
         *_mixed(runs),
     ]
 
 
 def _mixed(runs: Sequence[RunData]) -> list[str]:
+    """What the runs do not have in common: a warning within a strategy, whose seeds are to be alike."""
     origins = sorted({run.origin for run in runs})
-    return [f"WARNING: these runs began from different data or weights: {'; '.join(origins)}"] if origins[1:] else []
+    words = [f"WARNING: these runs began from different data or weights: {'; '.join(origins)}"] if origins[1:] else []
+    found = {strategy: _settings_of(runs, strategy) for strategy in strategies_of(runs)}
+    for strategy, settings in found.items():
+        unlike = [f"{name} ({', '.join(values)})" for name, values in settings.items() if len(values) > 1]
+        if unlike:
+            words.append(f"WARNING: the runs of {strategy} are no mere seeds, they differ in {'; '.join(unlike)}")
+    for name in sorted({name for settings in found.values() for name in settings}):
+        values = {strategy: "/".join(settings.get(name, ["unknown"])) for strategy, settings in found.items()}
+        if len(set(values.values())) > 1:
+            words.append(f"{name}: " + ", ".join(f"{strategy} {value}" for strategy, value in values.items()))
+    return words
+
+
+def _settings_of(runs: Sequence[RunData], strategy: str) -> dict[str, list[str]]:
+    own = [run.settings for run in runs if run.strategy == strategy]
+    names = sorted({name for settings in own for name in settings})
+    return {name: sorted({settings.get(name, "unknown") for settings in own}) for name in names}
 
 
 def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:

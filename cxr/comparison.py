@@ -10,7 +10,7 @@ freedom of Satterthwaite (1946). Where no strategy has two seeds, the intervals 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -43,7 +43,7 @@ CLAIM = "partial fine-tuning gives the best trade-off between performance and st
 class RunData:
     """What a comparison knows of one finished run. `test` and `val` are predictions tables, `history` a row an epoch,
     `threshold` the one chosen on validation, `cost` figures such as total_seconds and parameters_trained,
-    `origin` names data and weights."""
+    `origin` names data and weights, `settings` are the other parameters and the commit that decide its numbers."""
 
     run_id: str
     strategy: str
@@ -54,6 +54,7 @@ class RunData:
     history: pd.DataFrame
     cost: dict[str, float]
     origin: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from cxr.errors import UserError
 from cxr.strategies import STRATEGIES, Phase
@@ -58,6 +58,9 @@ class TrainConfig:
 
     Raises `UserError` naming the option to change when a value is out of its choices or bounds.
     """
+
+    command: ClassVar[str] = "train"
+    without: ClassVar[tuple[str, ...]] = ()  # parameters that the command decides itself, or has no use for
 
     strategy: str = param("partial", "which stages are trained, and when", choices=tuple(STRATEGIES))
     arch: str = param("resnet18", "torchvision ResNet", choices=ARCHS)
@@ -171,16 +174,26 @@ class TrainConfig:
     )
     bootstrap: int = param(1000, "bootstrap resamples behind each 95% interval; 0 for none", low=0, high=100000)
     register: str = param(
-        "cxr-pneumonia", "registered model that gets the best checkpoint as a new version; none registers nothing"
+        "cxr-pneumonia",
+        "registered model that gets the best checkpoint as a new version; none registers nothing, nor do folds",
     )
-    resume: str = param("none", "id of an interrupted run to go on with, by the parameters it recorded")
+    resume: str = param(
+        "none",
+        "go on with an interrupted run (its id), by the parameters it recorded; with tune, with an existing study "
+        "(its name)",
+    )
     cache_dir: str = param(
-        "auto", "decoded images, phantoms and checkpoints; auto is CXR_CACHE or the user's cache folder"
+        "auto",
+        "where decoded images, activations (by far the most), phantoms and checkpoints are kept; auto is CXR_CACHE or "
+        "the user's cache folder",
     )
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check(item.name, getattr(self, item.name), spec_of(item))
+            value = getattr(self, item.name)
+            _check(item.name, value, spec_of(item))
+            if item.name in self.without and value != item.default:
+                raise UserError(f"--{item.name} {value}: not an option of {self.command}; leave it out")
         if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
             raise UserError(f"--register {self.register}: a model's name is made of letters, digits, spaces, _ . and -")
         check_rule(self.threshold)
@@ -210,12 +223,6 @@ class TrainConfig:
         return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
 
 
-def _refuse(config: TrainConfig, command: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) != "none":
-            raise UserError(f"--{name} {getattr(config, name)}: not an option of {command}; leave it out")
-
-
 SEARCHABLE = ("lr", "weight_decay", "gamma", "batch_size")
 
 
@@ -223,9 +230,15 @@ SEARCHABLE = ("lr", "weight_decay", "gamma", "batch_size")
 class TuneConfig(TrainConfig):
     """The parameters of a search: those of the runs it makes, and its own."""
 
+    command: ClassVar[str] = "tune"
+    without: ClassVar[tuple[str, ...]] = ("fold",)
+
     study: str = param("auto", "name of the study; auto is tune-STRATEGY. One that exists is continued")
-    storage: str = param("sqlite:///optuna.db", "where studies are kept: a database URL that Optuna takes")
-    trials: int = param(30, "trials of the study, whoever runs them; the first are the defaults", low=1, high=100000)
+    storage: str = param(
+        "sqlite:///optuna.db",
+        "where studies are kept: a database URL that Optuna takes; a relative path is under the current folder",
+    )
+    trials: int = param(30, "trials of the study, whoever runs them; the first takes the defaults", low=1, high=100000)
     sampler: str = param(
         "TPESampler",
         "Optuna's sampler",
@@ -250,7 +263,6 @@ class TuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        _refuse(self, "tune", "fold")
         if self.pruner == "WilcoxonPruner" and self.seeds == 1:
             raise UserError("--pruner WilcoxonPruner: compares seeds; use it with --seeds above 1")
         unknown = [name for name in self.search.split(",") if name not in SEARCHABLE]
@@ -270,14 +282,16 @@ class TuneConfig(TrainConfig):
 class CompareConfig(TrainConfig):
     """The parameters of a comparison: those of the runs it makes, and its own."""
 
+    command: ClassVar[str] = "compare"
+    without: ClassVar[tuple[str, ...]] = ("strategy", "fold", "resume")
+
     strategies: str = param("all", "strategies to compare, joined by commas, or all")
     seeds: int = param(3, "seeds of each strategy, from `seed` on", low=1, high=1000)
-    margin: float = param(0.01, "a strategy within this ROC-AUC of another is non-inferior to it", low=0, high=0.5)
+    margin: float = param(0.01, "a strategy within this ROC-AUC of another is non-inferior to it", above=0, high=0.5)
     epochs_each: str = param("same", "epochs of single strategies, as in full=3,gradual=2; the others take `epochs`")
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        _refuse(self, "compare", "fold", "resume")
         unknown = [name for name in self.chosen() if name not in STRATEGIES]
         if unknown or len(set(self.chosen())) < len(self.chosen()):
             known = ", ".join(STRATEGIES)
@@ -305,11 +319,10 @@ class CompareConfig(TrainConfig):
 class CrossvalConfig(TrainConfig):
     """The parameters of a cross-validation: those of the runs it makes, and its own."""
 
-    folds: int = param(5, "parts that the training and validation images are split into, by patient", low=2, high=50)
+    command: ClassVar[str] = "crossval"
+    without: ClassVar[tuple[str, ...]] = ("fold", "resume")
 
-    def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
-        _refuse(self, "crossval", "fold", "resume")
+    folds: int = param(5, "parts that the training and validation images are split into, by patient", low=2, high=50)
 
 
 def search_range(name: str) -> Spec:
@@ -353,10 +366,20 @@ def types_of(cls: type) -> dict[str, type]:
     return {item.name: hints[item.name] for item in fields(cls)}
 
 
+# These change no number (the data and weights in use are told by their own names), so that workers, and the attempts at
+# one comparison, may differ in them.
+CHANGE_NO_NUMBER = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown and logged."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", url)
+
+
 def own_parameters(config: TrainConfig, prefix: str) -> dict[str, str]:
     """What a command adds to the parameters of a training run, under dotted keys as in `flatten`."""
     own = sorted(types_of(type(config)).keys() - types_of(TrainConfig))
-    return {f"{prefix}.{name}": str(getattr(config, name)) for name in own}
+    return {f"{prefix}.{name}": without_password(str(getattr(config, name))) for name in own}
 
 
 def default_of(item: Field[Any]) -> Any:

@@ -11,7 +11,7 @@ from cxr import comparison_plots as draw
 from cxr import plots
 from cxr.config import CrossvalConfig, TrainConfig, own_parameters
 from cxr.data.index import CLASSES
-from cxr.evaluate import Report, evaluate, format_interval
+from cxr.evaluate import HALF, Report, evaluate, format_interval
 from cxr.pipeline import run_family
 from cxr.results import Say
 from cxr.tracking import MlflowTracker, load_table
@@ -45,9 +45,10 @@ def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
     """(figures by fold, the report of all out-of-fold predictions together)."""
     tables = [load_table(run_id, "tables/fold_predictions.csv") for run_id in run_ids]
-    reports = [evaluate(table, "fold", 0.5, 0) for table in tables]
+    reports = [evaluate(table, "fold", HALF, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
-    return pd.DataFrame(rows), evaluate(pd.concat(tables, ignore_index=True), "fold", 0.5, bootstrap)
+    pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="the same for all folds")
+    return pd.DataFrame(rows), pooled
 
 
 def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
@@ -56,6 +57,7 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     mean, sd = table[list(SHOWN)].mean(), table[list(SHOWN)].std(ddof=1)
     lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
     lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]
+    lines.append(f"pooled: the predictions of these {config.folds} models together; the intervals are by patient alone")
     parent.table(table, "crossval/folds.csv")
     parent.table(pooled.table, "crossval/out_of_fold_predictions.csv")
     parent.text(pooled.text(), "crossval/report.txt")

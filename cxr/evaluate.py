@@ -60,12 +60,16 @@ def arrays_of(table: pd.DataFrame, column: str = "probability") -> tuple[Ints, F
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one split. `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…`
-    those that depend on the threshold, at the one chosen on validation; `before` what calibration improves, without
-    it; `prior` what a correction for another share of pneumonia would change."""
+    """The figures of one split.
+
+    `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` those that depend on the
+    threshold, at the other one, whose `origin` is told in words; `before` what calibration improves, without it;
+    `prior` what a correction for another share of pneumonia would change.
+    """
 
     split: str
     threshold: float
+    origin: str
     table: pd.DataFrame
     values: dict[str, float]
     bounds: dict[str, tuple[float, float]]
@@ -113,7 +117,7 @@ class Report:
     def text(self) -> str:
         """The classification reports at both thresholds, with the metrics and their intervals."""
         lines = [f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups", ""]
-        for threshold, note in ((HALF, ""), (self.threshold, ", chosen on validation")):
+        for threshold, note in ((HALF, ""), (self.threshold, f", {self.origin}")):
             report = classification_report(self.labels, self.probabilities, CLASSES, threshold)
             lines += [f"threshold {threshold:.4g}{note}", "", report]
         lines += [f"{name:25} {format_interval(self.interval(name))}" for name in self.values]
@@ -161,13 +165,25 @@ def implied_prevalence(calibration: Calibration, validation: float) -> float:
     return validation if calibration.method == "platt" else 0.5
 
 
+def origin_of(rule: str, split: str) -> str:
+    """Where a threshold comes from that a rule gave, in words."""
+    if rule.replace(".", "").isdigit():
+        return "given"
+    return f"chosen by {rule} on {'these images' if split == 'val' else 'validation'}"
+
+
 def evaluate(
-    table: pd.DataFrame, split: str, threshold: float, resamples: int, prevalence: float | None = None
+    table: pd.DataFrame,
+    split: str,
+    threshold: float,
+    resamples: int,
+    prevalence: float | None = None,
+    origin: str = "the model's own",
 ) -> Report:
     """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none.
 
-    `threshold` is the one chosen on validation, `prevalence` the share of pneumonia that the probabilities are made for
-    (`implied_prevalence`); None leaves out what a correction for it would change.
+    `threshold` is the model's, `origin` says where it comes from; `prevalence` is the share of pneumonia that the
+    probabilities are made for (`implied_prevalence`); None leaves out what a correction for it would change.
     """
     labels, probabilities = arrays_of(table)
     groups = list(table["group"])
@@ -175,6 +191,7 @@ def evaluate(
     return Report(
         split=split,
         threshold=threshold,
+        origin=origin,
         table=table,
         values=point_metrics(labels, probabilities, HALF),
         bounds=intervals(labels, probabilities, groups, HALF, resamples),

@@ -46,6 +46,8 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
         tags = {"strategy": card.strategy, "data_fingerprint": images, "cxr.kind": "evaluation", TEST_SPLIT: images}
+        if uses := tracker.count({TEST_SPLIT: images}):
+            words.append(f"these images were evaluated {uses} times before in this store")
         tracker.tags(tags)
         tracker.dataset(table, str(root), f"{images}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
@@ -95,18 +97,22 @@ def _drop(
 
 
 def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
-    """A warning when patients of the model's training are among those that it is evaluated on, by file names."""
+    """Warnings when images, or patients by file names, of the model's training are among those it is evaluated on."""
     if not own:
         return []
     trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
     known = predictions["subtype"] != "unknown"  # other names tell no patient
+    copies = int(predictions["digest"].isin(set(trained["digest"])).sum())
     seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
-    if not seen:
-        return []
-    return [
-        f"WARNING: {seen} of {len(predictions)} images are of patients that the model was trained or chosen on, as far "
-        "as file names tell: these figures are no evaluation"
-    ]
+    head, tail = f"of {len(predictions)} images are", "these figures are no evaluation"
+    words = []
+    if copies:
+        words.append(f"WARNING: {copies} {head} files that the model was trained or chosen on: {tail}")
+    if seen:
+        words.append(
+            f"WARNING: {seen} {head} of patients that the model was trained or chosen on, if file names tell: {tail}"
+        )
+    return words
 
 
 def _calibration_words(before: pd.DataFrame, after: pd.DataFrame) -> str:

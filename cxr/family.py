@@ -20,34 +20,58 @@ from cxr.tracking import (
     has_finished,
     is_generated,
     prepare,
+    require_not_elsewhere,
     stops_once,
     store_errors_explained,
 )
 
 KEPT, PACKAGE = "cxr.weights", "best_model"
 PARENT = "mlflow.parentRunId"
+AGAIN = "the same command"
 
 
-def open_parent(name: str, tags: Mapping[str, str]) -> str:
-    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one. It stays RUNNING."""
+def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one, SCHEDULED."""
     import mlflow
 
     prepare()
-    client = mlflow.MlflowClient()
     with explained():
+        client = mlflow.MlflowClient()
         if opened := os.environ.get("MLFLOW_RUN_ID"):
             generated = is_generated(client.get_run(opened).info.run_name or "")
             for key, value in {**tags, **({"mlflow.runName": name} if generated else {})}.items():
                 client.set_tag(opened, key, value)
+            _log_params(opened, params)
             return opened
         choose_experiment()
         experiment_id = mlflow.tracking.fluent._get_experiment_id()
         client.set_experiment_tag(str(experiment_id), *EXPERIMENT_KIND)
-        return str(client.create_run(str(experiment_id), run_name=name, tags=dict(tags)).info.run_id)
+        return _schedule(str(experiment_id), name, tags, params)
+
+
+def _schedule(experiment_id: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a new run that is not RUNNING before somebody takes it up."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    run_id = str(client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id)
+    client.update_run(run_id, status="SCHEDULED")
+    _log_params(run_id, params)
+    return run_id
+
+
+def _log_params(run_id: str, params: Mapping[str, str]) -> None:
+    import mlflow
+    from mlflow.entities import Param
+
+    mlflow.MlflowClient().log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
 
 
 def unfinished_parent(tag: str, value: str) -> str | None:
-    """The id of the latest run with that tag that did not end FINISHED, to be gone on with; None if there is none."""
+    """The id of the latest run with that tag that did not end FINISHED, to be gone on with; None if there is none.
+
+    Raises `UserError` when it is running on another machine.
+    """
     import mlflow
 
     prepare()
@@ -59,6 +83,8 @@ def unfinished_parent(tag: str, value: str) -> str | None:
             output_format="list",
             max_results=1,
         )
+    for run in found:
+        require_not_elsewhere(run)
     return str(found[0].info.run_id) if found else None
 
 
@@ -70,8 +96,9 @@ def join_parent(parent: str) -> MlflowTracker:
     import mlflow
 
     prepare()
-    client, opened = mlflow.MlflowClient(), os.environ.get("MLFLOW_RUN_ID")
+    opened = os.environ.get("MLFLOW_RUN_ID")
     with explained():
+        client = mlflow.MlflowClient()
         run = client.get_run(parent)
         client.update_run(parent, status="RUNNING")
         if opened and opened != parent:
@@ -86,7 +113,7 @@ def join_parent(parent: str) -> MlflowTracker:
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
     try:
-        with stops_once(), store_errors_explained(parent):
+        with stops_once(), store_errors_explained(parent, AGAIN):
             yield
         end(parent, "FINISHED")
     except (KeyboardInterrupt, Stopped):
@@ -119,14 +146,10 @@ def end(run_id: str, status: str, reason: str = "") -> None:
 def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
     """The id of a new child run that has its parameters and has not begun; `train.resume` of it begins it."""
     import mlflow
-    from mlflow.entities import Param
 
-    client = mlflow.MlflowClient()
     with explained():
-        experiment = client.get_run(parent).info.experiment_id
-        run_id = str(client.create_run(experiment, tags={**tags, PARENT: parent}, run_name=name).info.run_id)
-        client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-    return run_id
+        experiment = mlflow.get_run(parent).info.experiment_id
+        return _schedule(experiment, name, {**tags, PARENT: parent}, params)
 
 
 def is_finished(run_id: str) -> bool:

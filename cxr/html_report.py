@@ -93,9 +93,7 @@ def html_report(
         "Tables": [_table(caption, table) for caption, table in tables.items()],
         "Figures": [_figure(i, caption, figure) for i, (caption, figure) in enumerate(figures.items(), start=1)],
     }
-    body = "\n".join(
-        f"<section>\n<h2>{name}</h2>\n{_lines(parts)}\n</section>" for name, parts in sections.items() if parts
-    )
+    body = "\n".join(_section(name, parts) for name, parts in sections.items() if parts)
     return _PAGE.substitute(title=escape(title), verdict=escape(verdict), warning=WARNING, body=body)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 Floats = npt.NDArray[np.float64]
@@ -111,20 +112,37 @@ def intervals(
     level: float = 0.95,
     replicate: Callable[[Ints, Floats, Floats, float], dict[str, Floats]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it.
+    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it, or there is
+    but one group.
 
-    Of `METRICS`, or of those alone that `replicate` (`weighted_decisions`, say) gives.
+    Of `METRICS`, or of those alone that `replicate` (`weighted_decisions`, say) gives. Where all resamples agree (40 of
+    40 found), recall, specificity and accuracy take the exact interval (Clopper and Pearson 1934) for as many trials as
+    there are groups, and the others have none.
     """
     replicates = (replicate or weighted_metrics)(labels, probabilities, group_weights(groups, resamples), threshold)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    return {name: _quantiles(values, tails) for name, values in replicates.items()}
+    names, positive = np.asarray(groups, dtype=object), labels == 1
+    chosen = {"recall": positive, "specificity": ~positive, "accuracy": np.ones(len(labels), bool)}
+    trials = {name: len(set(names[rows])) for name, rows in chosen.items()}
+    several = len(set(groups)) > 1
+    return {
+        name: _quantiles(values, tails, trials.get(name, 0)) if several else (float("nan"), float("nan"))
+        for name, values in replicates.items()
+    }
 
 
-def _quantiles(values: Floats, tails: list[float]) -> tuple[float, float]:
+def _quantiles(values: Floats, tails: list[float], trials: int) -> tuple[float, float]:
     """A resample without one of the classes has no such metric; it says nothing and is left out."""
     known = values[~np.isnan(values)]
-    low, high = np.quantile(known, tails) if len(known) else (np.nan, np.nan)
-    return float(low), float(high)
+    if not len(known):
+        return float("nan"), float("nan")
+    if known.min() < known.max():
+        low, high = np.quantile(known, tails)
+        return float(low), float(high)
+    if known[0] not in (0, 1) or not trials:
+        return float("nan"), float("nan")
+    exact = binomtest(round(known[0] * trials), trials).proportion_ci(tails[1] - tails[0])
+    return float(exact.low), float(exact.high)
 
 
 def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:

@@ -8,6 +8,7 @@ a process that is on its own, everything here does nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -90,7 +91,12 @@ def shares(order: list[Tensor]) -> list[Tensor]:
 
 def together(module: nn.Module) -> nn.Module:
     """The module, its gradients averaged over the processes."""
-    return DistributedDataParallel(module) if size() > 1 else module
+    if size() == 1:
+        return module
+    # The buffers are equal as it is, as `share_batchnorm` sees to; torch 2.13 has given the option another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False})  # type: ignore[arg-type]
 
 
 def share_batchnorm(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,25 +24,43 @@ from cxr.activations import Activations
 from cxr.auditing import audited
 from cxr.calibration import IDENTITY, Calibration, choose_threshold, fit_calibration
 from cxr.checkpoint import LAST, Checkpoints, exclusive
-from cxr.config import TrainConfig, flatten, types_of, unflatten
+from cxr.config import CHANGE_NO_NUMBER, TrainConfig, flatten, types_of, unflatten
 from cxr.data.augment import STRESSES
 from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import CLASSES, fingerprint
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, implied_prevalence, margins_of, predictions_table
+from cxr.evaluate import Report, evaluate, implied_prevalence, margins_of, origin_of, predictions_table
 from cxr.family import children, ending, join_parent, make_child, open_parent, unfinished_parent
 from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machine
 from cxr.metrics import point_metrics
 from cxr.model import build_model
 from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
 from cxr.runtime import cache_folder, cpu_has_bf16, describe, memory_explained, peak_memory, reset_peak_memory
-from cxr.tracking import MlflowTracker, NullTracker, Tracker, existing_run, explained, has_finished, open_run, recorded
+from cxr.tracking import (
+    HOST,
+    MlflowTracker,
+    NullTracker,
+    Tracker,
+    existing_run,
+    explained,
+    has_finished,
+    open_run,
+    recorded,
+)
 from cxr.train import EpochRecord, Schedule, class_weights, fit, infer
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 Float32 = npt.NDArray[np.float32]
+# The tag `cxr.kind` of runs that have a training run's parameters and are none -> what to do instead.
+NO_TRAINING_RUNS = {
+    "search": "give its `cxr tune` command again",
+    "trial": "give the `cxr tune` command of its search again",
+    "comparison": "give its `cxr compare` command again",
+    "crossval": "give its `cxr crossval` command again",
+    "evaluation": "give its `cxr evaluate` command again",
+}
 
 
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
@@ -55,6 +74,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     model.to(device=machine.device, memory_format=torch.channels_last)
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
+    if found := [finding.check for finding in findings if not finding.ok]:
+        say(f"note: the audit found {'; '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
@@ -138,37 +159,54 @@ def run_family(
     _, weights = build_model(config.arch, config.weights, config.seed)
     key = _family_key(members.values(), data.fingerprint, weights)
     tags = {**tags, "cxr.kind": kind, f"cxr.{kind}": key}
-    run_id = unfinished_parent(f"cxr.{kind}", key) or _make_parent(name, tags, {**flatten(config.train), **own})
+    run_id = unfinished_parent(f"cxr.{kind}", key) or open_parent(name, tags, {**flatten(config.train), **own})
     with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
         parent = join_parent(run_id)
+        parent.tags({HOST: socket.gethostname()})
         existing = {child.data.tags.get("cxr.member", ""): child for child in children(run_id)}
         yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
 
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
     """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
-    text = json.dumps([*origin, *(flatten(member) for member in members)], sort_keys=True)
+    text = json.dumps([*origin, *(_that_change_numbers(member) for member in members)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _make_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
-    run_id = open_parent(name, tags)
-    with explained():
-        join_parent(run_id).params(params)
-    return run_id
+def _that_change_numbers(config: TrainConfig) -> dict[str, str]:
+    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER}
 
 
 def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say) -> str:
     """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
-    is not finished, or a new one by `config`."""
+    is not finished and can be, or a new one by `config`."""
     child = existing.get(name)
     if child is not None and has_finished(child):
         say(f"{name}: finished before, in run {child.info.run_id}")
         return str(child.info.run_id)
     tags = {"cxr.kind": "member", "cxr.member": name, "strategy": config.strategy, "seed": str(config.seed)}
-    run_id = child.info.run_id if child is not None else make_child(parent, name, tags, flatten(config))
+    if child is not None and can_go_on(child, config):
+        run_id = str(child.info.run_id)
+    else:
+        run_id = make_child(parent, name, tags, flatten(config))
     say(f"{name}: run {run_id}")
     return run_tracked(replace(config, resume=run_id), say, parent).run_id
+
+
+def can_go_on(run: Run, config: TrainConfig) -> bool:
+    """Whether an interrupted run has these parameters, and the checkpoint of its epochs is here."""
+    folder = checkpoint_folder(config, run.info.run_id)
+    same = all(run.data.params.get(key) == value for key, value in flatten(replace(config, resume="none")).items())
+    return same and ("val_loss" not in run.data.metrics or (folder / LAST).exists())
+
+
+def is_lost(run_id: str, config: TrainConfig) -> bool:
+    """Whether a run was broken off and cannot be gone on with by this process."""
+    import mlflow
+
+    with explained():
+        run = mlflow.get_run(run_id)
+    return not has_finished(run) and run.info.status != "RUNNING" and not can_go_on(run, config)
 
 
 def _recorded_config(run_id: str, config: TrainConfig) -> TrainConfig:
@@ -177,6 +215,9 @@ def _recorded_config(run_id: str, config: TrainConfig) -> TrainConfig:
     A run that was stopped before it recorded ours has those that `mlflow run` logged, under plain names.
     """
     known, names = recorded(run_id), types_of(TrainConfig).keys() - {"resume"}
+    kind = known.get("cxr.kind", "")
+    if config.resume != "none" and kind in NO_TRAINING_RUNS:
+        raise UserError(f"--resume {run_id}: is a {kind}, not a training run; {NO_TRAINING_RUNS[kind]}")
     ours = {key: value for key, value in known.items() if key.startswith("train.")}
     if not ours and config.resume == "none":
         return config
@@ -282,8 +323,10 @@ def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -
     val_table = predictions_table(val, logits, threshold, calibration)
     test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
     return (
-        evaluate(val_table, "val", threshold, config.bootstrap),
-        evaluate(test_table, data.held_out, threshold, config.bootstrap, prevalence),
+        evaluate(val_table, "val", threshold, config.bootstrap, origin=origin_of(config.threshold, "val")),
+        evaluate(
+            test_table, data.held_out, threshold, config.bootstrap, prevalence, origin_of(config.threshold, "test")
+        ),
         calibration,
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
-from cxr.data.dataset import Split, straight_order, view_batches
+from cxr.data.dataset import Split, brought, straight_order, view_batches
 from cxr.model import autocast, checksum, folded, run_stages
 from cxr.shelf import RowFile, shelf_key
 from cxr.strategies import Phase
@@ -25,12 +25,16 @@ Batch = tuple[Tensor, Tensor]
 Wrap = Callable[[Iterable[Batch], int], Iterable[Batch]]
 PLAIN = -1  # in place of a view's number: as it is, without augmentation
 View = int | str  # a view's number, or the name of a stress
+Show = Callable[[Split, list[Tensor], View], Iterator[Batch]]  # gives (inputs, labels)
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
     """How images are shown: images at a time, the seed of their views, arithmetic, device, and the folder of shared
-    files (None: what is kept is kept in memory). `wrap(batches, total)` may show progress."""
+    files (None: what is kept is kept in memory).
+
+    `wrap(batches, total)` may show progress; `shown` gives inputs that are asked for again and again.
+    """
 
     batch_size: int
     seed: int
@@ -38,6 +42,7 @@ class Manner:
     device: torch.device
     shelf: Path | None
     wrap: Wrap
+    shown: Show
 
 
 class Prefix:
@@ -65,13 +70,20 @@ class Prefix:
     def batches(self, split: Split, order: list[Tensor], view: View) -> Iterable[Batch]:
         """(what the stages give, labels), in the given order."""
         if not self.kept:
-            return self.through(split, order, view)
+            return self._run(split, order, view, self.manner.shown)
         return look_up(*self.features(split, view), split, order)
 
     def through(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         """As `batches`, computed."""
-        device, shown = self.manner.device, self._shown(split, order, view)
-        for inputs, labels in shown:
+        return self._run(split, order, view, self._made)
+
+    def _run(self, split: Split, order: list[Tensor], view: View, shown: Show) -> Iterator[Batch]:
+        device = self.manner.device
+        if self.base:
+            inputs_and_labels = look_up(*self.base.features(split, view), split, order)
+        else:
+            inputs_and_labels = shown(split, order, view)
+        for inputs, labels in inputs_and_labels:
             # No `yield` inside: the contexts would hold for whoever takes the batch.
             with torch.no_grad(), autocast(device, self.manner.precision):
                 features = run_stages(self.network, inputs, self.stages)
@@ -79,9 +91,7 @@ class Prefix:
                     features = self.network.avgpool(features)
             yield features, labels
 
-    def _shown(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
-        if self.base:
-            return look_up(*self.base.features(split, view), split, order)
+    def _made(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         return view_batches(split, order, self.manner.seed, None if view == PLAIN else view, self.manner.device)
 
     def features(self, split: Split, view: View) -> tuple[Tensor, Tensor]:
@@ -119,8 +129,7 @@ def look_up(features: Tensor, rows: Tensor, split: Split, order: list[Tensor]) -
     """(features, labels) in the given order; `rows` [n] says where each image's features [rows, c, h, w] are."""
     device = features.device
     labels, rows = torch.from_numpy(split.labels).to(device), rows.to(device)
-    for chosen in order:
-        index = chosen.to(device, non_blocking=True)
+    for index in brought(order, device):
         yield features[rows[index]].contiguous(memory_format=torch.channels_last), labels[index]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def options(cls: type[TrainConfig]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         types = types_of(cls)
-        for item in reversed(fields(cls)):
+        for item in reversed(_listed(cls)):
             spec = spec_of(item)
             spellings = dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"])
             metavar = "|".join(spec.choices) if 0 < len(spec.choices) <= 4 else None
@@ -48,6 +48,11 @@ def options(cls: type[TrainConfig]) -> Callable[[Command], Command]:
     return decorate
 
 
+def _listed(cls: type[TrainConfig]) -> list[Field[Any]]:
+    """The parameters that the command takes."""
+    return [item for item in fields(cls) if item.name not in cls.without]
+
+
 def render_mlproject() -> str:
     """The text of MLproject: an entry point for each long command, every parameter with its default."""
     lines = [
@@ -58,14 +63,14 @@ def render_mlproject() -> str:
     ]
     for name, (command, cls) in ENTRY_POINTS.items():
         lines += [f"  {name}:", "    parameters:", *_parameters(cls)]
-        arguments = " ".join(f"--{item.name.replace('_', '-')} {{{item.name}}}" for item in fields(cls))
+        arguments = " ".join(f"--{item.name.replace('_', '-')} {{{item.name}}}" for item in _listed(cls))
         lines.append(f'    command: "python -m cxr {command} {arguments}"')
     return "\n".join(lines) + "\n"
 
 
 def _parameters(cls: type[TrainConfig]) -> list[str]:
     """All are strings to MLflow: it would turn a `float` of 10 into 10.0, which is no number of epochs."""
-    return [f'      {item.name}: {{type: string, default: "{default_of(item)}"}}' for item in fields(cls)]
+    return [f'      {item.name}: {{type: string, default: "{default_of(item)}"}}' for item in _listed(cls)]
 
 
 if __name__ == "__main__":

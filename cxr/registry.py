@@ -25,6 +25,7 @@ from cxr.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking import explained, prepare
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
+PHANTOMS = "phantoms"  # in the tag `data` of versions that have seen no X-ray
 
 REQUIREMENTS = (
     "mlflow",
@@ -155,6 +156,8 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     if champion.tags.get("run_id") == tags["run_id"]:
         return True, "champion"
     before = f"version {champion.version}"
+    if PHANTOMS in champion.tags.get("data", "") and PHANTOMS not in tags.get("data", ""):
+        return True, f"champion, as {before} had seen nothing but phantoms"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"champion stays {before}: it was validated on other images, so the two cannot be compared"
     name = tags.get("selected_by", "val_loss")
@@ -170,8 +173,8 @@ def promote(name: str, number: str) -> str:
     """Make a version champion; the one before is kept as tag `champion_before`. Returns what was done, in words."""
     import mlflow
 
-    client = mlflow.MlflowClient()
     with _explained(f"{name} version {number}"):
+        client = mlflow.MlflowClient()
         client.get_model_version(name, number)
         before = _by_alias(name, CHAMPION)
         if before is not None and str(before.version) != number:
@@ -184,8 +187,8 @@ def versions(name: str) -> pd.DataFrame:
     """The versions of a registered model, newest first: version, aliases, strategy, val_loss, champion_before, run."""
     import mlflow
 
-    client = mlflow.MlflowClient()
     with _explained(name):
+        client = mlflow.MlflowClient()
         aliases = client.get_registered_model(name).aliases
         found = client.search_model_versions(f"name = '{name}'")
     rows = [

@@ -97,6 +97,7 @@ def log_start(
             "git_commit": git_commit(),
             "images_skipped": str(len(data.bad)),
             "audit": "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
+            "audit_untold": "; ".join(finding.check for finding in findings if not finding.told) or "none",
         }
     )
     tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
@@ -219,6 +220,7 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
         "strategy": config.strategy,
         "arch": config.arch,
         "weights": result.weights,
+        "data": _kind_words(result.data),
         "data_fingerprint": result.data.fingerprint,
         "val_fingerprint": fingerprint(val),
         "val_loss": repr(result.best.metrics["val_loss"]),
@@ -268,10 +270,13 @@ def _example(size: int) -> bytes:
 def data_words(data: Data) -> str:
     """What the images are and how many in each split, for people."""
     counts = data.manifest["split"].value_counts()
-    words = "synthetic phantoms (NOT real X-rays)" if data.synthetic else "X-rays"
     skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
     sizes = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", data.held_out))
-    return f"{words}, {sizes} images{skipped}"
+    return f"{_kind_words(data)}, {sizes} images{skipped}"
+
+
+def _kind_words(data: Data) -> str:
+    return f"synthetic {registry.PHANTOMS} (NOT real X-rays)" if data.synthetic else "X-rays"
 
 
 def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
@@ -285,7 +290,7 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
         f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
         f"{name}, threshold 0.5: " + ", ".join(f"{m} {format_interval(test.interval(m))}" for m in shown),
-        f"{name}, threshold {test.threshold:.3f} ({config.threshold} on validation): "
+        f"{name}, threshold {test.threshold:.3f} ({test.origin}): "
         + ", ".join(f"{m} {format_interval(test.chosen_interval(m))}" for m in ("accuracy", *shown[2:])),
         f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
         *(

@@ -25,13 +25,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torchvision.models import ResNet
 
 from cxr.auditing import audited
-from cxr.config import TrainConfig, TuneConfig, flatten, own_parameters
+from cxr.config import TrainConfig, TuneConfig, flatten, own_parameters, without_password
 from cxr.errors import InUseError, MachineError, Pruned, Stopped, UserError
 from cxr.evaluate import format_interval
-from cxr.family import end, ending, is_finished, join_parent, keep_only, make_child, open_parent
+from cxr.family import AGAIN, end, ending, is_finished, join_parent, keep_only, make_child, open_parent
 from cxr.inputs import Data, checkpoint_folder, read_data, ready_machine
 from cxr.model import build_model
-from cxr.pipeline import run_tracked, train_model
+from cxr.pipeline import is_lost, run_tracked, train_model
 from cxr.predictor import save_package
 from cxr.results import RunResult, Say, card_of
 from cxr.runtime import memory_explained, seed_everything
@@ -52,7 +52,7 @@ from cxr.study import (
     trial_config,
     trials_table,
 )
-from cxr.tracking import MlflowTracker, explained, handlers, open_run
+from cxr.tracking import MlflowTracker, handlers, open_run
 from cxr.train import EpochRecord
 
 HOPELESS = 3  # so many failures before the first success are no accident
@@ -78,10 +78,8 @@ class Worker:
     def _make_parent(self) -> str:
         config = self.config
         tags = {"strategy": config.strategy, "data_fingerprint": self.data.fingerprint, "cxr.kind": "search"}
-        parent = open_parent(f"tune-{config.strategy}-s{config.seed}", tags)
-        with explained():
-            join_parent(parent).params({**flatten(config.train), **own_parameters(config, "tune")})
-        return parent
+        params = {**flatten(config.train), **own_parameters(config, "tune")}
+        return open_parent(f"tune-{config.strategy}-s{config.seed}", tags, params)
 
     def _on_stale(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """A worker fell silent: its trial goes back to the queue, and its run is ended."""
@@ -127,7 +125,7 @@ class Worker:
         self.current = trial.number
         try:
             config = suggest(trial, self.config)
-            with open_run(f"trial-{trial.number:03}", parent=self.parent.run_id, stops=False) as tracker:
+            with open_run(f"trial-{trial.number:03}", parent=self.parent.run_id, stops=False, again=AGAIN) as tracker:
                 trial.set_user_attr(RUN, tracker.run_id)
                 return self._train(trial, config, tracker)
         except Pruned as error:
@@ -239,12 +237,13 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     _, weights = build_model(config.arch, config.weights, config.seed)  # what cannot be had is no trial's failure
     worker = Worker(config, whole.without("test"), weights, say)
     worker.open()
-    say(f"study {worker.study.study_name} in {config.storage}: {_counts(worker.study)}")
-    with explained_storage(config.storage), ending(worker.parent.run_id):
-        try:
-            _work(worker)
-        finally:
-            _publish(worker)
+    say(f"study {worker.study.study_name} in {without_password(config.storage)}: {_counts(worker.study)}")
+    with ending(worker.parent.run_id):
+        with explained_storage(config.storage):
+            try:
+                _work(worker)
+            finally:
+                _publish(worker)
         result = _refit(worker) if config.refit == "true" else None
     say("\n" + "\n".join(_summary(worker, result)))
     return result
@@ -296,20 +295,20 @@ def _refit(worker: Worker) -> RunResult | None:
     study, best = worker.study, _best(worker.study)
     if best is None:
         raise UserError(f"study {study.study_name}: no trial was completed, so there is no winner to train")
-    with locked(worker.config.storage):
+    config = trial_config(worker.config, best.params)
+    with explained_storage(worker.config.storage), locked(worker.config.storage):
         claim = study.user_attrs.get(REFIT, {})
-        if mine := claim.get("trial") != best.number:
+        if claim.get("trial") != best.number or is_lost(claim["run"], config):
             claim = {"trial": best.number, "run": _refit_run(worker, best)}
             study.set_user_attr(REFIT, claim)
-    if not mine and is_finished(claim["run"]):
+    if is_finished(claim["run"]):
         worker.say(f"refit: finished before, in run {claim['run']}")
         return None
     worker.say(f"refit of trial {best.number}, in run {claim['run']}")
-    config = replace(trial_config(worker.config, best.params), resume=claim["run"])
     try:
-        return run_tracked(config, worker.say, worker.parent.run_id)
-    except InUseError:
-        worker.say("refit: another worker is at it")
+        return run_tracked(replace(config, resume=claim["run"]), worker.say, worker.parent.run_id)
+    except InUseError as error:
+        worker.say(f"refit: another worker is at it ({error})")
         return None
 
 
@@ -343,6 +342,6 @@ def _summary(worker: Worker, result: RunResult | None) -> list[str]:
     return [
         *lines,
         *(f"look: {where}" for where in worker.parent.where()),
-        f"look: uv tool run optuna-dashboard {config.storage}",
+        f"look: uv tool run optuna-dashboard {without_password(config.storage)}",
         f"next: more trials with --study {worker.study.study_name} --trials {config.trials * 2}, or another --strategy",
     ]

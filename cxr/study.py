@@ -23,13 +23,11 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from cxr.config import TrainConfig, TuneConfig, flatten, search_range
+from cxr.config import CHANGE_NO_NUMBER, TrainConfig, TuneConfig, flatten, search_range, without_password
 from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 _BASE = "parameters"
-# These change no number (what data and weights are, `origin` says), so that workers may differ in them.
-_FREE = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
 MAX_RETRIES = 3
 SILENCE = 6  # heartbeats that a worker may miss before it is taken for dead
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -55,7 +53,7 @@ def explained_storage(url: str) -> Iterator[None]:
         reason = str(cause or error).strip().splitlines()[0][:200]
         missing = isinstance(error, ImportError) and url.startswith("postgresql")
         hint = "`uv run --extra postgres …` brings the driver" if missing else "check --storage"
-        raise UserError(f"--storage {url}: {reason}; {hint}") from error
+        raise UserError(f"--storage {without_password(url)}: {reason}; {hint}") from error
 
 
 @contextmanager
@@ -74,7 +72,10 @@ def locked(url: str) -> Iterator[None]:
     take = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
     with engine.connect() as connection:  # a connection of its own: closing it lets go
         if connection.execute(text(take)).scalar() == 0:  # MySQL's answer after 600 s; PostgreSQL waits
-            raise UserError(f"--storage {url}: another worker has held the study for ten minutes; start again later")
+            raise UserError(
+                f"--storage {without_password(url)}: another worker has held the study for ten minutes; "
+                "start again later"
+            )
         yield
 
 
@@ -96,7 +97,9 @@ def open_study(
             heartbeat_stale_trial_callback=on_stale,
         )
         if config.resume != "none" and name not in optuna.get_all_study_names(storage):
-            raise UserError(f"--resume {name}: no such study in {config.storage}; `--study {name}` begins one")
+            raise UserError(
+                f"--resume {name}: no such study in {without_password(config.storage)}; `--study {name}` begins one"
+            )
         direction = StudyDirection.MINIMIZE if config.objective == "val_loss" else StudyDirection.MAXIMIZE
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
@@ -109,7 +112,9 @@ def open_study(
 
 def _parameters(config: TuneConfig) -> dict[str, str]:
     own = {f"tune.{name}": str(getattr(config, name)) for name in ("search", "objective", "seeds")}
-    every = {key: value for key, value in flatten(config.train).items() if key.removeprefix("train.") not in _FREE}
+    every = {
+        key: value for key, value in flatten(config.train).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER
+    }
     return {**every, **own}
 
 

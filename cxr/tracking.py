@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -20,10 +21,11 @@ from typing import Any, Protocol
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.errors import MachineError, Pruned, Stopped, UserError
+from cxr.config import without_password
+from cxr.errors import InUseError, MachineError, Pruned, Stopped, UserError
 
 EXPERIMENT = "cxr"
-ERROR, OUTCOME = "cxr.error", "cxr.outcome"
+ERROR, OUTCOME, HOST = "cxr.error", "cxr.outcome", "cxr.host"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 
@@ -211,7 +213,7 @@ class MlflowTracker:
         """The command that opens the UI and the pages that matter."""
         import mlflow
 
-        uri = mlflow.get_tracking_uri()
+        uri = without_password(mlflow.get_tracking_uri())
         remote = uri.startswith("http")
         base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
         experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
@@ -256,7 +258,10 @@ def existing_run(resume: str, child: bool = False) -> str | None:
 
 
 def recorded(run_id: str) -> dict[str, str]:
-    """Parameters and tags of a run. Raises `UserError` when it is not there, or finished already."""
+    """Parameters and tags of a run that is to be gone on with.
+
+    Raises `UserError` when it is not there, finished already, or running on another machine.
+    """
     import mlflow
 
     prepare()
@@ -266,7 +271,18 @@ def recorded(run_id: str) -> dict[str, str]:
             mlflow.MlflowClient().set_terminated(run_id, "FINISHED")  # it was killed on its last step
     if has_finished(run):
         raise UserError(f"run {run_id} is finished: there is nothing to resume; start a new one")
+    require_not_elsewhere(run)
     return {**run.data.params, **run.data.tags}
+
+
+def require_not_elsewhere(run: Any) -> None:
+    """Raise `InUseError` when the run is RUNNING on another machine, whose lock files this one does not see."""
+    host, run_id = run.data.tags.get(HOST), run.info.run_id
+    if run.info.status == "RUNNING" and host not in (None, socket.gethostname()):
+        raise InUseError(
+            f"run {run_id} is running on {host}; wait for it. If that machine is gone, end the run first: "
+            f"python -c \"import mlflow; mlflow.MlflowClient().set_terminated('{run_id}', 'KILLED')\""
+        )
 
 
 def has_finished(run: Any) -> bool:
@@ -284,7 +300,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
-        uri, reason = mlflow.get_tracking_uri(), str(error).splitlines()[0][:200]
+        uri, reason = without_password(mlflow.get_tracking_uri()), str(error).splitlines()[0][:200]
         hint = "check MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
             hint += ", which `mlflow run` wants with an absolute path (sqlite:////…)"
@@ -298,10 +314,12 @@ def open_run(
     run_id: str | None = None,
     parent: str | None = None,
     stops: bool = True,
+    again: str = "",
 ) -> Iterator[MlflowTracker]:
     """The run `run_id`, taken up again, or a new one in `experiment`, as a child of the run `parent` if there is one.
 
-    With `stops`, SIGTERM and Ctrl-C end it; else the caller handles them.
+    With `stops`, SIGTERM and Ctrl-C end it; else the caller handles them. `again` says how to go on with it, should the
+    store be lost, if not by `cxr train --resume`.
 
     It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
     run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
@@ -314,7 +332,7 @@ def open_run(
         try:
             with explained():
                 run = _start(name, experiment, run_id, parent)
-            with store_errors_explained(run.info.run_id):
+            with store_errors_explained(run.info.run_id, again):
                 yield MlflowTracker(run)
                 mlflow.set_tag(OUTCOME, "finished")
         except (KeyboardInterrupt, Stopped):
@@ -330,7 +348,7 @@ def open_run(
 
 
 @contextmanager
-def store_errors_explained(run_id: str) -> Iterator[None]:
+def store_errors_explained(run_id: str, again: str = "") -> Iterator[None]:
     """Turn the loss of the tracking store in mid-run into one line; the run's own errors pass."""
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -342,8 +360,8 @@ def store_errors_explained(run_id: str) -> Iterator[None]:
     except (MlflowException, RequestException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0][:200]
         raise MachineError(
-            f"MLflow at {mlflow.get_tracking_uri()} failed during run {run_id}: {reason}; "
-            f"when it answers again, go on with: cxr train --resume {run_id}"
+            f"MLflow at {without_password(mlflow.get_tracking_uri())} failed during run {run_id}: {reason}; "
+            f"when it answers again, go on with: {again or f'cxr train --resume {run_id}'}"
         ) from error
 
 
@@ -358,6 +376,7 @@ def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -
         run = mlflow.start_run(
             run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=True
         )
+    mlflow.set_tag(HOST, socket.gethostname())
     if ERROR in run.data.tags:  # of the attempt that is resumed
         mlflow.delete_tag(ERROR)
     if is_generated(run.info.run_name or ""):

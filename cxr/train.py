@@ -111,9 +111,13 @@ class Fast(nn.Module):
         """As the suffix's."""
         if self.shape is None:
             self.shape = features.shape
-            graphs = self.how == "graphs"
-            self._made = (self._graphs(features) if graphs else torch.compile(self.suffix, dynamic=False),)
+            self._made = (self._graphs(features) if self.how == "graphs" else self._inductor(),)
         return (self._made[0] if features.shape == self.shape else self.suffix)(features)
+
+    def _inductor(self) -> Callable[[Tensor], Tensor]:
+        # Its cache outlives this module: with torch's limit of 8, the ninth batch size of a search would go uncompiled.
+        torch._dynamo.config.recompile_limit = 200
+        return torch.compile(self.suffix, dynamic=False)
 
     def _graphs(self, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Recorded under the caller's autocast, whose cache of cast weights a recording must not see.

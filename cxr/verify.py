@@ -1,4 +1,5 @@
-"""The audit of an evaluation: every logged figure again from the logged predictions, and those from model and data."""
+"""The audit of an evaluation: the logged figures of validation and test again from the logged predictions, and those
+from model and data. The stressed validation and what was logged in training are not done again."""
 
 from __future__ import annotations
 
@@ -116,8 +117,11 @@ def _predictions(
     if same:
         return findings
     for split, table in tables.items():
-        part = data.part(split)
-        wrong = [] if list(part["digest"]) == list(table["digest"]) else ["other images than the table's"]
+        part, wrong = data.part(split), list[str]()
+        if list(part["digest"]) != list(table["digest"]):
+            wrong = [f"the table has {len(table)} images, not the {len(part)} of the split, or others"]
+            findings.append(_finding(f"{split} predictions from model and data", wrong, ""))
+            continue
         images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
         again = predictor.predict(images)["probability"].to_numpy()
         gap = np.abs(again - table["probability"].to_numpy())

@@ -31,7 +31,7 @@ from cxr.data.index import digest_files, find_root, index_folder
 from cxr.data.store import Store, open_store
 from cxr.model import build_model, run_stages
 from cxr.prefix import look_up
-from cxr.runtime import describe, eval_batch_size, resolve_device, resolve_precision
+from cxr.runtime import describe, eval_batch_size, resolve_device, resolve_precision, seed_everything
 from cxr.shelf import RowFile
 from cxr.strategies import STRATEGIES
 
@@ -212,6 +212,7 @@ def main(
 ) -> None:
     """Run the benchmark and print its table."""
     root, where = find_root(data_dir), resolve_device(device)
+    seed_everything(0, where)  # as in training, with the kernels that this chooses
     whole = index_folder(root)
     table = choose(whole, images)
     click.echo(f"{describe(where)}, torch {torch.__version__}, {os.cpu_count()} cores")

@@ -2,6 +2,8 @@
 
     uv run python experiments/bench_train.py --data-dir FOLDER --epochs 10 --repeats 3
     uv run --group bench python experiments/bench_train.py --data-dir FOLDER --peers notebook,lightning,timm
+    PYTHONPATH=. python experiments/bench_train.py …  # where cxr is not installed: torch, torchvision, click, pandas,
+                                                      # scikit-learn, matplotlib, safetensors and tqdm will do
 
 The ways: `notebook`, the usual loop (PIL decodes and augments each image in every epoch, the whole network forward in
 train mode, frozen parameters by `requires_grad`); `lightning`, the same in a LightningModule; `timm`, the same in the
@@ -23,6 +25,7 @@ import importlib.util
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -149,6 +152,8 @@ def loaders(task: Task, persistent: bool = False) -> tuple[DataLoader[Any], Data
         num_workers=task.workers,
         pin_memory=task.device.type == "cuda",
         persistent_workers=persistent and task.workers > 0,
+        # Python 3.14 would start each worker anew, which would flatter cxr.
+        multiprocessing_context="fork" if task.workers > 0 and sys.platform == "linux" else None,
     )
     single = len(train) % task.config.batch_size == 1
     return load(train, shuffle=True, drop_last=single), load(val)
@@ -545,6 +550,7 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--precision", default="auto", show_default=True, help="of cxr and of the ceiling")
 @click.option("--compile", default="none", show_default=True, help="of cxr: inductor, graphs or none")
 @click.option("--peer-precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--reuse-gb", default=4.0, show_default=True, help="of cxr; a phase that needs more keeps nothing")
 @click.option("--weights", default="random", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), default=os.cpu_count(), show_default=True, help="of the peers")
 @click.option("--out", type=click.Path(dir_okay=False), help="the table as CSV, too")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 import pytest
 import torch
+from hypothesis import settings
 from narrow import narrow_resnet
 from small import small
 from torch import Tensor
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
 matplotlib.use("Agg")
 # pytest-xdist runs one process for each core; threads of their own would only wait for each other.
 torch.set_num_threads(1)
+# A test is not wrong for being slow on a machine that is busy.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)

@@ -180,3 +180,16 @@ def test_views_that_are_kept_are_the_same(
     assert same(list(kept.stressed_batches(ALL)), list(afresh.stressed_batches(ALL)))
     monkeypatch.setattr("cxr.activations.grey_batches", None)
     assert same(one_epoch(kept, ALL, 2), one_epoch(afresh, ALL, 2))
+
+
+def test_a_prefix_that_is_not_kept_sees_views_that_are(
+    tiny: ResNet, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Activations, "pays", lambda self, prefix, need: False)
+    data, afresh = source(tiny, splits, AMPLE), source(tiny, splits, 0)
+    assert all(same(one_epoch(data, TOP, epoch), one_epoch(afresh, TOP, epoch)) for epoch in range(2))
+    assert same(validation(data, TOP), validation(afresh, TOP))
+    assert not data.prefixes["top"].kept
+    monkeypatch.setattr("cxr.activations.grey_batches", None)
+    assert same(one_epoch(data, TOP, 2), one_epoch(afresh, TOP, 2))
+    assert same(validation(data, TOP), validation(afresh, TOP))

@@ -252,7 +252,7 @@ def test_a_shift_between_splits_is_said_with_what_follows(moved: set[str], said:
 
 def test_splits_too_small_to_compare_are_said_to_be() -> None:
     finding = find(audit(sound(), {}, features=np.zeros((6, 2), np.float32)), "shift between splits")
-    assert finding.line() == "ok   shift between splits: too few images in val and test to tell"
+    assert finding.line() == "?    shift between splits: too few images in val and test to tell"
 
 
 def test_images_or_features_of_another_data_set_are_refused() -> None:

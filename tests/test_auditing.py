@@ -50,6 +50,8 @@ def test_what_was_found_is_kept_until_something_changes(config: TrainConfig, mon
     assert audited(config, data, None) == first
     with pytest.raises(pytest.fail.Exception):
         audited(config, replace(data, fingerprint="other"), None)
+    with pytest.raises(pytest.fail.Exception):  # a name tells the patient
+        audited(config, replace(data, manifest=data.manifest.assign(group="one")), None)
 
 
 def test_strict_turns_a_leak_into_an_error_and_exit_code_2(
@@ -113,5 +115,9 @@ def test_an_external_set_on_which_the_model_fails_is_called_so(
     assert "patients that the model was trained" not in said
     shutil.copytree(source.parent / "train" / "NORMAL", tmp_path / "other" / "NORMAL", dirs_exist_ok=True)
     assert run_main(monkeypatch, *arguments) == 0
-    assert "WARNING: 10 of 22 images are of patients that the model was trained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING: 10 of 22 images are of patients that the model was trained" in said
+    assert "WARNING: 10 of 22 images are files that the model was trained" in said
+    assert run_main(monkeypatch, *arguments) == 0
+    assert "these images were evaluated 1 times before in this store" in capsys.readouterr().out
     assert {"external_prior_estimated", "external_ece"} <= newest.data.metrics.keys()

@@ -44,7 +44,7 @@ def centre_of_white(image: Tensor) -> tuple[float, float]:
 # Parameters
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**9), keys_of, st.integers(0, 1000))
 def test_parameters_lie_within_their_ranges(seed: int, keys: list[int], view: int) -> None:
     table = view_parameters(seed, np.array(keys, np.uint64), view)
@@ -54,7 +54,7 @@ def test_parameters_lie_within_their_ranges(seed: int, keys: list[int], view: in
         assert np.all((column >= np.float32(low) - 1e-6) & (column <= np.float32(high) + 1e-6))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(keys_of, st.randoms(use_true_random=False))
 def test_parameters_of_an_image_depend_on_no_other_image(keys: list[int], random: Any) -> None:
     order = list(range(len(keys)))

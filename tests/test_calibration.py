@@ -130,3 +130,8 @@ def test_the_prior_of_unlabelled_images_is_estimated() -> None:
     margins = rng.normal(2 * (2 * labels - 1), 2)  # log likelihood ratio is the margin itself
     probabilities = expit(margins + np.log(0.75 / 0.25))  # made for a share of 0.75
     assert estimate_prior(probabilities, 0.75) == pytest.approx(0.4, abs=0.02)
+
+
+def test_full_sensitivity_is_had_of_probabilities_that_are_as_good_as_zero() -> None:
+    labels, probabilities = np.array([0, 1, 1, 1]), np.array([0.2, 1e-14, 0.7, 0.9])
+    assert choose_threshold("sensitivity>=1", labels, probabilities) <= 1e-12

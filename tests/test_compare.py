@@ -18,10 +18,10 @@ from mlflow.tracking import MlflowClient
 from small import quiet, small
 
 from cxr import pipeline
-from cxr.compare import compare_runs, compare_tracked, load_run
+from cxr.compare import compare_runs, compare_tracked, load_run, notes
 from cxr.config import CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
 from cxr.crossval import crossval_tracked
-from cxr.errors import UserError
+from cxr.errors import InUseError, UserError
 from cxr.family import children
 from cxr.inputs import read_data
 from cxr.results import RunResult
@@ -95,6 +95,62 @@ def test_an_interrupted_comparison_reuses_what_is_finished(
     assert any("frozen-s10: finished before" in line for line in said)
 
 
+def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(config: CompareConfig) -> None:
+    fresh = replace(config, seed=20, seeds=1)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(UserError("disk full")))
+        with pytest.raises(UserError, match="disk full"):
+            compare_tracked(fresh, quiet)
+    parent = newest_parent("comparison").info.run_id
+    client = MlflowClient()
+    client.update_run(parent, status="RUNNING")
+    client.set_tag(parent, "cxr.host", "elsewhere")
+    with pytest.raises(InUseError, match=rf"{parent} is running on elsewhere.*set_terminated"):
+        compare_tracked(fresh, quiet)
+    assert client.get_run(parent).info.status == "RUNNING"
+    client.set_terminated(parent, "KILLED")
+    (broken_off,) = children(parent)
+    compare_tracked(replace(fresh, reuse_gb=0.001), quiet)
+    assert newest_parent("comparison").info.run_id == parent
+    outcomes = {run.info.run_id: run.info.status for run in children(parent)}
+    assert outcomes.pop(broken_off.info.run_id) == "FAILED"  # it had recorded another reuse_gb
+    assert list(outcomes.values()) == ["FINISHED"] * 2
+
+
+def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfig, own_cache: Path) -> None:
+    fresh = replace(config, seed=30, seeds=1)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            compare_tracked(fresh, quiet)
+    parent = newest_parent("comparison").info.run_id
+    (gone,) = children(parent)
+    shutil.rmtree(own_cache / "runs" / gone.info.run_id)
+    compare_tracked(fresh, quiet)
+    assert newest_parent("comparison").info.status == "FINISHED"
+    assert MlflowClient().get_run(gone.info.run_id).info.status == "KILLED"
+    with pytest.raises(UserError, match=r"is a comparison, not a training run; give its `cxr compare` command again"):
+        client = MlflowClient()
+        client.update_run(parent, status="FAILED")
+        client.delete_tag(parent, "cxr.outcome")
+        pipeline.run_tracked(TrainConfig(resume=parent), quiet)
+    MlflowClient().set_terminated(parent, "FINISHED")
+
+
+def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
+    compare_tracked(config, quiet)
+    runs = [load_run(run.info.run_id) for run in children(newest_parent("comparison").info.run_id)]
+    assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
+    odd = replace(runs[0], settings={**runs[0].settings, "arch": "resnet50"})
+    told = notes([odd, *runs[1:]], 0.01)
+    assert any(f"WARNING: the runs of {odd.strategy} are no mere seeds, they differ in arch" in line for line in told)
+    longer = [replace(r, settings={**r.settings, "epochs": "7"}) if r.strategy == "frozen" else r for r in runs]
+    assert any(line.startswith("epochs: frozen 7, ") for line in notes(longer, 0.01))
+    assert "evaluated 0 times" in " ".join(
+        notes([replace(r, cost={**r.cost, "test_uses_before": i}) for i, r in enumerate(runs)], 0.01)
+    )
+
+
 def test_finished_runs_are_compared_as_they_are_and_others_refused(config: CompareConfig, finished: Finished) -> None:
     compare_tracked(config, quiet)
     ids = [run.info.run_id for run in children(newest_parent("comparison").info.run_id)]
@@ -116,6 +172,8 @@ def test_finished_runs_are_compared_as_they_are_and_others_refused(config: Compa
         (("--strategies", "frozen,frozen"), "different ones"),
         (("--epochs-each", "full:3"), "--epochs-each full:3"),
         (("--seeds", "0"), "--seeds 0"),
+        (("--strategy", "full"), "--strategy"),
+        (("--margin", "0"), "--margin 0"),
         (("--runs", "0" * 32), "0" * 32),
     ],
 )
@@ -162,6 +220,8 @@ def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
     [
         lambda: CompareConfig(fold="1/5"),
         lambda: CompareConfig(resume="x"),
+        lambda: CompareConfig(strategy="full"),
+        lambda: CompareConfig(margin=0),
         lambda: CrossvalConfig(fold="1/5"),
         lambda: TuneConfig(fold="1/5"),
         lambda: TuneConfig(pruner="WilcoxonPruner"),
@@ -190,7 +250,7 @@ def test_verify_accepts_an_honest_run_by_id_and_by_model(
     assert "figures equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("altered", ["metric", "predictions", "threshold"])
+@pytest.mark.parametrize("altered", ["metric", "predictions", "threshold", "rows"])
 def test_verify_fails_on_altered_figures(
     config: CompareConfig, altered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,11 +263,13 @@ def test_verify_fails_on_altered_figures(
     else:
         table = load_table(result.run_id, "tables/test_predictions.csv")
         table.loc[0, ["logit_normal", "logit_pneumonia"]] = [0.0, 5.0]
+        table = table.iloc[1:] if altered == "rows" else table
         client.log_text(result.run_id, table.to_csv(index=False), "tables/test_predictions.csv")
     assert run_main(monkeypatch, "models", "verify", result.run_id) == 1
     output = capsys.readouterr().out
     assert "WARN" in output
     expected = {"metric": "test_accuracy is logged as 0.99", "threshold": "threshold", "predictions": ".jpeg"}
+    expected["rows"] = "not the"
     assert expected[altered] in output
 
 

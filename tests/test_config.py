@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr.config import ARCHS, TrainConfig, default_of, flatten, spec_of, types_of, unflatten
+from cxr.config import (
+    ARCHS,
+    TrainConfig,
+    TuneConfig,
+    default_of,
+    flatten,
+    own_parameters,
+    spec_of,
+    types_of,
+    unflatten,
+    without_password,
+)
 from cxr.errors import UserError
 from cxr.strategies import STRATEGIES
 
@@ -35,7 +46,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(configs)
 def test_flatten_and_unflatten_give_the_same_configuration_back(config: TrainConfig) -> None:
     assert unflatten(flatten(config)) == config
@@ -105,3 +116,17 @@ def test_rates_are_those_of_the_phases_in_order(strategy: str) -> None:
     config = TrainConfig(strategy=strategy, lr_head=0.1, lr_top=0.2, lr_all=0.3)
     rates = {"head": 0.1, "top": 0.2, "all": 0.3}
     assert config.rates() == tuple(rates[phase.name] for phase in config.phases)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("https://me:secret@host:5000", "https://me:***@host:5000"),
+        ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:///optuna.db", "sqlite:///optuna.db"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+    assert own_parameters(TuneConfig(storage=url), "tune")["tune.storage"] == shown

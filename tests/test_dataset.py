@@ -37,7 +37,7 @@ def make(count: int, size: int = 32) -> Split:
     return Split(XrayDataset(images, rows, labels), rng.integers(0, 2**64, count, np.uint64), labels)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 200), st.integers(2, 70), st.integers(0, 10**9), st.integers(0, 300))
 def test_an_epoch_holds_every_image_once_less_a_last_batch_of_one(n: int, batch_size: int, seed: int, e: int) -> None:
     batches = epoch_order(n, batch_size, seed, e)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from cxr.calibration import Calibration
-from cxr.evaluate import CALIBRATED, Report, evaluate, format_interval, predictions_table
+from cxr.evaluate import CALIBRATED, Report, evaluate, format_interval, origin_of, predictions_table
 from cxr.metrics import DECISION_METRICS, METRICS, point_metrics
 
 
@@ -38,7 +38,7 @@ def report(resamples: int = 50) -> Report:
 
 
 @given(arrays(np.float32, (4, 2), elements=st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-20, 20, width=32)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_probability_is_the_softmax_of_any_finite_logits(logits: NDArray[np.float32]) -> None:
     table = predictions_table(images(4), logits)
     np.testing.assert_allclose(table["probability"], softmax(logits.astype(np.float64), axis=1)[:, 1], rtol=1e-12)
@@ -100,11 +100,17 @@ def test_without_resamples_no_bound_is_logged() -> None:
 def test_the_text_shows_each_metric_with_its_interval() -> None:
     got = report()
     assert "20 images of 10 groups" in got.text()
-    assert "threshold 0.4, chosen on validation" in got.text()
+    assert "threshold 0.4, the model's own" in got.text()
     for name in METRICS:
         assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
     assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
     assert "share of pneumonia: 0.700 is what the probabilities are made for, 0.500 here" in got.text()
+
+
+def test_a_report_says_where_its_threshold_comes_from() -> None:
+    assert origin_of("youden", "test") == "chosen by youden on validation"
+    assert origin_of("cost 5:1", "val") == "chosen by cost 5:1 on these images"
+    assert origin_of("0.3", "test") == "given"
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from narrow import narrow_resnet
@@ -178,7 +178,6 @@ def predictions(rows: list[tuple[int, float]]) -> pd.DataFrame:
     return table.assign(path=[f"image{i:02}" for i in range(len(rows))])
 
 
-@settings(deadline=None)
 @given(scored, thresholds, st.integers(0, 5))
 def test_examples_are_the_most_confident_and_the_nearest(
     rows: list[tuple[int, float]], threshold: float, count: int
@@ -209,7 +208,6 @@ def test_examples_are_the_most_confident_and_the_nearest(
         assert set(table.loc[right, "label"]) == set(table.loc[correct, "label"])
 
 
-@settings(deadline=None)
 @given(scored, thresholds, st.randoms(use_true_random=False))
 def test_examples_do_not_depend_on_the_order_of_the_rows(
     rows: list[tuple[int, float]], threshold: float, random: np.random.Generator

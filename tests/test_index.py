@@ -250,7 +250,7 @@ def patients(draw: st.DrawFn) -> tuple[pd.Series, pd.Series]:
     return pd.Series([g for g, _ in rows]), pd.Series([y for _, y in rows])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(patients(), st.floats(0.01, 0.5), st.integers(0, 2**32))
 def test_holdout_keeps_patients_whole_and_the_share_of_each_class(
     data: tuple[pd.Series, pd.Series], fraction: float, seed: int
@@ -268,7 +268,7 @@ def test_holdout_keeps_patients_whole_and_the_share_of_each_class(
         assert abs(taken - fraction * of_class.sum()) <= largest / 2 or len(set(groups[of_class & held])) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(patients(), st.randoms(use_true_random=False))
 def test_holdout_does_not_depend_on_the_order_of_rows(data: tuple[pd.Series, pd.Series], random: Random) -> None:
     groups, labels = data

@@ -151,6 +151,17 @@ def test_champion_moves_only_when_validation_on_the_same_images_improves(finishe
     assert list(registry.versions("moving")["version"]) == [4, 3, 2, 1]
 
 
+def test_a_champion_that_saw_phantoms_gives_way_to_any_model_of_xrays(finished: Finished, in_store: str) -> None:
+    outcomes = []
+    for number, (data, images) in enumerate([("phantoms", "x"), ("X-rays", "y"), ("phantoms", "z")]):
+        model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        tags = {"run_id": str(number), "val_loss": "0.5", "val_fingerprint": images, "data": data}
+        outcomes.append(registry.register(model.model_id, "replacing", tags))
+    assert [outcome.champion for outcome in outcomes] == [True, True, False]
+    assert "nothing but phantoms" in outcomes[1].why
+
+
 def test_unknown_models_and_runs_are_user_errors(
     finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -424,7 +424,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     programs = next((place for place in places if (place / "initdb").exists()), None)
     found = shutil.which("initdb")
     programs = programs or (Path(found).parent if found else None)
-    assert programs, "PostgreSQL is not installed: apt-get install postgresql"
+    if programs is None and "CI" not in os.environ:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    assert programs, "PostgreSQL is not installed"
     folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
     user: dict[str, Any] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses root

@@ -153,7 +153,7 @@ def test_modes_of_unknown_range_are_refused(mode: str) -> None:
         check_shape(64, 64, mode)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG"]), st.integers(0, 3000), st.binary(min_size=1, max_size=8))
 def test_damaged_bytes_give_an_image_or_an_image_error(format: str, start: int, patch: bytes) -> None:
     data = bytearray(encode(noise(40, 40), format))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -15,9 +17,10 @@ import pandas as pd
 import pytest
 from mlflow.entities import Run
 
+from cxr import registry
 from cxr.checkpoint import exclusive
 from cxr.config import TrainConfig, flatten, unflatten
-from cxr.errors import UserError
+from cxr.errors import InUseError, UserError
 from cxr.pipeline import run_tracked
 from cxr.results import RunResult
 from cxr.tracking import MlflowTracker, existing_run, open_run
@@ -182,6 +185,16 @@ def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Pat
         assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
 
 
+def test_a_run_that_goes_on_on_another_machine_is_left_alone(store: str, phantoms: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with open_run("partial-s0") as tracker:
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
+        assert mlflow.get_run(tracker.run_id).data.tags["cxr.host"] == socket.gethostname()
+        tracker.tags({"cxr.host": "elsewhere"})
+        with pytest.raises(InUseError, match="is running on elsewhere"):
+            run_tracked(TrainConfig(resume=tracker.run_id))
+
+
 def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) -> None:
     mlflow.set_tracking_uri(store)
     with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
@@ -214,11 +227,16 @@ def test_a_store_that_fails_while_the_run_ends_does_not_make_it_finished(
     assert mlflow.get_run(tracker.run_id).info.status == "FAILED"
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////proc/nope/mlflow.db", "postgresql://nobody@127.0.0.1:9/x"])
-def test_a_store_that_cannot_be_used_is_a_user_error(uri: str) -> None:
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nope/mlflow.db", "postgresql://nobody:secret@127.0.0.1:9/x"])
+def test_a_store_that_cannot_be_used_is_a_user_error(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)  # of 15, which take minutes
     mlflow.set_tracking_uri(uri)
     try:
-        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"), open_run("partial-s0"):
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as error, open_run("partial-s0"):
             raise AssertionError("no run can be open")
+        assert "secret" not in str(error.value)
+        for command in (partial(registry.versions, "x"), partial(registry.promote, "x", "1")):
+            with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+                command()
     finally:
         mlflow.set_tracking_uri(None)

@@ -268,7 +268,7 @@ def test_a_phase_ends_after_so_many_epochs_without_a_better_loss(
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_class_weights_are_balanced(normal: int, pneumonia: int) -> None:
     labels = np.array([0] * normal + [1] * pneumonia)
     total = normal + pneumonia

@@ -33,15 +33,17 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of an audit: what was checked, whether it is as it should be, and what was seen."""
+    """One line of an audit: what was checked, whether it is as it should be, what was seen; whether there was enough
+    to be `told`."""
 
     check: str
     ok: bool
     detail: str
+    told: bool = True
 
     def line(self) -> str:
         """For people."""
-        return f"{'ok  ' if self.ok else 'WARN'} {self.check}: {self.detail}"
+        return f"{('ok  ' if self.told else '?   ') if self.ok else 'WARN'} {self.check}: {self.detail}"
 
 
 def audit(
@@ -180,6 +182,8 @@ def _shortcuts(manifest: pd.DataFrame, cues: pd.DataFrame) -> Finding:
     seen = (manifest["split"] != "test").to_numpy()
     part = manifest[seen]
     found = separabilities(cues[seen], part["label"].to_numpy(np.int64), part["group"].to_numpy())
+    if all(np.isnan(auc) for auc in found.values()):
+        return Finding("shortcuts", True, "too few patients of a class to tell", False)
     strong = [cue for cue, auc in found.items() if auc > SHORTCUT]
     text = "AUC of the class from one cue: " + ", ".join(f"{cue} {auc:.2f}" for cue, auc in found.items())
     return Finding("shortcuts", not strong, text + (f" (a model may learn {_listed(strong)})" if strong else ""))
@@ -189,7 +193,8 @@ def _shift(found: dict[tuple[str, str], float]) -> Finding:
     strong = [(split, name) for (split, name), auc in found.items() if auc > SHIFTED]
     text = ", ".join(f"train and {split} {name} {auc:.2f}" for (split, name), auc in found.items())
     text = f"AUC of a linear probe between {text}" if found else "too few images in val and test to tell"
-    return Finding("shift between splits", not strong, text + _consequence({split for split, _ in strong}))
+    consequence = _consequence({split for split, _ in strong})
+    return Finding("shift between splits", not strong, text + consequence, bool(found))
 
 
 def _consequence(shifted: set[str]) -> str:

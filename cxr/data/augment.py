@@ -167,7 +167,8 @@ def _compress(x: Tensor, quality: Tensor) -> Tensor:
     table, dct = _codec(x.device)
     steps = ((table * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)
     n, height, width = x.shape
-    blocks = F.pad(x.unsqueeze(1), [0, -width % 8, 0, -height % 8], mode="replicate")
+    beyond = [0, -width % 8, 0, -height % 8]
+    blocks = F.pad(x.unsqueeze(1), beyond, mode="replicate") if any(beyond) else x.unsqueeze(1)
     blocks = blocks.view(n, blocks.shape[2] // 8, 8, blocks.shape[3] // 8, 8).transpose(2, 3)
     steps = steps.view(n, 1, 1, 8, 8)
     coefficients = (dct @ (blocks.round() - 128) @ dct.T / steps).round() * steps

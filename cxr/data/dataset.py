@@ -94,6 +94,13 @@ def straight_order(split: Split, batch_size: int) -> list[Tensor]:
     return list(torch.split(torch.arange(len(split)), batch_size))
 
 
+def brought(order: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The batches of an order on a device, by one transfer: one for each would hold a GPU up in every step."""
+    if device.type == "cpu" or not order:
+        return order
+    return list(torch.split(torch.cat(order).to(device), [len(batch) for batch in order]))
+
+
 def _load(split: Split, order: list[Tensor], device: torch.device) -> DataLoader[Item]:
     return DataLoader(
         split.dataset,
@@ -115,8 +122,7 @@ def fits_on(device: torch.device, split: Split) -> bool:
 def _resident_items(split: Split, order: list[Tensor], device: torch.device) -> Iterator[Item]:
     """As `_load`, from the device's own memory."""
     images, labels = split.dataset.resident(device)
-    for batch in order:
-        index = batch.to(device, non_blocking=True)
+    for index in brought(order, device):
         yield images[index], labels[index], index
 
 
