@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cxr.project import options
 from cxr.runtime import processes
 
 BAD_INPUT, STOPPED = 2, 130
+HEAD_START = 20.0  # seconds that the first of several processes has to fail with the same words
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -272,13 +275,21 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (click.ClickException, UserError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        number = os.environ.get("RANK", "0")  # under torchrun, where mostly each process says the same
+        number = os.environ.get("RANK", "0")  # under torchrun
+        if number != "0":
+            _let_the_first_speak()
         click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)
         _note_on_run(reason)
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt, Stopped):
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
+
+
+def _let_the_first_speak() -> None:
+    """Wait before failing: torchrun kills all processes when one fails, and mostly each would say the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM already: it ends this process without a word
+    time.sleep(HEAD_START)
 
 
 def _note_on_run(reason: str) -> None:

@@ -150,7 +150,7 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> l
     for name, figure in figures.items():
         parent.figure(figure, f"comparison/{name}.png")
     below = notes(runs, margin)
-    head = ". ".join(dict.fromkeys([lines[0], lines[-1]]))
+    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
     tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
     tables["Cost and stability"] = stability
     title = "Fine-tuning strategies compared"
