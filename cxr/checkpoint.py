@@ -3,18 +3,20 @@
 A run's folder holds `last.pt` (position, history, optimizer, scheduler, scaler, generators, the trainable stages) and
 the tensors it refers to: `base-P.safetensors`, the whole network at the start of phase P, and `best-E.safetensors`,
 what the phase had trained at its best epoch. Every file is complete before `last.pt` names it, and those that it
-no longer names are removed.
+no longer names are removed. A thread writes while the next epoch trains.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError
@@ -88,23 +90,72 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: this checkpoint cannot be read ({reason}); start a new run instead of resuming")
 
 
+def _copied(value: Any) -> Any:
+    """The same containers anew, with a copy of each tensor on the CPU: what trains on must not change what is saved."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
+
+
 class Checkpoints:
-    """The checkpoint folder of one run. One that `writes` nothing reads what another process wrote there."""
+    """The checkpoint folder of one run. One that `writes` nothing reads what another process wrote there.
+
+    What is saved is copied at once and written, in order, by a thread: when training is broken off, the checkpoint of
+    the last epoch may be missing, and the one before is there. As a context manager it waits for the thread. A write
+    that failed (disk full, say) is told by the `UserError` of a later call, and nothing is written after it until then.
+    """
 
     def __init__(self, folder: Path, writes: bool = True):
         self.folder, self.writes = folder, writes
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._waiting: deque[Future[None]] = deque()
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.flush()
+        else:  # which is told; that a write failed, too, means no more than an older checkpoint
+            wait(self._waiting)
+
+    def flush(self) -> None:
+        """Wait until all is on the disk. Raises `UserError` when it could not be written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_later(self, write: Callable[[], object]) -> None:
+        if len(self._waiting) > 1:  # a state and its tensors; more would fill the memory
+            self._waiting.popleft().result()
+        if self._error:
+            self.flush()
+        self._waiting.append(self._writer.submit(self._write, write))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        if self._error:  # a state must not name a file that is not there
+            return
+        try:
+            write()
+        except Exception as error:
+            self._error = error
 
     def save_tensors(self, name: str, state: StateDict) -> str:
         """Write tensors as `name`.safetensors and return that file's name."""
         file = f"{name}.safetensors"
-        if not self.writes:
-            return file
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        write_atomically(self.folder / file, lambda stream: stream.write(save(tensors)))
+        if self.writes:
+            tensors = {key: value.contiguous() for key, value in _copied(state).items()}
+            self._write_later(lambda: write_atomically(self.folder / file, lambda stream: stream.write(save(tensors))))
         return file
 
     def load_tensors(self, files: list[str]) -> StateDict:
         """The tensors of the files, a later file's over an earlier one's. Raises `UserError` for a damaged one."""
+        self.flush()
         merged: StateDict = {}
         for path in [self.folder / file for file in files]:
             try:
@@ -114,16 +165,26 @@ class Checkpoints:
         return merged
 
     def save(self, state: dict[str, Any], keep: set[str]) -> None:
-        """Write the loop's state, then remove what it does not name: tensor files not in `keep`, half-written ones."""
+        """Write the loop's state, then remove what it does not name: tensor files not in `keep`, half-written ones.
+
+        A run's first state is waited for, so that a run that has logged an epoch can be resumed.
+        """
         if not self.writes:
             return
-        write_atomically(self.folder / LAST, lambda stream: torch.save({"version": VERSION, **state}, stream))
+        whole = {"version": VERSION, **_copied(state)}
+        self._write_later(lambda: self._write_state(whole, keep))
+        if not (self.folder / LAST).exists():
+            self.flush()
+
+    def _write_state(self, state: dict[str, Any], keep: set[str]) -> None:
+        write_atomically(self.folder / LAST, lambda stream: torch.save(state, stream))
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             if file.name not in keep:
                 file.unlink()
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved, or None. Raises `UserError` when it is damaged or of another version of `cxr`."""
+        self.flush()
         path = self.folder / LAST
         if not path.exists():
             return None

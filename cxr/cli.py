@@ -182,8 +182,7 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
 @click.option("--data-dir", help="where the images are now, if not where the run had them")
 @click.option("--cache-dir", help="where decoded images are kept, if not where the run had them")
 def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> None:
-    """Compute the figures of TARGET (a run's id, or a model's URI) again: validation's and test's, from predictions,
-    model and data.
+    """Compute the figures of TARGET (a run's id, or a model's URI) again, from its predictions, model and data.
 
     Exit code 1 when anything differs.
     """

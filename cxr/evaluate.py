@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cxr.calibration import IDENTITY, Calibration, correct_prior, estimate_prior
 from cxr.data.index import CLASSES
@@ -201,6 +205,25 @@ def evaluate(
         before={name: uncalibrated[name] for name in CALIBRATED},
         prior={} if prevalence is None else _prior(labels, probabilities, prevalence),
     )
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """Cross-entropy of logits [n, 2] and labels [n], each image weighted as its class: what training minimises."""
+    return F.cross_entropy(logits, labels, weights.to(logits.dtype)).item()
+
+
+def stressed_figures(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Sequence[str]) -> dict[str, float]:
+    """The figures of the validation images under each of k stresses, one after the other: overall, and each one's loss.
+
+    logits [k n, 2] and labels [k n], uncalibrated; class weights [2].
+    """
+    figures = {"stressed_val_loss": weighted_loss(logits, labels, weights)}
+    parts = zip(torch.chunk(logits, len(stresses)), torch.chunk(labels, len(stresses)), strict=True)
+    for name, (part, part_labels) in zip(stresses, parts, strict=True):
+        figures[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
+    points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
+    names = ("accuracy", "recall", "specificity", "roc_auc")
+    return figures | {f"stressed_val_{name}": points[name] for name in names}
 
 
 def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, float]:

@@ -15,24 +15,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr import parallel
 from cxr.activations import Activations
 from cxr.auditing import audited
-from cxr.calibration import IDENTITY, Calibration, choose_threshold, fit_calibration
+from cxr.calibration import Calibration, choose_threshold, fit_calibration
 from cxr.checkpoint import LAST, Checkpoints, exclusive
 from cxr.config import CHANGE_NO_NUMBER, TrainConfig, flatten, types_of, unflatten
 from cxr.data.augment import STRESSES
 from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import CLASSES, fingerprint
 from cxr.errors import UserError
-from cxr.evaluate import Report, evaluate, implied_prevalence, margins_of, origin_of, predictions_table
+from cxr.evaluate import (
+    Report,
+    evaluate,
+    implied_prevalence,
+    margins_of,
+    origin_of,
+    predictions_table,
+    stressed_figures,
+)
 from cxr.family import children, ending, join_parent, make_child, open_parent, unfinished_parent
 from cxr.inputs import Data, Machine, checkpoint_folder, read_data, ready_machine
-from cxr.metrics import point_metrics
 from cxr.model import build_model
 from cxr.results import TEST_SPLIT, RunResult, Say, data_words, epoch_line, log_end, log_start, summary, views_figure
 from cxr.runtime import cache_folder, cpu_has_bf16, describe, memory_explained, peak_memory, reset_peak_memory
@@ -268,13 +274,14 @@ def train_model(
     )
     batches = source.train_batches, source.val_batches
     stressed = source.stressed_batches if config.select == "stressed_val_loss" else None
-    for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
-        records.append(record)
-        if record.epoch >= logged:
-            named = {f"{label}{name}": value for name, value in record.metrics.items()}
-            tracker.metrics({**named, f"{label}phase": record.phase_index}, step=record.epoch)
-        say(epoch_line(record))
-        watch(record)
+    with checkpoints:
+        for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
+            records.append(record)
+            if record.epoch >= logged:
+                named = {f"{label}{name}": value for name, value in record.metrics.items()}
+                tracker.metrics({**named, f"{label}phase": record.phase_index}, step=record.epoch)
+            say(epoch_line(record))
+            watch(record)
     return records, source
 
 
@@ -338,10 +345,4 @@ def _stressed(
     phase = config.phases[-1]
     logits, labels = infer(model, source.stressed_batches(phase), machine.precision, phase.trainable)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    losses = F.cross_entropy(logits, labels, weights, reduction="none") / weights[labels].mean()
-    figures = {"stressed_val_loss": losses.mean().item()}
-    for name, part in zip(STRESSES, torch.chunk(losses, len(STRESSES)), strict=True):
-        figures[f"stressed_val_loss_{name}"] = part.mean().item()
-    points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
-    names = ("accuracy", "recall", "specificity", "roc_auc")
-    return figures | {f"stressed_val_{name}": points[name] for name in names}
+    return stressed_figures(logits, labels, weights, tuple(STRESSES))

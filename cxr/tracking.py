@@ -490,6 +490,15 @@ def load_table(run_id: str, path: str) -> pd.DataFrame:
         return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
 
 
+def metric_history(run_id: str, metric: str) -> dict[int, float]:
+    """Step -> value of a run's metric; of a step logged more than once, the last."""
+    import mlflow
+
+    with explained():
+        logged = mlflow.MlflowClient().get_metric_history(run_id, metric)
+    return {each.step: each.value for each in sorted(logged, key=lambda each: (each.step, each.timestamp))}
+
+
 def source_run(uri: str) -> str | None:
     """The id of the run that logged a model; None where the store does not say (a plain folder)."""
     import mlflow

@@ -184,10 +184,12 @@ class Loop:
 
     def load(self, files: list[str]) -> None:
         """Put saved tensors into the model."""
+        self.checkpoints.flush()
+        parallel.wait()  # for the first process's files
         self.model.load_state_dict(self.checkpoints.load_tensors(files), strict=False)
 
     def save(self) -> None:
-        """Write the complete state."""
+        """Write the complete state, while the next epoch trains."""
         state = {
             "progress": asdict(self.progress),
             "tensors": stage_state(self.model, self.phase.trainable),
@@ -197,7 +199,6 @@ class Loop:
             "generators": _generators(self.device),
         }
         self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
-        parallel.wait()  # for the files: others may read them next
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a state that `save` wrote."""
@@ -237,8 +238,9 @@ def fit(
 
     `train_data(phase, epoch)` and `val_data(phase)` give (features, labels) on the model's device; features are what
     enters the phase's first trainable stage. A folder with a checkpoint is taken up where it stopped: the records it
-    already gave are given again, then the loop goes on. Each record is saved before it is given. Raises
-    `FreezeError` when something frozen moved, `UserError` when the loss is no longer finite.
+    already gave are given again, then the loop goes on. A record is given while its checkpoint is written; the one of
+    the record before is there (`Checkpoints`). Raises `FreezeError` when something frozen moved, `UserError` when the
+    loss is no longer finite or a checkpoint cannot be written.
     """
     select = "stressed_val_loss" if stressed_data else "val_loss"
     loop = Loop(model, phases, rates, schedule, class_weights, checkpoints, select)

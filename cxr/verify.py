@@ -1,26 +1,34 @@
-"""The audit of an evaluation: the logged figures of validation and test again from the logged predictions, and those
-from model and data. The stressed validation and what was logged in training are not done again."""
+"""The audit of an evaluation: the logged figures again from the logged predictions, and those from model and data; the
+choice of the best epoch again from the logged epochs. What an epoch before the best one measured is past checking."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from cxr import registry
 from cxr.calibration import choose_threshold, fit_calibration
 from cxr.config import TrainConfig, unflatten
 from cxr.data.audit import Finding
+from cxr.data.augment import STRESSES
+from cxr.data.dataset import make_split, straight_order, view_batches
+from cxr.data.index import CLASSES
 from cxr.errors import UserError
-from cxr.evaluate import arrays_of, evaluate, implied_prevalence, margins_of
-from cxr.inputs import read_data
+from cxr.evaluate import arrays_of, evaluate, implied_prevalence, margins_of, stressed_figures, weighted_loss
+from cxr.inputs import Data, read_data
+from cxr.model import count_parameters
 from cxr.predictor import Predictor
-from cxr.tracking import explained, load_table, prepare
+from cxr.tracking import explained, load_table, metric_history, prepare
+from cxr.train import class_weights, infer
 
 EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
+LOOSE = 0.01  # of figures that training measured in bf16 or fp16, and that fp32 gives here
 _SHOWN = 5
 
 
@@ -36,9 +44,14 @@ def verify(target: str, data_dir: str | None = None, cache_dir: str | None = Non
     val, test = (load_table(run.info.run_id, f"tables/{split}_predictions.csv") for split in ("val", held))
     predictor = registry.load(uri)
     share = implied_prevalence(predictor.card.calibration, float(val["label"].mean()))
-    findings = [_figures(run, config, val, test, held, share), _choices(run, config, val, predictor)]
+    sizes = {
+        "parameters_total": count_parameters(predictor.model),
+        "parameters_trained": count_parameters(predictor.model, config.phases[-1].trainable),
+    }
+    findings = [_figures(run, config, val, test, held, share, sizes), _choices(run, config, val, predictor)]
     findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
-    return findings + _predictions(run, config, {"val": val, held: test}, predictor)
+    findings.append(_best_epoch(run, config, val))
+    return findings + _from_images(run, config, {"val": val, held: test}, predictor)
 
 
 def _run_of(target: str) -> tuple[Any, str]:
@@ -67,20 +80,43 @@ def _finding(check: str, wrong: list[str], fine: str) -> Finding:
     return Finding(check, not wrong, "; ".join(wrong[:_SHOWN]) + more if wrong else fine)
 
 
-def _figures(run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str, share: float) -> Finding:
+def _figures(
+    run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str, share: float, sizes: dict[str, int]
+) -> Finding:
     threshold = run.data.metrics.get("chosen_threshold", float("nan"))
     again = evaluate(val, "val", threshold, config.bootstrap).figures()
     again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
+    again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
     wrong = _differences(run.data.metrics, again)
     return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
 
 
-def _differences(logged: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
+def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolerance: float = EXACT) -> list[str]:
     return [
         f"{name} is logged as {logged.get(name, float('nan')):.6f}, and is {value:.6f}"
         for name, value in again.items()
-        if not np.isclose(logged.get(name, float("nan")), value, rtol=EXACT, atol=EXACT)
+        if not np.isclose(logged.get(name, float("nan")), value, rtol=tolerance, atol=tolerance)
     ]
+
+
+def _tolerance(run: Any) -> float:
+    """Of figures that training measured in its own precision."""
+    return CLOSE if run.data.tags.get("precision") == "fp32" else LOOSE
+
+
+def _best_epoch(run: Any, config: TrainConfig, val: pd.DataFrame) -> Finding:
+    """Which epoch was the best, from all that were logged, and its loss from the predictions of its checkpoint."""
+    epochs = metric_history(run.info.run_id, "train_loss")
+    losses, judged = (metric_history(run.info.run_id, name) for name in ("val_loss", config.select))
+    best = min(epochs, key=lambda epoch: (judged.get(epoch, math.inf), epoch))
+    named = float(run.data.tags.get("best_epoch", "nan"))
+    wrong = _differences({"best_epoch": named}, {"best_epoch": best})
+    weights = torch.tensor([float(run.data.params.get(f"class_weight.{name}", "nan")) for name in CLASSES])
+    logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
+    name = f"val_loss of epoch {best}"
+    again = {name: weighted_loss(logits, torch.tensor(arrays_of(val)[0]), weights)}
+    wrong += _differences({name: losses.get(best, math.nan)}, again, _tolerance(run))
+    return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(epochs)}, and its val_loss")
 
 
 def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
@@ -106,7 +142,7 @@ def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding
     return _finding(f"{split} decisions from the logged logits", wrong, f"{len(table)} equal")
 
 
-def _predictions(
+def _from_images(
     run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
 ) -> list[Finding]:
     """The images again through the model; which images they are, by digest, label and split."""
@@ -116,19 +152,32 @@ def _predictions(
     findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]
     if same:
         return findings
-    for split, table in tables.items():
-        part, wrong = data.part(split), list[str]()
-        if list(part["digest"]) != list(table["digest"]):
-            wrong = [f"the table has {len(table)} images, not the {len(part)} of the split, or others"]
-            findings.append(_finding(f"{split} predictions from model and data", wrong, ""))
-            continue
-        images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
-        again = predictor.predict(images)["probability"].to_numpy()
-        gap = np.abs(again - table["probability"].to_numpy())
-        logged = table["probability"]
-        wrong += [f"{table['path'][i]}: {logged[i]:.4f}, not {again[i]:.4f}" for i in np.where(gap > CLOSE)[0]]
-        labels = part["label"].to_numpy() != table["label"].to_numpy()
-        wrong += [f"{path}: another label" for path in table.loc[labels, "path"]]
-        fine = f"{len(table)} images, probabilities within {gap.max():.1e}"
-        findings.append(_finding(f"{split} predictions from model and data", wrong, fine))
-    return findings
+    findings += [_predictions(data, split, table, predictor) for split, table in tables.items()]
+    return [*findings, _stressed(run, config, data, predictor)]
+
+
+def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predictor) -> Finding:
+    check, part = f"{split} predictions from model and data", data.part(split)
+    if list(part["digest"]) != list(table["digest"]):
+        return _finding(check, [f"the table has {len(table)} images, not the {len(part)} of the split, or others"], "")
+    images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
+    again, logged = predictor.predict(images)["probability"].to_numpy(), table["probability"]
+    gap = np.abs(again - logged.to_numpy())
+    wrong = [f"{table['path'][i]}: {logged[i]:.4f}, not {again[i]:.4f}" for i in np.where(gap > CLOSE)[0]]
+    labels = part["label"].to_numpy() != table["label"].to_numpy()
+    wrong += [f"{path}: another label" for path in table.loc[labels, "path"]]
+    return _finding(check, wrong, f"{len(table)} images, probabilities within {gap.max():.1e}")
+
+
+def _stressed(run: Any, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
+    """The class weights again from the training labels, and the stressed validation from model and data."""
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
+    logged = {name: float(run.data.params.get(name, "nan")) for name in named}
+    wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
+    split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
+    order = straight_order(split, config.batch_size)
+    seen = (batch for stress in STRESSES for batch in view_batches(split, order, 0, stress, device))
+    again = stressed_figures(*infer(predictor.model, seen), weights, tuple(STRESSES))
+    wrong += _differences(run.data.metrics, again, _tolerance(run))
+    return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {_tolerance(run)}")

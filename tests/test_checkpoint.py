@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import torch
 
 from cxr.checkpoint import LAST, Checkpoints, write_atomically
 from cxr.errors import UserError
+
+
+class Slow:
+    """A disk that writes nothing until `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.go, self._whole = threading.Event(), Checkpoints._write
+        monkeypatch.setattr(Checkpoints, "_write", lambda one, write: self._held(one, write))
+
+    def _held(self, one: Checkpoints, write: Callable[[], object]) -> None:
+        assert self.go.wait(20)
+        self._whole(one, write)
 
 
 @contextmanager
@@ -33,6 +46,7 @@ def saved(tmp_path: Path) -> Checkpoints:
     checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save_tensors("base-0", {"a": torch.ones(3)})
     checkpoints.save({"epoch": 4, "tensors": {"a": torch.arange(3)}}, keep={"base-0.safetensors"})
+    checkpoints.flush()
     return checkpoints
 
 
@@ -46,6 +60,51 @@ def test_what_is_saved_is_loaded(saved: Checkpoints) -> None:
     assert state["epoch"] == 4
     assert torch.equal(state["tensors"]["a"], torch.arange(3))
     assert torch.equal(saved.load_tensors(["base-0.safetensors"])["a"], torch.ones(3))
+
+
+def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_saved(
+    saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, weight = Slow(monkeypatch), torch.ones(3)
+    best = saved.save_tensors("best-5", {"a": weight})
+    saved.save({"epoch": 5, "optimizer": {0: [(weight,)]}}, keep={best})  # returns at once
+    weight.zero_()
+    disk.go.set()
+    state = saved.load()  # waits
+    assert state is not None
+    assert torch.equal(state["optimizer"][0][0][0], torch.ones(3))
+    assert torch.equal(saved.load_tensors([best])["a"], torch.ones(3))
+
+
+def test_no_more_than_one_epoch_waits_for_a_slow_disk(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Slow(monkeypatch)
+    threading.Timer(0.2, disk.go.set).start()
+    for epoch in range(5):
+        saved.save_tensors(f"best-{epoch}", {"a": torch.ones(3)})
+        assert len(saved._waiting) <= 2
+        assert epoch == 0 or disk.go.is_set() or len(saved._waiting) == 2
+    saved.flush()
+    assert files(saved.folder) == {LAST, "base-0.safetensors", *(f"best-{epoch}.safetensors" for epoch in range(5))}
+
+
+def test_a_state_never_names_tensors_that_could_not_be_written(saved: Checkpoints) -> None:
+    with full_disk(), pytest.raises(UserError, match=r"best-5"), saved:
+        best = saved.save_tensors("best-5", {"a": torch.ones(2000)})
+        saved.save({"epoch": 5}, keep={best})
+    state = saved.load()
+    assert state is not None
+    assert state["epoch"] == 4
+
+
+def test_a_failed_write_does_not_hide_what_ended_the_run(saved: Checkpoints) -> None:
+    with full_disk(), pytest.raises(KeyboardInterrupt), saved:
+        saved.save_tensors("best-5", {"a": torch.ones(2000)})
+        raise KeyboardInterrupt
+
+
+def test_a_first_state_is_there_when_save_returns(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save({"epoch": 0}, keep=set())
+    assert (tmp_path / LAST).exists()
 
 
 def test_the_state_holds_no_code(saved: Checkpoints) -> None:
@@ -70,6 +129,7 @@ def test_saving_removes_what_the_state_no_longer_names(saved: Checkpoints) -> No
     saved.save_tensors("best-1", {"a": torch.zeros(3)})
     (saved.folder / ".best-2.safetensors.tmp").write_bytes(b"half-writ")
     saved.save({"epoch": 5}, keep={"best-1.safetensors"})
+    saved.flush()
     assert files(saved.folder) == {LAST, "best-1.safetensors"}
 
 
@@ -78,8 +138,10 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_still_loads(saved: Checkpoin
     before, big = files(saved.folder), {"a": torch.zeros(size)}
     with full_disk(), pytest.raises(UserError, match=r"best-9.*: cannot be written \(File too large\).*--cache-dir"):
         saved.save_tensors("best-9", big)
+        saved.flush()
     with full_disk(), pytest.raises(UserError, match=r"last\.pt: cannot be written \(File too large\).*--cache-dir"):
         saved.save({"epoch": 5, "tensors": big}, keep=set())
+        saved.flush()
     assert files(saved.folder) == before
     state = saved.load()
     assert state is not None
@@ -88,8 +150,10 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_still_loads(saved: Checkpoin
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "run")
+    checkpoints.save_tensors("base-0", {"a": torch.ones(1)})
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
-        Checkpoints(tmp_path / "file" / "run").save_tensors("base-0", {"a": torch.ones(1)})
+        checkpoints.flush()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

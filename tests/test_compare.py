@@ -244,13 +244,13 @@ def test_verify_accepts_an_honest_run_by_id_and_by_model(
     run_id = finished[1].run_id
     findings = verify(run_id)
     assert [finding.line() for finding in findings if not finding.ok] == []
-    assert len(findings) == 7
+    assert len(findings) == 9
     version = MlflowClient().search_model_versions(f"run_id = '{run_id}'")[0]
     assert run_main(monkeypatch, "models", "verify", f"models:/{version.name}/{version.version}") == 0
     assert "figures equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("altered", ["metric", "predictions", "threshold", "rows"])
+@pytest.mark.parametrize("altered", ["metric", "predictions", "threshold", "rows", "epoch", "stressed"])
 def test_verify_fails_on_altered_figures(
     config: CompareConfig, altered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +258,11 @@ def test_verify_fails_on_altered_figures(
     client = MlflowClient()
     if altered == "metric":
         client.log_metric(result.run_id, "test_accuracy", 0.99, step=99)
+    elif altered == "stressed":
+        client.log_metric(result.run_id, "stressed_val_accuracy", 1.01, step=99)
+    elif altered == "epoch":
+        client.log_metric(result.run_id, "train_loss", 0.1, step=50)
+        client.log_metric(result.run_id, "val_loss", 0.001, step=50)
     elif altered == "threshold":
         client.log_metric(result.run_id, "chosen_threshold", 0.123, step=99)
     else:
@@ -269,7 +274,11 @@ def test_verify_fails_on_altered_figures(
     output = capsys.readouterr().out
     assert "WARN" in output
     expected = {"metric": "test_accuracy is logged as 0.99", "threshold": "threshold", "predictions": ".jpeg"}
-    expected["rows"] = "not the"
+    expected |= {
+        "rows": "not the",
+        "stressed": "stressed_val_accuracy is logged as 1.01",
+        "epoch": "val_loss of epoch 50",
+    }
     assert expected[altered] in output
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,17 @@ def start(
     """`fit` as the pipeline calls it, in batches of four and with two views."""
     schedule = replace(SCHEDULE, **changes)
     source = Activations(model, *data, 4, 0, 2, schedule.precision, budget)
-    return fit(
-        model,
-        phases,
-        tuple(rates[phase.name] for phase in phases),
-        schedule,
-        class_weights(data[0].labels),
-        wrap_train(source.train_batches),
-        wrap_val(source.val_batches),
-        Checkpoints(folder),
-    )
+    with Checkpoints(folder) as checkpoints:
+        yield from fit(
+            model,
+            phases,
+            tuple(rates[phase.name] for phase in phases),
+            schedule,
+            class_weights(data[0].labels),
+            wrap_train(source.train_batches),
+            wrap_val(source.val_batches),
+            checkpoints,
+        )
 
 
 def clone(state: StateDict) -> StateDict:
@@ -371,6 +373,25 @@ def test_a_crash_between_tensors_and_state_leaves_a_run_that_goes_on(
     assert taken_up(few, tmp_path) == uninterrupted
 
 
+@pytest.mark.parametrize("writes", range(3, 14))
+def test_whatever_was_written_when_the_process_died_a_run_goes_on_from(
+    few: Splits, tmp_path: Path, uninterrupted: Result, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    calls, whole = itertools.count(), Checkpoints._write
+
+    def write(self: Checkpoints, file: Callable[[], object]) -> None:
+        if next(calls) < writes:
+            whole(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_write", write)
+        records = start(narrow_resnet(), few, tmp_path)
+        with suppress(UserError):  # best tensors that never reached the disk
+            for _ in records:
+                assert (tmp_path / LAST).exists()
+    assert taken_up(few, tmp_path) == uninterrupted
+
+
 def test_a_finished_run_is_told_again_without_training(few: Splits, tmp_path: Path, uninterrupted: Result) -> None:
     def never(source: TrainData) -> TrainData:
         def fail(phase: Phase, epoch: int) -> Iterable[Batch]:
@@ -382,8 +403,13 @@ def test_a_finished_run_is_told_again_without_training(few: Splits, tmp_path: Pa
     assert taken_up(few, tmp_path, wrap_train=never) == uninterrupted
 
 
-def test_the_checkpoint_folder_holds_only_what_the_state_names(tiny: ResNet, few: Splits, tmp_path: Path) -> None:
+def test_the_checkpoint_folder_holds_only_what_the_state_names(
+    tiny: ResNet, few: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = list[Checkpoints]()
+    monkeypatch.setattr(Checkpoints, "__enter__", lambda self: (checkpoints.append(self), self)[1])
     for _ in start(tiny, few, tmp_path):
+        checkpoints[0].flush()
         progress = torch.load(tmp_path / LAST, weights_only=True)["progress"]
         named = {LAST, progress["base"], *progress["best_files"]}
         assert {path.name for path in tmp_path.iterdir()} == named
