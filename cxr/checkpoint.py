@@ -12,7 +12,7 @@ import fcntl
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -102,9 +102,8 @@ def _copied(value: Any) -> Any:
 class Checkpoints:
     """The checkpoint folder of one run. One that `writes` nothing reads what another process wrote there.
 
-    What is saved is copied at once and written, in order, by a thread: when training is broken off, the checkpoint of
-    the last epoch may be missing, and the one before is there. As a context manager it waits for the thread. A write
-    that failed (disk full, say) is told by the `UserError` of a later call, and nothing is written after it until then.
+    What is saved is copied at once and written, in order, by a thread; `flush` waits for it, and so does the end of
+    the `with` block. A write that failed (disk full, say) is told by `flush`; nothing is written after it until then.
     """
 
     def __init__(self, folder: Path, writes: bool = True):
@@ -117,24 +116,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
+        self._writer.shutdown()
+        if kind is None:  # else that is told; that a write failed, too, means no more than an older checkpoint
             self.flush()
-        else:  # which is told; that a write failed, too, means no more than an older checkpoint
-            wait(self._waiting)
 
     def flush(self) -> None:
         """Wait until all is on the disk. Raises `UserError` when it could not be written."""
         while self._waiting:
-            self._waiting.popleft().result()
+            self._waiting[0].result()
+            self._waiting.popleft()
         if self._error:
             error, self._error = self._error, None
             raise error
 
     def _write_later(self, write: Callable[[], object]) -> None:
-        if len(self._waiting) > 1:  # a state and its tensors; more would fill the memory
-            self._waiting.popleft().result()
-        if self._error:
-            self.flush()
         self._waiting.append(self._writer.submit(self._write, write))
 
     def _write(self, write: Callable[[], object]) -> None:
@@ -180,7 +175,8 @@ class Checkpoints:
         write_atomically(self.folder / LAST, lambda stream: torch.save(state, stream))
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             if file.name not in keep:
-                file.unlink()
+                with suppress(OSError):  # one left over does no harm
+                    file.unlink()
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved, or None. Raises `UserError` when it is damaged or of another version of `cxr`."""

@@ -274,7 +274,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (click.ClickException, UserError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        number = os.environ.get("RANK", "0")  # under torchrun
+        number = os.environ["RANK"] if processes() > 1 else "0"
         if number != "0":
             _let_the_first_speak()
         click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)

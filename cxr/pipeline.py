@@ -81,18 +81,17 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
     if found := [finding.check for finding in findings if not finding.ok]:
-        say(f"note: the audit found {'; '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
+        say(f"note: the audit warns of {', '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
-    before = tracker.logged("val_loss")  # epochs of the attempts before this one
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
     held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
     val, test, calibration = _reports(config, data, machine, model)
-    earlier = sum(record.metrics["epoch_seconds"] + record.metrics["eval_seconds"] for record in records[:before])
+    earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
     result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, memory, calibration, stressed, uses)
@@ -260,7 +259,7 @@ def train_model(
     checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id) / label, parallel.rank() == 0)
     if logged and not (checkpoints.folder / LAST).exists():
         raise UserError(
-            f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {logged} epochs; "
+            f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {len(logged)} epochs; "
             "resume on the machine and with the --cache-dir that it had, or start a new run"
         )
     schedule = Schedule(
@@ -277,7 +276,8 @@ def train_model(
     with checkpoints:
         for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
             records.append(record)
-            if record.epoch >= logged:
+            # One that was logged and not yet saved when a run was broken off has been trained again; a GPU may differ.
+            if logged.get(record.epoch) != record.metrics["val_loss"]:
                 named = {f"{label}{name}": value for name, value in record.metrics.items()}
                 tracker.metrics({**named, f"{label}phase": record.phase_index}, step=record.epoch)
             say(epoch_line(record))

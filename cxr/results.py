@@ -80,9 +80,10 @@ def log_start(
 ) -> None:
     """What is known before training: tags, configuration, audit, manifest, data sets.
 
-    Raises `UserError` when a resumed run would go on with other data or weights than it began with.
+    Raises `UserError` when a resumed run would go on with other data, weights or precision than it began with.
     """
-    _require_same(tracker, {"data_fingerprint": data.fingerprint, "weights_used": weights})
+    origin = {"data_fingerprint": data.fingerprint, "weights_used": weights, "precision": machine.precision}
+    _require_same(tracker, origin)
     tracker.tags(
         {
             "strategy": config.strategy,
@@ -108,7 +109,7 @@ def log_start(
 
 
 def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
-    """Raise `UserError` when a resumed run would go on with other data or weights than it began with."""
+    """Raise `UserError` when a resumed run would go on from something else than it began with."""
     for name, value in origin.items():
         before = tracker.recorded().get(name, value)
         if before != value:

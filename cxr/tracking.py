@@ -69,8 +69,8 @@ class Tracker(Protocol):
     def recorded(self) -> Mapping[str, str]:
         """Parameters and tags that the run had when it was opened; empty for a new one."""
 
-    def logged(self, metric: str) -> int:
-        """How often a metric was logged before the run was opened: 0 for a new one."""
+    def logged(self, metric: str) -> Mapping[int, float]:
+        """Step -> value of a metric that was logged before the run was opened: empty for a new one."""
 
     def count(self, tags: Mapping[str, str]) -> int:
         """How many other runs of the store have these tags."""
@@ -120,9 +120,9 @@ class NullTracker:
         """Nothing."""
         return {}
 
-    def logged(self, metric: str) -> int:
-        """Never."""
-        return 0
+    def logged(self, metric: str) -> Mapping[int, float]:
+        """Nothing."""
+        return {}
 
     def count(self, tags: Mapping[str, str]) -> int:
         """None."""
@@ -191,13 +191,9 @@ class MlflowTracker:
         """As the store had them."""
         return self._recorded
 
-    def logged(self, metric: str) -> int:
+    def logged(self, metric: str) -> Mapping[int, float]:
         """As the store had it."""
-        import mlflow
-
-        if metric not in self._metrics:
-            return 0
-        return len(mlflow.MlflowClient().get_metric_history(self.run_id, metric))
+        return metric_history(self.run_id, metric) if metric in self._metrics else {}
 
     def count(self, tags: Mapping[str, str]) -> int:
         """In all experiments, whatever became of the runs."""

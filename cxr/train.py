@@ -38,7 +38,10 @@ class FreezeProof:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One epoch. `epoch` counts on from 0 across phases; `proof` is there on a phase's last epoch."""
+    """One epoch. `epoch` counts on from 0 across phases; `proof` is there on a phase's last epoch.
+
+    `restored` is one of an earlier attempt, read from its checkpoint.
+    """
 
     epoch: int
     phase: str
@@ -46,6 +49,7 @@ class EpochRecord:
     metrics: dict[str, float]
     improved: bool
     proof: FreezeProof | None
+    restored: bool = False
 
     def row(self) -> dict[str, Any]:
         """Flat, for a table: epoch, phase, improved and the metrics."""
@@ -262,7 +266,7 @@ def fit(
 
 def _record_from(row: dict[str, Any]) -> EpochRecord:
     proof = row["proof"]
-    return EpochRecord(**{**row, "proof": FreezeProof(**proof) if proof else None})
+    return EpochRecord(**{**row, "proof": FreezeProof(**proof) if proof else None, "restored": True})
 
 
 def _enter_phase(loop: Loop, index: int) -> None:
@@ -319,6 +323,7 @@ def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
 def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     """Prove the freezing, judge the epoch, keep what is best, save, and report."""
     progress = loop.progress
+    loop.checkpoints.flush()  # of the epoch before: no more than one may wait
     # In every epoch, so that nothing is saved of a network whose frozen part moved.
     _require_frozen(loop, bit_sums(loop.model, loop.phase.frozen) == loop.bits)
     judged = metrics[loop.select]

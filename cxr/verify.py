@@ -99,6 +99,14 @@ def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolera
     ]
 
 
+def _number(values: Mapping[str, str], name: str) -> float:
+    """NaN for what is not there, or no number any more."""
+    try:
+        return float(values.get(name, "nan"))
+    except ValueError:
+        return math.nan
+
+
 def _tolerance(run: Any) -> float:
     """Of figures that training measured in its own precision."""
     return CLOSE if run.data.tags.get("precision") == "fp32" else LOOSE
@@ -106,17 +114,16 @@ def _tolerance(run: Any) -> float:
 
 def _best_epoch(run: Any, config: TrainConfig, val: pd.DataFrame) -> Finding:
     """Which epoch was the best, from all that were logged, and its loss from the predictions of its checkpoint."""
-    epochs = metric_history(run.info.run_id, "train_loss")
     losses, judged = (metric_history(run.info.run_id, name) for name in ("val_loss", config.select))
-    best = min(epochs, key=lambda epoch: (judged.get(epoch, math.inf), epoch))
-    named = float(run.data.tags.get("best_epoch", "nan"))
-    wrong = _differences({"best_epoch": named}, {"best_epoch": best})
-    weights = torch.tensor([float(run.data.params.get(f"class_weight.{name}", "nan")) for name in CLASSES])
+    best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
+    named = run.data.tags.get("best_epoch", "nothing")
+    wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, and is {best}"]
+    weights = torch.tensor([_number(run.data.params, f"class_weight.{name}") for name in CLASSES])
     logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     name = f"val_loss of epoch {best}"
     again = {name: weighted_loss(logits, torch.tensor(arrays_of(val)[0]), weights)}
     wrong += _differences({name: losses.get(best, math.nan)}, again, _tolerance(run))
-    return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(epochs)}, and its val_loss")
+    return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(losses)}, and its val_loss")
 
 
 def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
@@ -173,11 +180,16 @@ def _stressed(run: Any, config: TrainConfig, data: Data, predictor: Predictor) -
     """The class weights again from the training labels, and the stressed validation from model and data."""
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
-    logged = {name: float(run.data.params.get(name, "nan")) for name in named}
+    logged = {name: _number(run.data.params, name) for name in named}
     wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
     split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
     order = straight_order(split, config.batch_size)
     seen = (batch for stress in STRESSES for batch in view_batches(split, order, 0, stress, device))
     again = stressed_figures(*infer(predictor.model, seen), weights, tuple(STRESSES))
-    wrong += _differences(run.data.metrics, again, _tolerance(run))
-    return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {_tolerance(run)}")
+    # One image that falls on the other side moves a count, be the tolerance what it may.
+    step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))
+    counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
+    for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
+        wrong += _differences(run.data.metrics, {name: again[name] for name in sorted(names)}, tolerance)
+    gap = max(abs(run.data.metrics.get(name, math.nan) - value) for name, value in again.items())
+    return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {gap:.1e}")

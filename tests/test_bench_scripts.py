@@ -69,3 +69,14 @@ def test_the_search_benchmark_holds_studies_against_notebook_epochs_and_grows(ph
     assert rows["relative"].gt(0).sum() == 4
     assert list(rows["relative"][["images x1", "trials x1"]]) == [1, 1]
     assert rows["shelf MB"]["study, no reuse"] == 0
+
+
+@pytest.mark.slow
+def test_the_checkpoint_benchmark_takes_turns(tmp_path: Path) -> None:
+    script, out = str(EXPERIMENTS / "bench_checkpoint.py"), tmp_path / "table.csv"
+    options = ["--arch", "resnet18", "--epoch-seconds", "0.1", "--epochs", "2", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(out).set_index("checkpoint")
+    assert table["s held up"].gt(0).all()
+    assert table["ratio"]["waited for"] == pytest.approx(1)

@@ -99,3 +99,11 @@ def test_audit_names_corrupt_files_and_exits_1(
     victim.write_bytes(b"not an image")
     assert run_main(monkeypatch, "data", "audit", str(copy)) == 1
     assert victim.name in capsys.readouterr().out
+
+
+def test_a_rank_without_torchrun_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run_main(monkeypatch, "train", "--epochs", "0") == 2
+    assert "error: " in capsys.readouterr().err

@@ -261,7 +261,6 @@ def test_verify_fails_on_altered_figures(
     elif altered == "stressed":
         client.log_metric(result.run_id, "stressed_val_accuracy", 1.01, step=99)
     elif altered == "epoch":
-        client.log_metric(result.run_id, "train_loss", 0.1, step=50)
         client.log_metric(result.run_id, "val_loss", 0.001, step=50)
     elif altered == "threshold":
         client.log_metric(result.run_id, "chosen_threshold", 0.123, step=99)

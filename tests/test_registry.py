@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +20,16 @@ import pytest
 import torch
 from command import run_main
 from mlflow.entities import Run
-from small import small
+from small import quiet, small
 from torchvision.models import ResNet, resnet18
 
 from cxr import registry
+from cxr.checkpoint import Checkpoints
 from cxr.config import TrainConfig
 from cxr.errors import UserError
 from cxr.pipeline import run_tracked
 from cxr.results import RunResult
+from cxr.tracking import metric_history
 
 ROOT = Path(__file__).parent.parent
 CHAMPION = "models:/cxr-pneumonia@champion"
@@ -210,5 +214,31 @@ def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
     assert [entry.value for entry in history] == list(whole.history["val_loss"])
     assert np.array_equal(resumed.test.probabilities, whole.test.probabilities)
     assert mlflow.get_run(resumed.run_id).info.status == "FINISHED"
-    spent = resumed.history.loc[: before - 1, ["epoch_seconds", "eval_seconds"]].to_numpy().sum()
+    restored = sum(record.restored for record in resumed.records)
+    assert before - 1 <= restored <= before  # the last one's checkpoint was under way
+    spent = resumed.history.loc[: restored - 1, ["epoch_seconds", "eval_seconds"]].to_numpy().sum()
     assert resumed.seconds == pytest.approx(spent)
+
+
+def test_an_epoch_that_was_logged_but_not_saved_is_trained_again_and_what_differs_logged(
+    phantoms: Path, in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(TrainConfig, phantoms, strategy="frozen", epochs=3, register="none")
+    calls, whole = itertools.count(), Checkpoints._write
+
+    def write(self: Checkpoints, file: Callable[[], object]) -> None:
+        if next(calls) < 3:  # the network at the start, the best so far, the first state
+            whole(self, file)
+
+    def stop(line: str) -> None:
+        if line.startswith("epoch  1"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "_write", write)
+        run_tracked(config, say=stop)
+    run_id = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"])["run_id"][0]
+    mlflow.MlflowClient().log_metric(run_id, "val_loss", 0.125, step=1)  # as another machine would have measured it
+    resumed = run_tracked(TrainConfig(resume=run_id), say=quiet)
+    assert [record.restored for record in resumed.records] == [True, False, False]
+    assert list(metric_history(run_id, "val_loss").values()) == list(resumed.history["val_loss"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -390,6 +391,23 @@ def test_whatever_was_written_when_the_process_died_a_run_goes_on_from(
             for _ in records:
                 assert (tmp_path / LAST).exists()
     assert taken_up(few, tmp_path) == uninterrupted
+
+
+def test_a_record_is_given_when_the_one_before_is_saved_however_slow_the_disk(
+    few: Splits, tmp_path: Path, uninterrupted: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Checkpoints._write
+
+    def slowly(self: Checkpoints, file: Callable[[], object]) -> None:
+        time.sleep(0.1)
+        whole(self, file)
+
+    monkeypatch.setattr(Checkpoints, "_write", slowly)
+    records = []
+    for record in start(narrow_resnet(), few, tmp_path):
+        records.append(record)
+        assert torch.load(tmp_path / LAST, weights_only=True)["progress"]["epoch"] in (record.epoch, record.epoch + 1)
+    assert without_timings(records) == uninterrupted[0]
 
 
 def test_a_finished_run_is_told_again_without_training(few: Splits, tmp_path: Path, uninterrupted: Result) -> None:
