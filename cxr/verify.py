@@ -24,7 +24,7 @@ from cxr.evaluate import arrays_of, evaluate, implied_prevalence, margins_of, st
 from cxr.inputs import Data, read_data
 from cxr.model import count_parameters
 from cxr.predictor import Predictor
-from cxr.tracking import explained, load_table, metric_history, prepare
+from cxr.tracking import explained, git_commit, load_table, metric_history, prepare
 from cxr.train import class_weights, infer
 
 EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
@@ -88,6 +88,9 @@ def _figures(
     again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
     wrong = _differences(run.data.metrics, again)
+    made, here = run.data.tags.get("git_commit", "unknown"), git_commit()
+    if wrong and made != here:  # whose statistics may be others
+        wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
     return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
 
 

@@ -281,6 +281,16 @@ def test_verify_fails_on_altered_figures(
     assert expected[altered] in output
 
 
+def test_verify_says_when_other_code_made_a_run_that_differs(
+    finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = finished[1].run_id
+    monkeypatch.setattr("cxr.verify.git_commit", lambda: "another")
+    assert verify(run_id)[0].ok
+    monkeypatch.setattr("cxr.verify._differences", lambda *values: ["test_accuracy is logged as 2, and is 1"])
+    assert "and this is another; test_accuracy" in verify(run_id)[0].line()
+
+
 def test_verify_says_when_the_images_are_others(
     finished: Finished, phantoms: Path, tmp_path: Path, in_store: str
 ) -> None:
