@@ -133,6 +133,8 @@ def end(run_id: str, status: str, reason: str = "") -> None:
             client = mlflow.MlflowClient()
             if reason:
                 client.set_tag(run_id, ERROR, reason[:5000])
+                if OUTCOME in client.get_run(run_id).data.tags:  # of an earlier attempt
+                    client.delete_tag(run_id, OUTCOME)
             else:
                 client.set_tag(run_id, OUTCOME, "finished")
                 if ERROR in client.get_run(run_id).data.tags:  # of another worker, or an earlier attempt

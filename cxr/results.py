@@ -111,7 +111,7 @@ def log_start(
 def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
     """Raise `UserError` when a resumed run would go on from something else than it began with."""
     for name, value in origin.items():
-        before = tracker.recorded().get(name, value)
+        before = tracker.recorded_tags().get(name, value)
         if before != value:
             raise UserError(f"--resume {tracker.run_id}: {name} was {before} and is {value} now; start a new run")
 

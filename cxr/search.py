@@ -28,7 +28,7 @@ from cxr.auditing import audited
 from cxr.config import TrainConfig, TuneConfig, flatten, own_parameters, without_password
 from cxr.errors import InUseError, MachineError, Pruned, Stopped, UserError
 from cxr.evaluate import format_interval
-from cxr.family import AGAIN, end, ending, is_finished, join_parent, keep_only, make_child, open_parent
+from cxr.family import AGAIN, children, end, ending, is_finished, join_parent, keep_only, make_child, open_parent
 from cxr.inputs import Data, checkpoint_folder, read_data, ready_machine
 from cxr.model import build_model
 from cxr.pipeline import is_lost, run_tracked, train_model
@@ -84,8 +84,9 @@ class Worker:
     def _on_stale(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """A worker fell silent: its trial goes back to the queue, and its run is ended."""
         requeue(study, trial, MAX_RETRIES)
-        if run_id := trial.user_attrs.get(RUN):
-            end(run_id, "KILLED", "its worker fell silent; the trial went back to the queue")
+        for run in children(self.parent.run_id):  # by name: a worker may die before it tells the study of its run
+            if run.info.run_name == _run_name(trial.number) and run.info.status in ("RUNNING", "FINISHED"):
+                end(run.info.run_id, "KILLED", "its worker fell silent; the trial went back to the queue")
 
     def work(self) -> None:
         """Run trials until none is left, here or anywhere."""
@@ -125,7 +126,7 @@ class Worker:
         self.current = trial.number
         try:
             config = suggest(trial, self.config)
-            with open_run(f"trial-{trial.number:03}", parent=self.parent.run_id, stops=False, again=AGAIN) as tracker:
+            with open_run(_run_name(trial.number), parent=self.parent.run_id, stops=False, again=AGAIN) as tracker:
                 trial.set_user_attr(RUN, tracker.run_id)
                 return self._train(trial, config, tracker)
         except Pruned as error:
@@ -218,6 +219,10 @@ class Worker:
             raise KeyboardInterrupt
         self.stopping = True
         self.say("stopping after this trial; Ctrl-C again to stop at once")
+
+
+def _run_name(trial: int) -> str:
+    return f"trial-{trial:03}"
 
 
 def _unsaid(line: str) -> None:

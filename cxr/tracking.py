@@ -66,8 +66,8 @@ class Tracker(Protocol):
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """Note which data the run used, and for what."""
 
-    def recorded(self) -> Mapping[str, str]:
-        """Parameters and tags that the run had when it was opened; empty for a new one."""
+    def recorded_tags(self) -> Mapping[str, str]:
+        """The tags that the run had when it was opened; empty for a new one."""
 
     def logged(self, metric: str) -> Mapping[int, float]:
         """Step -> value of a metric that was logged before the run was opened: empty for a new one."""
@@ -116,7 +116,7 @@ class NullTracker:
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """Forgotten."""
 
-    def recorded(self) -> Mapping[str, str]:
+    def recorded_tags(self) -> Mapping[str, str]:
         """Nothing."""
         return {}
 
@@ -138,7 +138,7 @@ class MlflowTracker:
 
     def __init__(self, run: Any):
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
-        self._recorded = {**run.data.params, **run.data.tags}
+        self._recorded_tags = dict(run.data.tags)
         self._metrics = set(run.data.metrics)
 
     def params(self, values: Mapping[str, str]) -> None:
@@ -187,9 +187,9 @@ class MlflowTracker:
             data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
             mlflow.log_input(data, context=context)
 
-    def recorded(self) -> Mapping[str, str]:
+    def recorded_tags(self) -> Mapping[str, str]:
         """As the store had them."""
-        return self._recorded
+        return self._recorded_tags
 
     def logged(self, metric: str) -> Mapping[int, float]:
         """As the store had it."""

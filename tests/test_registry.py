@@ -28,8 +28,8 @@ from cxr.checkpoint import Checkpoints
 from cxr.config import TrainConfig
 from cxr.errors import UserError
 from cxr.pipeline import run_tracked
-from cxr.results import RunResult
-from cxr.tracking import metric_history
+from cxr.results import RunResult, _require_same
+from cxr.tracking import MlflowTracker, metric_history
 
 ROOT = Path(__file__).parent.parent
 CHAMPION = "models:/cxr-pneumonia@champion"
@@ -241,4 +241,6 @@ def test_an_epoch_that_was_logged_but_not_saved_is_trained_again_and_what_differ
     mlflow.MlflowClient().log_metric(run_id, "val_loss", 0.125, step=1)  # as another machine would have measured it
     resumed = run_tracked(TrainConfig(resume=run_id), say=quiet)
     assert [record.restored for record in resumed.records] == [True, False, False]
+    with pytest.raises(UserError, match="precision was fp32 and is bf16 now"):
+        _require_same(MlflowTracker(mlflow.get_run(run_id)), {"precision": "bf16"})
     assert list(metric_history(run_id, "val_loss").values()) == list(resumed.history["val_loss"])
