@@ -371,6 +371,11 @@ def types_of(cls: type) -> dict[str, type]:
 CHANGE_NO_NUMBER = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
 
 
+def that_change_numbers(config: TrainConfig) -> dict[str, str]:
+    """The parameters, as `flatten` gives them, less those that change no number."""
+    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER}
+
+
 def without_password(url: str) -> str:
     """A URL as it may be shown and logged."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", url)

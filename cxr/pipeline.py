@@ -23,7 +23,7 @@ from cxr.activations import Activations
 from cxr.auditing import audited
 from cxr.calibration import Calibration, choose_threshold, fit_calibration
 from cxr.checkpoint import LAST, Checkpoints, exclusive
-from cxr.config import CHANGE_NO_NUMBER, TrainConfig, flatten, types_of, unflatten
+from cxr.config import TrainConfig, flatten, that_change_numbers, types_of, unflatten
 from cxr.data.augment import STRESSES
 from cxr.data.dataset import eval_batches, make_split
 from cxr.data.index import CLASSES, fingerprint
@@ -174,12 +174,8 @@ def run_family(
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
     """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
-    text = json.dumps([*origin, *(_that_change_numbers(member) for member in members)], sort_keys=True)
+    text = json.dumps([*origin, *(that_change_numbers(member) for member in members)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _that_change_numbers(config: TrainConfig) -> dict[str, str]:
-    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER}
 
 
 def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say) -> str:

@@ -23,7 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from cxr.config import CHANGE_NO_NUMBER, TrainConfig, TuneConfig, flatten, search_range, without_password
+from cxr.config import TrainConfig, TuneConfig, search_range, that_change_numbers, without_password
 from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
@@ -112,10 +112,7 @@ def open_study(
 
 def _parameters(config: TuneConfig) -> dict[str, str]:
     own = {f"tune.{name}": str(getattr(config, name)) for name in ("search", "objective", "seeds")}
-    every = {
-        key: value for key, value in flatten(config.train).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER
-    }
-    return {**every, **own}
+    return {**that_change_numbers(config.train), **own}
 
 
 def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str]) -> None:
