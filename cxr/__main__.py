@@ -1,5 +1,7 @@
 """`python -m cxr`."""
 
+from __future__ import annotations
+
 from cxr.cli import main
 
 main()

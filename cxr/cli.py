@@ -15,8 +15,8 @@ import click
 import cxr
 from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
 from cxr.errors import Stopped, UserError
-from cxr.project import options
-from cxr.runtime import processes
+from cxr.machine import processes
+from cxr.options import options
 
 BAD_INPUT, STOPPED = 2, 130
 HEAD_START = 20.0  # seconds that the first of several processes has to fail with the same words
@@ -41,7 +41,7 @@ def _one_process(command: str) -> None:
 def train(**parameters: Any) -> None:
     """Train one strategy, evaluate its best checkpoint on the test split once, and log everything."""
     config = TrainConfig(**parameters)
-    from cxr.pipeline import run_together
+    from cxr.runs.train import run_together
 
     run_together(config, say=click.echo)
 
@@ -52,7 +52,7 @@ def tune(**parameters: Any) -> None:
     """Search the learning rate of every phase with Optuna. The same command again continues the study."""
     config = TuneConfig(**parameters)
     _one_process("tune")
-    from cxr.search import tune_tracked
+    from cxr.studies.search import tune_tracked
 
     tune_tracked(config, say=click.echo)
 
@@ -67,7 +67,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
         raise click.UsageError(f"{' '.join(more)}: name runs after --runs")
     config = CompareConfig(**parameters)
     _one_process("compare")
-    from cxr.compare import compare_runs, compare_tracked
+    from cxr.studies.compare import compare_runs, compare_tracked
 
     if first:
         compare_runs([first, *more], config.margin, say=click.echo)
@@ -81,7 +81,7 @@ def crossval(**parameters: Any) -> None:
     """Cross-validate a strategy on the training and validation images, patients kept together; test stays locked."""
     config = CrossvalConfig(**parameters)
     _one_process("crossval")
-    from cxr.crossval import crossval_tracked
+    from cxr.studies.crossval import crossval_tracked
 
     crossval_tracked(config, say=click.echo)
 
@@ -101,7 +101,7 @@ MODEL = click.option(
 @click.option("--json", "as_json", is_flag=True, help="print JSON, one object for each image")
 def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
     """Print label, probability of pneumonia and decision for each of IMAGES. Not for clinical use."""
-    from cxr.registry import load
+    from cxr.tracking.registry import load
 
     table = load(uri).predict_files(images)
     click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
@@ -113,8 +113,8 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
 @click.option("--out", "folder", type=click.Path(path_type=Path), default="explained", show_default=True, help="folder")
 def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
     """Write each of IMAGES beside its Grad-CAM heat map into a folder. Not for clinical use."""
-    from cxr.explain import explain_files
-    from cxr.registry import load
+    from cxr.serving.explain import explain_files
+    from cxr.tracking.registry import load
 
     for file in explain_files(load(uri), images, folder):
         click.echo(file)
@@ -133,7 +133,7 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
 @click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
 def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
     """Evaluate a model on other images, as an MLflow run of its own."""
-    from cxr.external import evaluate_tracked
+    from cxr.runs.evaluate import evaluate_tracked
 
     evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
 
@@ -150,7 +150,7 @@ NAME = click.option("--name", default="cxr-pneumonia", show_default=True, help="
 @NAME
 def list_command(name: str) -> None:
     """Show the versions, newest first."""
-    from cxr.registry import versions
+    from cxr.tracking.registry import versions
 
     click.echo(versions(name).to_string(index=False))
 
@@ -160,7 +160,7 @@ def list_command(name: str) -> None:
 @NAME
 def promote_command(version: str, name: str) -> None:
     """Make VERSION the champion, whatever its figures; who was champion before is kept as a tag."""
-    from cxr.registry import promote
+    from cxr.tracking.registry import promote
 
     click.echo(promote(name, version))
 
@@ -171,7 +171,7 @@ def promote_command(version: str, name: str) -> None:
 @click.option("--onnx", is_flag=True, help="write X_ray_classifier.onnx, too")
 def export_command(folder: Path, uri: str, onnx: bool) -> None:
     """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
-    from cxr.registry import load
+    from cxr.tracking.registry import load
 
     for file in load(uri).export(folder, onnx):
         click.echo(file)
@@ -186,7 +186,7 @@ def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> 
 
     Exit code 1 when anything differs.
     """
-    from cxr.verify import verify
+    from cxr.runs.verify import verify
 
     findings = verify(target, data_dir, cache_dir)
     for finding in findings:
@@ -211,9 +211,9 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
     config = TrainConfig(
         data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict="true" if strict else "false"
     )
-    from cxr.auditing import audited
-    from cxr.inputs import read_data
-    from cxr.model import build_model
+    from cxr.data.load import read_data
+    from cxr.network.resnet import build_model
+    from cxr.runs.audit import audited
 
     content = read_data(config)
     model = None if weights == "none" else build_model(config.arch, weights, config.seed)[0]
@@ -232,8 +232,7 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
 @click.option("--cache-dir", default="auto", show_default=True, help="the cache folder")
 def cache_command(days: float | None, cache_dir: str) -> None:
     """List what the cache holds (decoded images, activations, checkpoints), the least recently used first."""
-    from cxr.runtime import cache_folder
-    from cxr.shelf import contents, prune
+    from cxr.storage import cache_folder, contents, prune
 
     folder = cache_folder(cache_dir)
     removed = prune(folder, days) if days is not None else []
@@ -257,7 +256,7 @@ def fetch_command() -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="another seed draws other children")
 def synth_command(folder: Path, seed: int) -> None:
     """Write the phantom X-rays into FOLDER/chest_xray."""
-    from cxr.data.synthetic import write_synthetic
+    from cxr.data.phantoms import write_synthetic
 
     try:
         click.echo(write_synthetic(folder, seed=seed))
@@ -294,7 +293,7 @@ def _let_the_first_speak() -> None:
 def _note_on_run(reason: str) -> None:
     """Under `mlflow run`, tell the run that it opened why the command failed."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        from cxr.tracking import note_error
+        from cxr.tracking.lifecycle import note_error
 
         note_error(run_id, reason)
 

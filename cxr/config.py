@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 from cxr.errors import UserError
+from cxr.parameters import Spec, _check, param, spec_of, types_of
 from cxr.strategies import STRATEGIES, Phase
 
 ARCHS = (
@@ -25,31 +25,6 @@ ARCHS = (
 )
 SYNTHETIC = "synthetic"
 MAX_SEED = 1_000_000_000  # torch and Philox take no more than 64 bits
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What is known of one parameter beside its type and default. Bounds are inclusive unless `above`."""
-
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    above: float | None = None
-    high: float | None = None
-    search: tuple[float, float] | None = None
-    log: bool = False
-
-
-def param(default: Any, help: str, **spec: Any) -> Any:
-    """A dataclass field that carries its `Spec` in the metadata."""
-    return field(default=default, metadata={"spec": Spec(help, **spec)})
-
-
-def spec_of(item: Field[Any]) -> Spec:
-    """The `Spec` that `param` attached to a field."""
-    spec = item.metadata["spec"]
-    assert isinstance(spec, Spec)
-    return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,22 +305,6 @@ def search_range(name: str) -> Spec:
     return next(spec_of(item) for item in fields(TrainConfig) if item.name == name)
 
 
-def _check(name: str, value: Any, spec: Spec) -> None:
-    option = f"--{name.replace('_', '-')}"
-    if spec.choices and value not in spec.choices:
-        raise UserError(f"{option} {value}: unknown; choose one of {', '.join(spec.choices)}")
-    if not isinstance(value, int | float):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{option} {value}: not a finite number")
-    if spec.above is not None and value <= spec.above:
-        raise UserError(f"{option} {value}: must be above {spec.above:g}")
-    if spec.low is not None and value < spec.low:
-        raise UserError(f"{option} {value}: must be at least {spec.low:g}")
-    if spec.high is not None and value > spec.high:
-        raise UserError(f"{option} {value}: must be at most {spec.high:g}")
-
-
 THRESHOLD_RULES = "youden, f1, sensitivity>=0.95, cost 5:1 (a missed pneumonia : a false alarm), or a number"
 
 
@@ -358,12 +317,6 @@ def check_rule(rule: str) -> None:
         raise UserError(f"--threshold {rule}: a sensitivity lies above 0 and is at most 1")
     if match[2] and float(match[2]) + float(match[3]) == 0:
         raise UserError(f"--threshold {rule}: one of the two must cost something")
-
-
-def types_of(cls: type) -> dict[str, type]:
-    """Name -> type of each parameter of a configuration class."""
-    hints = get_type_hints(cls)
-    return {item.name: hints[item.name] for item in fields(cls)}
 
 
 # These change no number (the data and weights in use are told by their own names), so that workers, and the attempts at
@@ -385,12 +338,6 @@ def own_parameters(config: TrainConfig, prefix: str) -> dict[str, str]:
     """What a command adds to the parameters of a training run, under dotted keys as in `flatten`."""
     own = sorted(types_of(type(config)).keys() - types_of(TrainConfig))
     return {f"{prefix}.{name}": without_password(str(getattr(config, name))) for name in own}
-
-
-def default_of(item: Field[Any]) -> Any:
-    """The default of a field; every parameter has one."""
-    assert item.default is not MISSING
-    return item.default
 
 
 def flatten(config: TrainConfig, prefix: str = "train") -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The one exception for what a user can mend: shown as one line, exit code 2, never a traceback."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Bad input. The message says what is wrong, where, and what to do about it."""

@@ -33,7 +33,6 @@ class Phase:
 HEAD = Phase("head", first="fc", lr="lr_head")
 TOP = Phase("top", first="layer4", lr="lr_top")
 ALL = Phase("all", first="stem", lr="lr_all")
-
 STRATEGIES: dict[str, tuple[Phase, ...]] = {
     "frozen": (HEAD,),
     "partial": (TOP,),

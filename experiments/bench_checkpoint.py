@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from torchvision.models import get_model
 
-from cxr.checkpoint import Checkpoints
-from cxr.runtime import describe, resolve_device
+from cxr.machine import describe, resolve_device
+from cxr.training.checkpoint import Checkpoints
 
 
 def trained(arch: str, device: torch.device) -> tuple[torch.nn.Module, torch.optim.Adam]:

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cxr.data.dataset import Split, epoch_order, eval_batches, make_split, view_batches
-from cxr.data.index import digest_files, find_root, index_folder
+from cxr.data.batches import Split, epoch_order, eval_batches, make_split, view_batches
+from cxr.data.kaggle import digest_files, find_root, index_folder
 from cxr.data.store import Store, open_store
-from cxr.model import build_model, run_stages
-from cxr.prefix import look_up
-from cxr.runtime import describe, eval_batch_size, resolve_device, resolve_precision, seed_everything
-from cxr.shelf import RowFile
+from cxr.machine import describe, eval_batch_size, resolve_device, resolve_precision, seed_everything
+from cxr.network.resnet import build_model, run_stages
 from cxr.strategies import STRATEGIES
+from cxr.training.frozen_prefix import look_up
+from cxr.training.row_file import RowFile
 
 Batch = tuple[Tensor, Tensor]
 Job = Callable[[int], int]  # number of the repeat -> images that were brought

@@ -31,9 +31,9 @@ import pandas as pd
 import torch
 
 from cxr.config import TuneConfig
-from cxr.model import build_model
-from cxr.runtime import peak_memory, reset_peak_memory, resolve_device
-from cxr.shelf import contents
+from cxr.machine import peak_memory, reset_peak_memory, resolve_device
+from cxr.network.resnet import build_model
+from cxr.storage import contents
 from cxr.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def make_tables(work: Path) -> None:
     set_up(work)
     import mlflow
 
-    from cxr.tracking import prepare
+    from cxr.tracking.store import prepare
 
     prepare()
     mlflow.search_experiments()
@@ -99,9 +99,9 @@ def study(config: TuneConfig, tables: Path) -> Cost:
     import mlflow
     import optuna
 
-    from cxr.search import tune_tracked
-    from cxr.study import study_name
-    from cxr.tracking import EXPERIMENT, prepare
+    from cxr.studies.optuna_study import study_name
+    from cxr.studies.search import tune_tracked
+    from cxr.tracking.store import EXPERIMENT, prepare
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -47,16 +47,18 @@ from torchvision import transforms
 from torchvision.models import ResNet
 
 from cxr.config import TrainConfig
-from cxr.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from cxr.data.index import OFFICIAL, SUFFIXES, assign_splits, find_root, index_folder
+from cxr.data.kaggle import SUFFIXES, find_root, index_folder
+from cxr.data.load import read_data
+from cxr.data.splits import OFFICIAL, assign_splits
+from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD
 from cxr.errors import UserError
-from cxr.inputs import read_data, ready_machine
-from cxr.model import build_model, obey
-from cxr.pipeline import train_model
-from cxr.runtime import describe, peak_memory, reset_peak_memory
+from cxr.machine import describe, peak_memory, ready_machine, reset_peak_memory
+from cxr.network.freezing import obey
+from cxr.network.resnet import build_model
+from cxr.runs.train import train_model
 from cxr.strategies import STRATEGIES
-from cxr.tracking import NullTracker
-from cxr.train import EpochRecord
+from cxr.tracking.tracker import NullTracker
+from cxr.training.loop import EpochRecord
 
 SINGLE = ("frozen", "partial", "full")
 DECIMALS = {

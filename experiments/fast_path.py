@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 
 from cxr.config import TrainConfig
-from cxr.pipeline import run
-from cxr.results import RunResult
-from cxr.shelf import contents
-from cxr.tracking import NullTracker
+from cxr.runs.result import RunResult
+from cxr.runs.train import run
+from cxr.storage import contents
+from cxr.tracking.tracker import NullTracker
 
 
 def one(config: TrainConfig) -> RunResult:

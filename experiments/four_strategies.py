@@ -12,7 +12,7 @@ from dataclasses import replace
 import click
 
 from cxr.config import TrainConfig
-from cxr.pipeline import run_tracked
+from cxr.runs.train import run_tracked
 
 # On a CPU a pass of `full` costs 1.5 to 6 minutes, so its phases are kept short here.
 EPOCHS = {"frozen": 10, "partial": 10, "full": 3, "gradual": 2}

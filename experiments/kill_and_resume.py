@@ -24,7 +24,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from cxr.config import TrainConfig
-from cxr.data.synthetic import write_synthetic
+from cxr.data.phantoms import write_synthetic
 
 EPOCHS = "3"
 

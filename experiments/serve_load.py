@@ -27,8 +27,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from cxr.data.synthetic import phantom
-from cxr.registry import load
+from cxr.data.phantoms import phantom
+from cxr.tracking.registry import load
 
 PORT = 5077
 URL = f"http://127.0.0.1:{PORT}"

@@ -16,17 +16,18 @@ from small import small
 from torch import Tensor
 from torchvision.models import ResNet
 
-from cxr import prefix
-from cxr.data.dataset import Split, make_split
-from cxr.data.index import assign_splits, index_folder
+from cxr.data.batches import Split, make_split
+from cxr.data.kaggle import index_folder
+from cxr.data.phantoms import write_synthetic
+from cxr.data.splits import assign_splits
 from cxr.data.store import open_store
-from cxr.data.synthetic import write_synthetic
+from cxr.training import frozen_prefix as prefix
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
     from mlflow.entities import Run
 
     from cxr.config import TrainConfig
-    from cxr.results import RunResult
+    from cxr.runs.result import RunResult
 
 matplotlib.use("Agg")
 # pytest-xdist runs one process for each core; threads of their own would only wait for each other.
@@ -114,7 +115,7 @@ def finished(
     import mlflow
 
     from cxr.config import TrainConfig
-    from cxr.pipeline import run_tracked
+    from cxr.runs.train import run_tracked
 
     cache = str(tmp_path_factory.mktemp("cache"))
     config = small(TrainConfig, phantoms, strategy="gradual", val_split="official", bootstrap=50, cache_dir=cache)

@@ -22,7 +22,7 @@ from payload import Payload
 from PIL import Image
 from torchvision.models import resnet34
 
-from cxr import checkpoint
+from cxr.training import checkpoint
 
 TINY = ("--weights", "random", "--image-size", "64", "--epochs", "1", "--bootstrap", "0", "--views", "1")
 
@@ -317,7 +317,7 @@ def test_a_store_corrupted_behind_our_back_is_made_again(
 def test_a_tracking_server_lost_in_mid_run(refused: Refused, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.exceptions import MlflowException
 
-    from cxr.tracking import MlflowTracker
+    from cxr.tracking.tracker import MlflowTracker
 
     def lost(*arguments: object, **options: object) -> None:
         raise MlflowException("API request failed\nwith a long story")

@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr.config import (
-    ARCHS,
-    TrainConfig,
-    TuneConfig,
-    default_of,
-    flatten,
-    own_parameters,
-    spec_of,
-    types_of,
-    unflatten,
-    without_password,
-)
+from cxr.config import ARCHS, TrainConfig, TuneConfig, flatten, own_parameters, unflatten, without_password
 from cxr.errors import UserError
+from cxr.parameters import default_of, spec_of, types_of
 from cxr.strategies import STRATEGIES
 
 NUMBERS = [item for item in fields(TrainConfig) if types_of(TrainConfig)[item.name] in (int, float)]

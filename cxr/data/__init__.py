@@ -1,1 +1,4 @@
-"""From a folder of X-rays to batches of views."""
+"""Images from a folder to batches: manifest, splits, decoding, the store, views.
+
+No network, no labels but the manifest's.
+"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cxr.data.index import find_root
+from cxr.data.kaggle import find_root
 from cxr.errors import UserError
 
 HANDLE = "paultimothymooney/chest-xray-pneumonia"

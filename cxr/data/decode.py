@@ -1,0 +1,79 @@
+"""Encoded image bytes to a square of grey levels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+UInt8 = npt.NDArray[np.uint8]
+MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors give about 20 million
+MIN_SIDE = 32
+FORMATS = ("JPEG", "PNG")
+
+
+class ImageError(ValueError):
+    """Bytes that are no usable image; the message is the reason."""
+
+
+def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
+    """Encoded bytes -> (uint8 [size, size], original (width, height, mode)).
+
+    Grey by ITU-R 601 luma as PIL does it, bilinear with antialiasing; transparency over black; 16-bit grey
+    scaled to 8; EXIF orientation obeyed. Raises `ImageError` for what cannot be decoded, is smaller than
+    32 pixels or larger than 60 million.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            shape = (image.width, image.height, image.mode)
+            check_shape(*shape)
+            return square_gray(ImageOps.exif_transpose(image), size, resize), shape
+    except (ImageError, MemoryError):  # short of memory is no property of the image, and not to be remembered as one
+        raise
+    except Exception as error:  # whatever a parser trips over in bytes that are not what they claim
+        raise ImageError(_reason(data, error)) from error
+
+
+def square_gray(image: Image.Image, size: int, resize: str) -> UInt8:
+    """A decoded image of any mode -> uint8 [size, size], grey."""
+    return _square(_to_gray(image), size, resize)
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "zero bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG or PNG"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def check_shape(width: int, height: int, mode: str) -> None:
+    """Raise `ImageError` for an image too small, too large, or of values whose range is not known."""
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{width}x{height}: smaller than {MIN_SIDE} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}x{height}: more than {MAX_PIXELS:,} pixels")
+    if mode in ("I", "F"):
+        raise ImageError(f"mode {mode}: 32-bit values of unknown range; convert it to 8 or 16 bit grey")
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("L")
+    return image.convert("L") if image.mode in ("L", "RGB") else image.convert("RGB").convert("L")
+
+
+def _square(image: Image.Image, size: int, resize: str) -> UInt8:
+    if resize == "crop":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    elif resize == "pad":
+        image = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=0)
+    else:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8)

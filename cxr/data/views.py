@@ -1,0 +1,177 @@
+"""Views: one augmented version of an image is a pure function of (seed, image, view number).
+
+Mild geometry, plus what breaks the cues that come from the apparatus instead of the lung: exposure, sharpness,
+scale and JPEG compression. A batch is transformed at once with parameters of its own for each image, on
+whatever device holds it. The order of the operations is the order of the columns of `RANGES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# zoom: factor; angle: degrees; shift: share of the side; contrast: factor about the image's mean;
+# brightness: share of white added; blur: sigma in pixels; quality: of the JPEG compression.
+RANGES = {
+    "zoom": (0.8, 1.25),
+    "angle": (-10.0, 10.0),
+    "shift_x": (-0.05, 0.05),
+    "shift_y": (-0.05, 0.05),
+    "contrast": (0.75, 1.3),
+    "brightness": (-0.1, 0.1),
+    "blur": (0.1, 1.2),
+    "quality": (15.0, 70.0),
+}
+NEUTRAL = {
+    "zoom": 1.0,
+    "angle": 0.0,
+    "shift_x": 0.0,
+    "shift_y": 0.0,
+    "contrast": 1.0,
+    "brightness": 0.0,
+    "blur": 1e-3,
+    "quality": 100.0,
+}
+
+# Each changes one cue of the apparatus, at the edge of what training shows or a little beyond.
+STRESSES: dict[str, dict[str, float]] = {
+    "larger": {"zoom": 1.15},
+    "smaller": {"zoom": 0.85},
+    "flat": {"contrast": 0.7},
+    "harsh": {"contrast": 1.4},
+    "blurred": {"blur": 1.5},
+    "compressed": {"quality": 20.0},
+}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_BLUR_RADIUS = 3
+
+
+def image_key(digest: str) -> int:
+    """A 64-bit number that stands for an image in `view_parameters`, from its sha256 in hex."""
+    return int(digest[:16], 16)
+
+
+def view_parameters(seed: int, keys: npt.NDArray[np.uint64], view: int) -> npt.NDArray[np.float32]:
+    """The parameters [n, 8] of one view of n images, columns as in `RANGES`, uniform (zoom log-uniform).
+
+    Philox is counter-based: the parameters of an image depend on nothing but (seed, key, view), so neither order nor
+    batch size nor a resumed run changes them.
+    """
+    table = np.empty((len(keys), len(RANGES)), np.float64)
+    for row, key in zip(table, keys, strict=True):
+        both = np.array([seed, key], np.uint64)  # a list of the two goes through float64, which loses bits of the key
+        generator = np.random.Generator(np.random.Philox(key=both, counter=[0, 0, 0, view]))
+        generator.random(out=row)
+    low, high = np.array(list(RANGES.values())).T
+    low[0], high[0] = np.log(low[0]), np.log(high[0])
+    table = low + table * (high - low)
+    table[:, 0] = np.exp(table[:, 0])
+    parameters: npt.NDArray[np.float32] = table.astype(np.float32)
+    return parameters
+
+
+def stress_parameters(images: int, stress: str) -> npt.NDArray[np.float32]:
+    """The parameters [n, 8], the same for each image, of one of `STRESSES`."""
+    row = [{**NEUTRAL, **STRESSES[stress]}[name] for name in RANGES]
+    return np.tile(np.array(row, np.float32), (images, 1))
+
+
+def augment(images: Tensor, parameters: Tensor) -> Tensor:
+    """uint8 [n, s, s] and parameters [n, 8] -> the views, whole grey levels 0 to 255 as float32 [n, s, s]."""
+    zoom, angle, dx, dy, contrast, brightness, blur, quality = parameters.to(images.device).unbind(1)
+    x = _move(images.float(), zoom, angle, dx, dy)
+    x = _expose(x, contrast, brightness)
+    return _compress(_blur(x, blur), quality)
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Grey levels [n, s, s] -> what the network takes: float32 [n, 3, s, s], by ImageNet's mean and std."""
+    mean, std = (_kept_normalisation if images.is_cuda else _normalisation)(images.device)
+    grey = images.float().div(255).unsqueeze(1)
+    return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and std [1, 3, 1, 1]."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
+# Brought to a GPU once. Not for the CPU, where an export to ONNX would leave its stand-ins for tensors in the cache.
+_kept_normalisation = functools.cache(_normalisation)
+
+
+def _move(x: Tensor, zoom: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Zoom, rotate and shift about the centre; what comes in from outside is black."""
+    turn = torch.deg2rad(angle)
+    cos, sin = torch.cos(turn) / zoom, torch.sin(turn) / zoom
+    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(x), 1, *x.shape[1:]], align_corners=False)
+    return F.grid_sample(x.unsqueeze(1), grid, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def _expose(x: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:
+    mean = x.mean((1, 2), keepdim=True)
+    return ((x - mean) * contrast.view(-1, 1, 1) + mean + 255 * brightness.view(-1, 1, 1)).clamp(0, 255)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian, separable, one kernel for each image: as a convolution whose groups are the images."""
+    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).view(len(x), 1, 1, -1)
+    padded = F.pad(x.unsqueeze(0), [_BLUR_RADIUS] * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel, groups=len(x))
+    return F.conv2d(rows, kernel.transpose(2, 3), groups=len(x)).squeeze(0)
+
+
+# ITU-T T.81, table K.1: luminance quantisation at quality 50.
+_QUANTISATION = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+
+
+@functools.cache
+def _codec(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the quantisation table, the orthonormal DCT-II of length 8), each [8, 8], brought to the device once."""
+    return torch.tensor(_QUANTISATION, dtype=torch.float32, device=device), _dct_matrix().to(device)
+
+
+def _dct_matrix() -> Tensor:
+    k = torch.arange(8, dtype=torch.float64)
+    matrix = torch.cos((2 * k + 1) * k.unsqueeze(1) * math.pi / 16) / 2
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+def _compress(x: Tensor, quality: Tensor) -> Tensor:
+    """What JPEG at the given quality leaves of the grey levels: the lossy part of the codec, without the file.
+
+    Quality scales the table as in libjpeg (Independent JPEG Group, `jpeg_quality_scaling`).
+    """
+    quality = quality.round()
+    scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
+    table, dct = _codec(x.device)
+    steps = ((table * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)
+    n, height, width = x.shape
+    beyond = [0, -width % 8, 0, -height % 8]
+    blocks = F.pad(x.unsqueeze(1), beyond, mode="replicate") if any(beyond) else x.unsqueeze(1)
+    blocks = blocks.view(n, blocks.shape[2] // 8, 8, blocks.shape[3] // 8, 8).transpose(2, 3)
+    steps = steps.view(n, 1, 1, 8, 8)
+    coefficients = (dct @ (blocks.round() - 128) @ dct.T / steps).round() * steps
+    restored = (dct.T @ coefficients @ dct + 128).round().clamp(0, 255).transpose(2, 3)
+    return restored.flatten(3, 4).flatten(1, 2)[:, :height, :width]

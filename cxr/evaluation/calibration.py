@@ -1,0 +1,90 @@
+"""Probabilities that mean what they say, and the threshold that makes decisions of them; both from validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+
+from cxr.evaluation.metrics import Floats, Ints
+
+_EDGE = 1e-12  # probabilities are kept so far from 0 and 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """P(pneumonia) = sigmoid(slope * margin + offset), where margin is logit PNEUMONIA less logit NORMAL."""
+
+    method: str
+    slope: float = 1.0
+    offset: float = 0.0
+
+    def apply(self, margins: Floats) -> Floats:
+        """Probabilities [n] of margins [n]."""
+        probabilities: Floats = expit(self.slope * margins + self.offset)
+        return probabilities
+
+    def words(self) -> str:
+        """For people."""
+        if self.method == "temperature":
+            return f"temperature {1 / self.slope:.3f}"
+        return (
+            self.method
+            if self.method.startswith("none")
+            else f"Platt, slope {self.slope:.3f}, offset {self.offset:+.3f}"
+        )
+
+
+IDENTITY = Calibration("none")
+
+
+def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
+    """Fit on validation margins [n] and labels [n].
+
+    Temperature scaling (Guo et al. 2017) is a logistic regression on the margin without an offset, Platt's method
+    (1999) one with it; both with Platt's smoothed targets, which keep the slope finite where validation is separated
+    perfectly. A slope that is not positive would turn the ranking round: the identity is kept, and its name says so.
+    """
+    if method == "none":
+        return Calibration("none")
+    positives = int(labels.sum())
+    high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
+    share = np.where(labels == 1, high, low)
+    model = LogisticRegression(C=np.inf, fit_intercept=method == "platt", tol=1e-8, max_iter=1000)
+    model.fit(
+        np.tile(margins, 2)[:, None], np.repeat([1, 0], len(labels)), sample_weight=np.concatenate([share, 1 - share])
+    )
+    slope, offset = float(model.coef_[0, 0]), float(np.ravel(model.intercept_)[0])
+    if slope <= 0:
+        return Calibration(f"none (validation would turn the ranking round: slope {slope:.3g})")
+    return Calibration(method, slope, offset)
+
+
+def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:
+    """Probabilities [n] as they would be at another share of pneumonia, all else equal (Elkan 2001).
+
+    `before` is the share that they were made for, `after` the other; both between 0 and 1.
+    """
+    shift = logit(after) - logit(before)
+    corrected: Floats = expit(logit(np.clip(probabilities, _EDGE, 1 - _EDGE)) + shift)
+    return corrected
+
+
+def estimate_prior(probabilities: Floats, before: float, steps: int = 1000) -> float:
+    """The share of pneumonia among images without labels, by expectation maximisation (Saerens et al. 2002)."""
+    share = before
+    for _ in range(steps):
+        new = float(correct_prior(probabilities, before, float(np.clip(share, 1e-6, 1 - 1e-6))).mean())
+        if abs(new - share) < 1e-9:
+            break
+        share = new
+    return share
+
+
+def margins_of(logits: npt.NDArray[np.floating]) -> Floats:
+    """Logits [n, 2] -> logit PNEUMONIA less logit NORMAL [n]."""
+    exact = logits.astype(np.float64)
+    return np.asarray(exact[:, 1] - exact[:, 0])

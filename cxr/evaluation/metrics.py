@@ -1,0 +1,199 @@
+"""Numbers from labels and probabilities, with bootstrap intervals that resample whole groups (patients).
+
+Point values are scikit-learn's. The intervals need each metric for a thousand weightings of the same images;
+`weighted_metrics` gives them at once, and a property test holds it to scikit-learn's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import binomtest
+from sklearn import metrics as sk
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Interval = tuple[float, float, float]
+DECISION_METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
+SCORE_METRICS = ("roc_auc", "pr_auc", "brier", "log_loss", "ece")
+METRICS = DECISION_METRICS + SCORE_METRICS
+ECE_BINS = 15
+_EDGE = 1e-12  # probabilities are kept so far from 0 and 1 where their logarithm is taken
+
+
+def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> dict[str, float]:
+    """Every metric of `METRICS` for labels [n] (0, 1) and probabilities of class 1 [n].
+
+    A decision is positive at or above `threshold`. Where nothing was predicted positive, precision and F1 are 0.
+    Raises `ValueError` when a class is absent, as most of the metrics are then undefined.
+    """
+    if set(np.unique(labels)) != {0, 1}:
+        raise ValueError("both classes are needed to compute the metrics")
+    return {
+        **decision_metrics(labels, probabilities, threshold),
+        "roc_auc": float(sk.roc_auc_score(labels, probabilities)),
+        "pr_auc": float(sk.average_precision_score(labels, probabilities)),
+        "brier": float(sk.brier_score_loss(labels, probabilities)),
+        "log_loss": float(_log_losses(labels, probabilities).mean()),
+        "ece": expected_calibration_error(labels, probabilities),
+    }
+
+
+def decision_metrics(labels: Ints, probabilities: Floats, threshold: float) -> dict[str, float]:
+    """Those of `point_metrics` that depend on the threshold: `DECISION_METRICS`."""
+    decisions = (probabilities >= threshold).astype(np.int64)
+    return {
+        "accuracy": float(sk.accuracy_score(labels, decisions)),
+        "balanced_accuracy": float(sk.balanced_accuracy_score(labels, decisions)),
+        "precision": float(sk.precision_score(labels, decisions, zero_division=0)),
+        "recall": float(sk.recall_score(labels, decisions)),
+        "specificity": float(sk.recall_score(labels, decisions, pos_label=0)),
+        "f1": float(sk.f1_score(labels, decisions, zero_division=0)),
+    }
+
+
+def _log_losses(labels: Ints, probabilities: Floats) -> Floats:
+    """The negative log-likelihood [n] of each label."""
+    given = np.where(labels == 1, probabilities, 1 - probabilities)
+    losses: Floats = -np.log(np.clip(given, _EDGE, 1.0))
+    return losses
+
+
+def expected_calibration_error(labels: Ints, probabilities: Floats, bins: int = ECE_BINS) -> float:
+    """The mean distance between probability and frequency of class 1 over equal-width bins, weighted by count.
+
+    The binary form of Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
+    """
+    return float(_ece(np.ones((1, len(labels))), labels, probabilities, bins)[0])
+
+
+def confusion(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> Ints:
+    """Counts [2, 2]: rows are the true class, columns the decision."""
+    counts: Ints = sk.confusion_matrix(labels, probabilities >= threshold, labels=[0, 1])
+    return counts
+
+
+def classification_report(labels: Ints, probabilities: Floats, names: Sequence[str], threshold: float = 0.5) -> str:
+    """scikit-learn's text table of precision, recall and F1 for each class."""
+    decisions = (probabilities >= threshold).astype(np.int64)
+    report = sk.classification_report(labels, decisions, target_names=list(names), digits=4, zero_division=0)
+    return str(report)
+
+
+def recall_by_subtype(
+    labels: Ints, probabilities: Floats, subtypes: pd.Series, threshold: float = 0.5
+) -> dict[str, float]:
+    """The share of each pneumonia subtype (bacteria, virus, …) that is found."""
+    found = pd.Series(probabilities >= threshold)[labels == 1]
+    return {str(k): float(v) for k, v in found.groupby(subtypes.to_numpy()[labels == 1]).mean().items()}
+
+
+def group_weights(groups: Sequence[str], resamples: int, seed: int = 0) -> Floats:
+    """Bootstrap weights [resamples, n]: how often each image is drawn when groups are drawn with replacement.
+
+    The cluster bootstrap (Field and Welsh 2007): images of one patient are not independent.
+    """
+    codes, uniques = pd.factorize(np.asarray(groups, dtype=object), use_na_sentinel=False)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(uniques), np.full(len(uniques), 1 / len(uniques)), size=resamples)
+    return drawn[:, codes].astype(np.float64)
+
+
+def intervals(
+    labels: Ints,
+    probabilities: Floats,
+    groups: Sequence[str],
+    threshold: float,
+    resamples: int,
+    level: float = 0.95,
+    replicate: Callable[[Ints, Floats, Floats, float], dict[str, Floats]] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it, or there is
+    but one group.
+
+    Of `METRICS`, or of those alone that `replicate` (`weighted_decisions`, say) gives. Where all resamples agree (40 of
+    40 found), recall, specificity and accuracy take the exact interval (Clopper and Pearson 1934) for as many trials as
+    there are groups, and the others have none.
+    """
+    replicates = (replicate or weighted_metrics)(labels, probabilities, group_weights(groups, resamples), threshold)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    names, positive = np.asarray(groups, dtype=object), labels == 1
+    chosen = {"recall": positive, "specificity": ~positive, "accuracy": np.ones(len(labels), bool)}
+    trials = {name: len(set(names[rows])) for name, rows in chosen.items()}
+    several = len(set(groups)) > 1
+    return {
+        name: _quantiles(values, tails, trials.get(name, 0)) if several else (float("nan"), float("nan"))
+        for name, values in replicates.items()
+    }
+
+
+def _quantiles(values: Floats, tails: list[float], trials: int) -> tuple[float, float]:
+    """A resample without one of the classes has no such metric; it says nothing and is left out."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return float("nan"), float("nan")
+    if known.min() < known.max():
+        low, high = np.quantile(known, tails)
+        return float(low), float(high)
+    if known[0] not in (0, 1) or not trials:
+        return float("nan"), float("nan")
+    exact = binomtest(round(known[0] * trials), trials).proportion_ci(tails[1] - tails[0])
+    return float(exact.low), float(exact.high)
+
+
+def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
+    """Every metric [b] for each of the b weightings [b, n] of the same images; nan where undefined."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            **weighted_decisions(labels, probabilities, weights, threshold),
+            **_ranking_metrics(labels == 1, probabilities, weights),
+            "brier": weights @ (probabilities - labels) ** 2 / weights.sum(1),
+            "log_loss": weights @ _log_losses(labels, probabilities) / weights.sum(1),
+            "ece": _ece(weights, labels, probabilities, ECE_BINS),
+        }
+
+
+def weighted_decisions(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
+    """Those of `weighted_metrics` that depend on the threshold: `DECISION_METRICS`."""
+    positive, decided = labels == 1, probabilities >= threshold
+    tp, fn = weights @ (positive & decided), weights @ (positive & ~decided)
+    fp, tn = weights @ (~positive & decided), weights @ (~positive & ~decided)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _from_counts(tp, fp, fn, tn)
+
+
+def _from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Floats]:
+    recall, specificity = tp / (tp + fn), tn / (tn + fp)
+    return {
+        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "balanced_accuracy": (recall + specificity) / 2,
+        "precision": np.where(tp + fp > 0, tp / (tp + fp), 0.0),
+        "recall": recall,
+        "specificity": specificity,
+        "f1": np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), 0.0),
+    }
+
+
+def _ranking_metrics(positive: npt.NDArray[np.bool_], probabilities: Floats, weights: Floats) -> dict[str, Floats]:
+    """ROC-AUC by trapezoids and average precision, over the distinct probabilities in falling order."""
+    order = np.argsort(-probabilities, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(probabilities[order]) != 0])
+    tp = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
+    fp = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
+    positives, negatives = tp.sum(1), fp.sum(1)
+    found = tp.cumsum(1)
+    area = (fp * (found - tp / 2)).sum(1) / (positives * negatives)
+    flagged = found + fp.cumsum(1)
+    precision = np.divide(found, flagged, out=np.zeros_like(found), where=flagged > 0)
+    return {"roc_auc": area, "pr_auc": (tp * precision).sum(1) / positives}
+
+
+def _ece(weights: Floats, labels: Ints, probabilities: Floats, bins: int) -> Floats:
+    """|sum of (label - probability)| in each bin, summed over bins, by the total weight."""
+    index = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    gap = weights @ ((labels - probabilities)[:, None] * (index[:, None] == np.arange(bins)))
+    total: Floats = np.abs(gap).sum(1) / weights.sum(1)
+    return total

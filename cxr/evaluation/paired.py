@@ -1,0 +1,254 @@
+"""Strategies compared on the same test images: intervals, paired differences, stability, and a verdict by stated rules.
+
+A strategy's figure is the mean over its seeds. It would come out differently with other patients and with other seeds.
+The first variance is that of a cluster bootstrap (Field and Welsh 2007), the same resamples for every run, so that
+differences are paired. The second is the variance over seeds, pooled over the strategies, as three seeds of one tell
+too little (bootstrapping them gives intervals far too narrow). Their sum goes with Student's t and the degrees of
+freedom of Satterthwaite (1946). Where no strategy has two seeds, the intervals are of these trained models alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+from scipy.special import expit, logit
+
+from cxr.errors import UserError
+from cxr.evaluation.metrics import (
+    DECISION_METRICS,
+    METRICS,
+    decision_metrics,
+    group_weights,
+    point_metrics,
+    weighted_decisions,
+    weighted_metrics,
+)
+from cxr.evaluation.report import arrays_of
+
+Floats = npt.NDArray[np.float64]
+COMPARED = (*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS))
+PRIMARY = "roc_auc"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What a comparison knows of one finished run. `test` and `val` are predictions tables, `history` a row an epoch,
+    `threshold` the one chosen on validation, `cost` figures such as total_seconds and parameters_trained,
+    `origin` names data and weights, `settings` are the other parameters and the commit that decide its numbers."""
+
+    run_id: str
+    strategy: str
+    seed: int
+    threshold: float
+    val: pd.DataFrame
+    test: pd.DataFrame
+    history: pd.DataFrame
+    cost: dict[str, float]
+    origin: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicates:
+    """Each strategy's figures: `points[strategy][metric]` is [seeds], `draws[strategy][metric]` [resamples], the mean
+    over seeds in each resample of the `groups` patients."""
+
+    points: dict[str, dict[str, Floats]]
+    draws: dict[str, dict[str, Floats]]
+    groups: int
+
+    def seed_variance(self, metric: str) -> tuple[float, int]:
+        """(variance over seeds, degrees of freedom), pooled over the strategies; (0, 0) where none has two seeds."""
+        values = [each[metric] for each in self.points.values()]
+        freedom = sum(len(each) - 1 for each in values)
+        total = sum(float(((each - each.mean()) ** 2).sum()) for each in values)
+        return (total / freedom, freedom) if freedom else (0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far an estimate may be off: its standard error and the degrees of freedom of its t distribution."""
+
+    error: float
+    freedom: float
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95% interval."""
+        return float(stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error
+
+    def p(self, difference: float) -> float:
+        """The two-sided p of a difference from zero; 1 where the error is not known."""
+        if not np.isfinite(self.error):
+            return 1.0
+        return (
+            float(2 * stats.t.sf(abs(difference) / self.error, self.freedom)) if self.error else float(difference == 0)
+        )
+
+
+def _spread(draws: Floats, groups: int, seeds: tuple[float, int], share: float) -> Spread:
+    """Of an estimate that has those values [resamples] over patients, and `share` of the variance over seeds.
+
+    Satterthwaite, "An approximate distribution of estimates of variance components", 1946. The error is nan where
+    there are fewer than two patients.
+    """
+    known = draws[np.isfinite(draws)]
+    if len(known) < 2 or groups < 2:
+        return Spread(float("nan"), 1.0)
+    patients, training = float(known.var(ddof=1)), seeds[0] * share
+    total = patients + training
+    parts = patients**2 / (groups - 1) + (training**2 / seeds[1] if seeds[1] else 0.0)
+    return Spread(float(np.sqrt(total)), total**2 / parts if parts else float(groups - 1))
+
+
+def require_same_images(runs: Sequence[RunData]) -> None:
+    """Raise `UserError` unless all runs were tested on the same images, or when a strategy has a seed twice."""
+    first = runs[0]
+    for run in runs[1:]:
+        if not run.test[["digest", "label"]].equals(first.test[["digest", "label"]]):
+            raise UserError(f"runs {first.run_id} and {run.run_id} were tested on different images: not comparable")
+    keys = [(run.strategy, run.seed) for run in runs]
+    twice = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
+    if twice:
+        raise UserError(f"there twice: {', '.join(twice)}; name one run for each strategy and seed")
+
+
+def strategies_of(runs: Sequence[RunData]) -> list[str]:
+    """The strategies, in the order in which they come."""
+    return list(dict.fromkeys(run.strategy for run in runs))
+
+
+def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replicates:
+    """Every metric of `COMPARED` for every strategy and resample; the resamples are the same for all."""
+    groups = list(runs[0].test["group"])
+    weights = group_weights(groups, resamples, seed)
+    points: dict[str, dict[str, Floats]] = {}
+    draws: dict[str, dict[str, Floats]] = {}
+    for strategy in strategies_of(runs):
+        own = [run for run in runs if run.strategy == strategy]
+        each, drawn = [_points(run) for run in own], [_draws(run, weights) for run in own]
+        points[strategy] = {name: np.array([values[name] for values in each]) for name in COMPARED}
+        draws[strategy] = {name: np.mean([values[name] for values in drawn], axis=0) for name in COMPARED}
+    return Replicates(points, draws, len(set(groups)))
+
+
+def _points(run: RunData) -> dict[str, float]:
+    labels, probabilities = arrays_of(run.test)
+    chosen = decision_metrics(labels, probabilities, run.threshold)
+    return point_metrics(labels, probabilities) | {f"chosen_{name}": value for name, value in chosen.items()}
+
+
+def _draws(run: RunData, weights: Floats) -> dict[str, Floats]:
+    labels, probabilities = arrays_of(run.test)
+    chosen = weighted_decisions(labels, probabilities, weights, run.threshold)
+    every = weighted_metrics(labels, probabilities, weights, 0.5)
+    return every | {f"chosen_{name}": values for name, values in chosen.items()}
+
+
+def strategy_table(replicates: Replicates) -> pd.DataFrame:
+    """A row for each strategy: seeds, and for each metric its mean, sd over seeds, 95% interval and the seeds' values.
+
+    Columns `{metric}`, `{metric}_sd`, `{metric}_low`, `{metric}_high`, `{metric}_seeds`; sd is nan for a single seed.
+    """
+    rows = {}
+    for strategy, metrics in replicates.points.items():
+        row: dict[str, object] = {"seeds": len(metrics[PRIMARY])}
+        for name, values in metrics.items():
+            spread = _spread(
+                replicates.draws[strategy][name],
+                replicates.groups,
+                replicates.seed_variance(name),
+                1 / len(values),
+            )
+            low, high = _interval(float(values.mean()), spread, name)
+            sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+            row |= {name: float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
+            row[f"{name}_seeds"] = values.tolist()
+        rows[strategy] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _interval(value: float, spread: Spread, metric: str) -> tuple[float, float]:
+    """On the logit scale, which keeps it between 0 and 1; (nan, nan) at 0 and 1, where that has no width."""
+    if metric == "log_loss":
+        return max(value - spread.half, 0.0), value + spread.half
+    if not 0 < value < 1:
+        return float("nan"), float("nan")
+    half = spread.half / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = PRIMARY) -> pd.DataFrame:
+    """A row for each pair of strategies: difference a - b of the means over seeds, its 95% interval, and p values.
+
+    p is that of Student's t; McNemar's (exact) compares the decisions, at 0.5, of the probabilities averaged over
+    seeds, and takes images for independent. Holm (1979) corrects each over all pairs.
+    """
+    rows = []
+    for a, b in combinations(replicates.points, 2):
+        ours, theirs = replicates.points[a][metric], replicates.points[b][metric]
+        difference = float(ours.mean() - theirs.mean())
+        draws = replicates.draws[a][metric] - replicates.draws[b][metric]
+        share = 1 / len(ours) + 1 / len(theirs)
+        spread = _spread(draws, replicates.groups, replicates.seed_variance(metric), share)
+        low, high = difference - spread.half, difference + spread.half
+        row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": spread.p(difference)}
+        rows.append(row | {"p_mcnemar": mcnemar(*(_correct(runs, s) for s in (a, b)))})
+    table = pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p", "p_mcnemar"])
+    for name in ("p", "p_mcnemar"):
+        table[f"{name.replace('p', 'p_holm', 1)}"] = holm(table[name].to_numpy(np.float64))
+    return table
+
+
+def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
+    own = [arrays_of(run.test) for run in runs if run.strategy == strategy]
+    decided = np.mean([probabilities for _, probabilities in own], axis=0) >= 0.5
+    correct: npt.NDArray[np.bool_] = decided == (own[0][0] == 1)
+    return correct
+
+
+def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    """The exact two-sided p of McNemar's test (1947) for who is right [n] on the same images."""
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p: Floats) -> Floats:
+    """Holm's step-down adjusted p values [n] (1979)."""
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
+def stability_table(runs: Sequence[RunData]) -> pd.DataFrame:
+    """A row for each strategy, the mean over seeds: validation-test gap and overfitting gap, spread between epochs.
+
+    val_test_gap: ROC-AUC on validation less test; overfitting_gap: validation less training loss at the last epoch;
+    epoch_spread: mean absolute change of validation accuracy from epoch to epoch.
+    """
+    rows = {}
+    for strategy in strategies_of(runs):
+        own = [_stability(run) for run in runs if run.strategy == strategy]
+        rows[strategy] = {name: float(np.mean([each[name] for each in own])) for name in own[0]}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _stability(run: RunData) -> dict[str, float]:
+    val, test = (point_metrics(*arrays_of(table)) for table in (run.val, run.test))
+    history, last = run.history, run.history.iloc[-1]
+    changes = history["val_accuracy"].diff().abs().dropna()
+    return {
+        "val_roc_auc": val["roc_auc"],
+        "val_test_gap": val["roc_auc"] - test["roc_auc"],
+        "overfitting_gap": float(last["val_loss"] - last["train_loss"]),
+        "epoch_spread": float(changes.mean()) if len(changes) else float("nan"),
+        **run.cost,
+    }

@@ -1,0 +1,231 @@
+"""From logits to the figures of one split: calibrated predictions -> metrics with intervals -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cxr.data.splits import CLASSES
+from cxr.evaluation.calibration import IDENTITY, Calibration, correct_prior, estimate_prior, margins_of
+from cxr.evaluation.metrics import (
+    Floats,
+    Interval,
+    Ints,
+    classification_report,
+    confusion,
+    decision_metrics,
+    intervals,
+    point_metrics,
+    recall_by_subtype,
+    weighted_decisions,
+)
+
+HALF = 0.5
+CALIBRATED = ("brier", "log_loss", "ece")  # what calibration is there to improve
+
+
+def predictions_table(
+    images: pd.DataFrame,
+    logits: npt.NDArray[np.float32],
+    threshold: float = HALF,
+    calibration: Calibration = IDENTITY,
+) -> pd.DataFrame:
+    """One row for each image, from which every figure can be computed again.
+
+    `images` holds path, digest, group, subtype, label of the n images, `logits` is [n, 2] in the same order. Added:
+    logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
+    """
+    table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
+    exact, margins = logits.astype(np.float64), margins_of(logits)
+    table["logit_normal"], table["logit_pneumonia"] = exact[:, 0], exact[:, 1]
+    table["uncalibrated"] = IDENTITY.apply(margins)
+    table["probability"] = calibration.apply(margins)
+    table["decision"] = (table["probability"] >= threshold).astype(int)
+    return table
+
+
+def arrays_of(table: pd.DataFrame, column: str = "probability") -> tuple[Ints, Floats]:
+    """(the true classes [n], the probabilities of pneumonia [n]) of a predictions table."""
+    return table["label"].to_numpy(np.int64), table[column].to_numpy(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The figures of one split.
+
+    `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` those that depend on the
+    threshold, at the other one, whose `origin` is told in words; `before` what calibration improves, without it;
+    `prior` what a correction for another share of pneumonia would change.
+    """
+
+    split: str
+    threshold: float
+    origin: str
+    table: pd.DataFrame
+    values: dict[str, float]
+    bounds: dict[str, tuple[float, float]]
+    chosen_values: dict[str, float]
+    chosen_bounds: dict[str, tuple[float, float]]
+    subtypes: dict[str, float]
+    before: dict[str, float]
+    prior: dict[str, float]
+
+    @property
+    def labels(self) -> Ints:
+        """The true classes [n]."""
+        return arrays_of(self.table)[0]
+
+    @property
+    def probabilities(self) -> Floats:
+        """The calibrated probabilities of pneumonia [n]."""
+        return arrays_of(self.table)[1]
+
+    @property
+    def uncalibrated(self) -> Floats:
+        """The probabilities [n] without calibration."""
+        return arrays_of(self.table, "uncalibrated")[1]
+
+    def counts(self, threshold: float = HALF) -> Ints:
+        """The confusion matrix [2, 2]."""
+        return confusion(self.labels, self.probabilities, threshold)
+
+    def interval(self, name: str) -> Interval:
+        """(value, low, high) of a metric at 0.5."""
+        return (self.values[name], *self.bounds[name])
+
+    def chosen_interval(self, name: str) -> Interval:
+        """(value, low, high) of a metric at the chosen threshold."""
+        return (self.chosen_values[name], *self.chosen_bounds[name])
+
+    def figures(self) -> dict[str, float]:
+        """What is logged: `test_recall`, `test_recall_low`, `test_recall_high`, `test_chosen_recall`, and so on."""
+        named = _named(f"{self.split}_", self.values, self.bounds)
+        named |= _named(f"{self.split}_chosen_", self.chosen_values, self.chosen_bounds)
+        named |= {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
+        named |= {f"{self.split}_uncalibrated_{name}": value for name, value in self.before.items()}
+        return named | {f"{self.split}_prior_{name}": value for name, value in self.prior.items()}
+
+    def text(self) -> str:
+        """The classification reports at both thresholds, with the metrics and their intervals."""
+        lines = [f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups", ""]
+        for threshold, note in ((HALF, ""), (self.threshold, f", {self.origin}")):
+            report = classification_report(self.labels, self.probabilities, CLASSES, threshold)
+            lines += [f"threshold {threshold:.4g}{note}", "", report]
+        lines += [f"{name:25} {format_interval(self.interval(name))}" for name in self.values]
+        lines += [
+            f"{name + ' (chosen)':25} {format_interval(self.chosen_interval(name))}" for name in self.chosen_values
+        ]
+        lines += [f"{'recall ' + name:25} {value:.4f}" for name, value in self.subtypes.items()]
+        lines += [f"{name + ' uncalibrated':25} {value:.4f}" for name, value in self.before.items()]
+        return "\n".join([*lines, *self._prior_lines()]) + "\n"
+
+    def _prior_lines(self) -> list[str]:
+        if not self.prior:
+            return []
+        p = self.prior
+        return [
+            "",
+            f"share of pneumonia: {p['implied']:.3f} is what the probabilities are made for, {p['own']:.3f} here, "
+            f"estimated without labels {p['estimated']:.3f}",
+            f"corrected to the share here (which one does not know in use): accuracy {self.values['accuracy']:.4f} -> "
+            f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
+            f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
+        ]
+
+
+def _named(prefix: str, values: dict[str, float], bounds: dict[str, tuple[float, float]]) -> dict[str, float]:
+    named = {f"{prefix}{name}": value for name, value in values.items()}
+    for name, (low, high) in bounds.items():
+        if np.isfinite(low):
+            named |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
+    return named
+
+
+def format_interval(interval: Interval) -> str:
+    """`0.8700 [0.8421, 0.8958]`; the value alone when there is no interval."""
+    value, low, high = interval
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]" if np.isfinite(low) else f"{value:.4f}"
+
+
+def implied_prevalence(calibration: Calibration, validation: float) -> float:
+    """The share of pneumonia that probabilities are made for.
+
+    Training weights the classes equally, which implies one half; only Platt's offset moves that to the share on
+    validation.
+    """
+    return validation if calibration.method == "platt" else 0.5
+
+
+def origin_of(rule: str, split: str) -> str:
+    """Where a threshold comes from that a rule gave, in words."""
+    if rule.replace(".", "").isdigit():
+        return "given"
+    return f"chosen by {rule} on {'these images' if split == 'val' else 'validation'}"
+
+
+def evaluate(
+    table: pd.DataFrame,
+    split: str,
+    threshold: float,
+    resamples: int,
+    prevalence: float | None = None,
+    origin: str = "the model's own",
+) -> Report:
+    """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none.
+
+    `threshold` is the model's, `origin` says where it comes from; `prevalence` is the share of pneumonia that the
+    probabilities are made for (`implied_prevalence`); None leaves out what a correction for it would change.
+    """
+    labels, probabilities = arrays_of(table)
+    groups = list(table["group"])
+    uncalibrated = point_metrics(*arrays_of(table, "uncalibrated"))
+    return Report(
+        split=split,
+        threshold=threshold,
+        origin=origin,
+        table=table,
+        values=point_metrics(labels, probabilities, HALF),
+        bounds=intervals(labels, probabilities, groups, HALF, resamples),
+        chosen_values=decision_metrics(labels, probabilities, threshold),
+        chosen_bounds=intervals(labels, probabilities, groups, threshold, resamples, replicate=weighted_decisions),
+        subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
+        before={name: uncalibrated[name] for name in CALIBRATED},
+        prior={} if prevalence is None else _prior(labels, probabilities, prevalence),
+    )
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """Cross-entropy of logits [n, 2] and labels [n], each image weighted as its class: what training minimises."""
+    return F.cross_entropy(logits, labels, weights.to(logits.dtype)).item()
+
+
+def stressed_figures(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Sequence[str]) -> dict[str, float]:
+    """The figures of the validation images under each of k stresses, one after the other: overall, and each one's loss.
+
+    logits [k n, 2] and labels [k n], uncalibrated; class weights [2].
+    """
+    figures = {"stressed_val_loss": weighted_loss(logits, labels, weights)}
+    parts = zip(torch.chunk(logits, len(stresses)), torch.chunk(labels, len(stresses)), strict=True)
+    for name, (part, part_labels) in zip(stresses, parts, strict=True):
+        figures[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
+    points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
+    names = ("accuracy", "recall", "specificity", "roc_auc")
+    return figures | {f"stressed_val_{name}": points[name] for name in names}
+
+
+def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, float]:
+    own = float(labels.mean())
+    corrected = point_metrics(labels, correct_prior(probabilities, prevalence, own))
+    return {
+        "implied": prevalence,
+        "own": own,
+        "estimated": estimate_prior(probabilities, prevalence),
+        **{f"corrected_{name}": corrected[name] for name in ("accuracy", *CALIBRATED)},
+    }

@@ -1,0 +1,49 @@
+"""Grad-CAM heat maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam
+from torch import Tensor
+from torchvision.models import ResNet
+
+from cxr.data.decode import UInt8
+from cxr.data.splits import CLASS_TO_INDEX
+from cxr.data.views import to_input
+from cxr.network.resnet import run_stages
+from cxr.strategies import STAGES
+
+Float32 = npt.NDArray[np.float32]
+_BATCH = 32
+_BEFORE, _AFTER = STAGES[:-2], STAGES[-2:]  # layer4, whose maps are wanted, and the head
+
+
+def heatmaps(model: ResNet, images: UInt8 | Sequence[UInt8], target: int = CLASS_TO_INDEX["PNEUMONIA"]) -> Float32:
+    """Prepared images [n, s, s] -> float32 [n, s, s] in 0 to 1: what spoke for class `target` where.
+
+    Grad-CAM (Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks, 2017) of the class's logit on layer4,
+    enlarged bilinearly, each map in parts of its own maximum; one without any support is 0 throughout. The model is
+    evaluated in eval mode whatever its state, on its own device, and is left as it was.
+    """
+    # A copy: modes, flags and gradients of the caller's model stay whatever happens here, and captum hooks into this.
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    device = next(model.parameters()).device
+    parts = torch.split(torch.from_numpy(np.array(images)), _BATCH)
+    heats: Float32 = torch.cat([_heat(model, part.to(device), target).cpu() for part in parts]).numpy()
+    return heats
+
+
+def _heat(model: ResNet, images: Tensor, target: int) -> Tensor:
+    with torch.no_grad():  # up to layer4 no gradient is asked for, and a graph would fill gigabytes
+        features = run_stages(model, to_input(images), _BEFORE)
+    cam = LayerGradCam(lambda x: run_stages(model, x, _AFTER), model.layer4)
+    maps = cam.attribute(features.requires_grad_(), target=target, relu_attributions=True).detach()
+    heat = F.interpolate(maps, size=images.shape[1:], mode="bilinear", align_corners=False).squeeze(1)
+    highest = heat.amax((1, 2), keepdim=True)
+    return torch.where(highest > 0, heat / highest, 0.0)

@@ -1,0 +1,52 @@
+"""A torchvision ResNet with two classes: its stages, its weights, obeying a phase, and the proof of freezing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import ResNet
+
+from cxr.network.weights import _load_imagenet, fit_weights, read_weights
+
+
+def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, str]:
+    """(model with a fresh two-class head, which weights were really used).
+
+    `weights` is `auto`, `imagenet`, `random` or a file. The second value is `imagenet`, `random`, `random (...why)`
+    or the file's name with the first digits of its sha256. Raises `UserError` when the weights cannot be had
+    or do not fit.
+    """
+    torch.manual_seed(seed)
+    model: ResNet = models.get_model(arch, weights=None, num_classes=2)
+    if weights == "random":
+        return model, "random"
+    if weights in ("auto", "imagenet"):
+        return model, _load_imagenet(model, arch, required=weights == "imagenet")
+    path = Path(weights).expanduser().absolute()
+    fit_weights(model, read_weights(path), str(path))
+    return model, f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+
+
+def stage_modules(model: ResNet, stage: str) -> tuple[nn.Module, ...]:
+    """The modules with parameters or buffers that make a stage."""
+    if stage == "stem":
+        return model.conv1, model.bn1
+    module: nn.Module = getattr(model, stage)
+    return (module,)
+
+
+def run_stages(model: ResNet, x: Tensor, stages: Iterable[str]) -> Tensor:
+    """Part of the network: `x` is what the stage before the first of `stages` gave (or the input)."""
+    for stage in stages:
+        if stage == "stem":
+            x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        elif stage == "fc":
+            x = model.fc(torch.flatten(model.avgpool(x), 1))
+        else:
+            x = getattr(model, stage)(x)
+    return x

@@ -1,0 +1,106 @@
+"""Pretrained weights: torchvision's download or a file, checked before they are loaded."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import warnings
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torchvision import models
+from torchvision.models import ResNet
+
+from cxr.errors import UserError
+
+StateDict = dict[str, Tensor]
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+IMAGENET_CLASSES = 1000
+
+# No network, or it broke off; a hash that does not match; a file in torch's cache that is damaged.
+_NO_DOWNLOAD = (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError)
+
+
+def _load_imagenet(model: ResNet, arch: str, required: bool) -> str:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none, and would wait for ever
+    try:
+        state = models.get_model_weights(arch)["DEFAULT"].get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except _NO_DOWNLOAD as error:
+        if required:
+            raise UserError(
+                f"--weights imagenet: cannot be downloaded ({error}); name a file with --weights PATH, "
+                "or use --weights random"
+            ) from error
+        warnings.warn(f"ImageNet weights cannot be had ({error}); starting from RANDOM weights", stacklevel=3)
+        return "random (ImageNet weights could not be downloaded)"
+    finally:
+        socket.setdefaulttimeout(before)
+    fit_weights(model, state, "torchvision's ImageNet weights")
+    return f"imagenet ({models.get_model_weights(arch)['DEFAULT']})"
+
+
+def read_weights(path: Path) -> StateDict:
+    """A state dict from `.safetensors`, or from `.pth`/`.pt` without running any code in it.
+
+    Raises `UserError` when it is missing, damaged, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file (nor one of: auto, imagenet, random)")
+    try:
+        state = _read_tensors(path)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"--weights {path}: refused, it holds more than tensors, or is damaged") from error
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"--weights {path}: cannot be read ({reason}); is it whole?") from error
+    if not _is_state_dict(state):
+        raise UserError(f"--weights {path}: not a state dict (name -> tensor)")
+    return cast(StateDict, state)
+
+
+def _is_state_dict(state: object) -> bool:
+    return (
+        isinstance(state, dict)
+        and len(state) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    )
+
+
+def _read_tensors(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state) if isinstance(state, dict) else state
+
+
+def fit_weights(model: ResNet, state: StateDict, source: str) -> None:
+    """Load `state` into the model, less a 1000-class head; any float type becomes float32.
+
+    Raises `UserError` that lists the keys that are missing, unknown, of another shape or not finite.
+    """
+    own = model.state_dict()
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if "fc.bias" in state and state["fc.bias"].shape == (IMAGENET_CLASSES,):
+        state = {**state, "fc.weight": own["fc.weight"], "fc.bias": own["fc.bias"]}
+    wrong = {
+        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        "unknown": [k for k in state if k not in own],
+        "of another shape": [k for k in state if k in own and state[k].shape != own[k].shape],
+        "not finite": [k for k in state if not torch.isfinite(state[k]).all()],
+    }
+    if any(wrong.values()):
+        parts = "; ".join(f"{what}: {_few(keys)}" for what, keys in wrong.items() if keys)
+        raise UserError(f"--weights {source}: does not fit --arch: {parts}")
+    model.load_state_dict(state, strict=False)
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -1,0 +1,62 @@
+"""How a parameter is declared, checked and parsed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from cxr.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is known of one parameter beside its type and default. Bounds are inclusive unless `above`."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    search: tuple[float, float] | None = None
+    log: bool = False
+
+
+def param(default: Any, help: str, **spec: Any) -> Any:
+    """A dataclass field that carries its `Spec` in the metadata."""
+    return field(default=default, metadata={"spec": Spec(help, **spec)})
+
+
+def spec_of(item: Field[Any]) -> Spec:
+    """The `Spec` that `param` attached to a field."""
+    spec = item.metadata["spec"]
+    assert isinstance(spec, Spec)
+    return spec
+
+
+def _check(name: str, value: Any, spec: Spec) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if spec.choices and value not in spec.choices:
+        raise UserError(f"{option} {value}: unknown; choose one of {', '.join(spec.choices)}")
+    if not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{option} {value}: not a finite number")
+    if spec.above is not None and value <= spec.above:
+        raise UserError(f"{option} {value}: must be above {spec.above:g}")
+    if spec.low is not None and value < spec.low:
+        raise UserError(f"{option} {value}: must be at least {spec.low:g}")
+    if spec.high is not None and value > spec.high:
+        raise UserError(f"{option} {value}: must be at most {spec.high:g}")
+
+
+def types_of(cls: type) -> dict[str, type]:
+    """Name -> type of each parameter of a configuration class."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+def default_of(item: Field[Any]) -> Any:
+    """The default of a field; every parameter has one."""
+    assert item.default is not MISSING
+    return item.default

@@ -1,0 +1,51 @@
+"""The audits of a data set with what a network sees in it, kept in the cache by all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from torchvision.models import ResNet
+
+from cxr.audit.checks import Finding, audit, leaks
+from cxr.config import TrainConfig
+from cxr.data.load import Data
+from cxr.errors import UserError
+from cxr.network.freezing import checksum
+from cxr.storage import cache_folder, write_atomically
+from cxr.strategies import HEAD
+from cxr.training.batch_source import pooled_features
+
+VERSION = 2
+
+
+def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: str = "fp32") -> list[Finding]:
+    """Every audit of the data; with a model, also the shift between splits in its pooled features.
+
+    Raises `UserError` when `strict` is true and something leaks across splits.
+    """
+    prefix = checksum(model, HEAD.frozen) if model else "none"
+    names = data.manifest[["path", "group"]].to_csv(index=False)  # the fingerprint does not know them
+    about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root))
+    text = repr((*about, prefix, config.image_size, config.resize))
+    file = cache_folder(config.cache_dir) / "audits" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    findings = _kept(file)
+    if findings is None:
+        images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
+        features = pooled_features(config, data, model, precision) if model else None
+        findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
+        content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.told)] for f in findings]).encode()
+        write_atomically(file, lambda stream: stream.write(content))
+    if config.strict == "true" and (leaked := leaks(findings)):
+        told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)
+        raise UserError(f"{data.root}: leaks across splits ({told}); mend the folders, or use --strict false")
+    return findings
+
+
+def _kept(file: Path) -> list[Finding] | None:
+    """What was found before; None when it was not looked for, or the file is damaged."""
+    try:
+        return [Finding(*entry) for entry in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError):
+        return None

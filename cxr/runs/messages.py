@@ -1,0 +1,73 @@
+"""What a run says to the person who started it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cxr.config import TrainConfig
+from cxr.data.load import Data
+from cxr.evaluation.report import format_interval
+from cxr.network.freezing import FreezeProof
+from cxr.runs.result import RunResult
+from cxr.strategies import STRATEGIES
+from cxr.tracking import registry
+from cxr.tracking.tracker import Tracker
+from cxr.training.loop import EpochRecord
+
+SPLIT_NAMES = {"val": "Validation", "test": "Test", "fold": "Held-out fold", "external": "External data"}
+Say = Callable[[str], object]
+
+
+def epoch_line(record: EpochRecord) -> str:
+    """An epoch for people; the star marks the best so far."""
+    m = record.metrics
+    line = (
+        f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
+        f"accuracy {m['train_accuracy']:.3f} / val {m['val_accuracy']:.3f}  val AUC {m['val_roc_auc']:.4f}  "
+        f"{m['images_per_second']:.0f} img/s  {m['epoch_seconds'] + m['eval_seconds']:.1f} s"
+    )
+    return line + ("  *" if record.improved else "")
+
+
+def _proof_words(proof: FreezeProof) -> str:
+    stages = ", ".join(proof.stages)
+    return f"phase {proof.phase}: {stages} unchanged" if stages else f"phase {proof.phase}: nothing was frozen"
+
+
+def data_words(data: Data) -> str:
+    """What the images are and how many in each split, for people."""
+    counts = data.manifest["split"].value_counts()
+    skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
+    sizes = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", data.held_out))
+    return f"{_kind_words(data)}, {sizes} images{skipped}"
+
+
+def _kind_words(data: Data) -> str:
+    return f"synthetic {registry.PHANTOMS} (NOT real X-rays)" if data.synthetic else "X-rays"
+
+
+def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
+    """Lines for a person: what came out, on what, where to look, what to run next."""
+    best, test, weights = result.best, result.test, result.weights
+    name, ece = test.split, (test.before["ece"], test.values["ece"])
+    shown = ("accuracy", "roc_auc", "recall", "specificity")
+    others = [name for name in STRATEGIES if name != config.strategy]
+    return [
+        f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
+        f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
+        f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
+        f"{name}, threshold 0.5: " + ", ".join(f"{m} {format_interval(test.interval(m))}" for m in shown),
+        f"{name}, threshold {test.threshold:.3f} ({test.origin}): "
+        + ", ".join(f"{m} {format_interval(test.chosen_interval(m))}" for m in ("accuracy", *shown[2:])),
+        f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
+        *(
+            [f"this {name} split was evaluated {result.uses_before} times before in this store"]
+            * (result.uses_before > 0)
+        ),
+        f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
+        f"weights: {weights}"
+        + ("; pretraining is what these strategies compare" if weights.startswith("random") else ""),
+        f"took: {result.seconds:.0f} s",
+        *(f"look: {where}" for where in tracker.where()),
+        f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
+    ]

@@ -1,0 +1,216 @@
+"""What a run gives back, and how it is told: to the tracker, to the registry, to a person."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.models import ResNet
+
+from cxr.audit.checks import Finding
+from cxr.config import TrainConfig
+from cxr.data.batches import Split, make_split
+from cxr.data.load import Data
+from cxr.data.phantoms import phantom
+from cxr.data.splits import CLASS_TO_INDEX, CLASSES, fingerprint
+from cxr.data.views import augment, view_parameters
+from cxr.errors import UserError
+from cxr.evaluation.calibration import IDENTITY, Calibration
+from cxr.evaluation.report import HALF, Report
+from cxr.figures import single as plots
+from cxr.figures.single import calibration_pair
+from cxr.machine import Machine, describe, processes
+from cxr.network.freezing import count_parameters
+from cxr.runs.messages import SPLIT_NAMES, _kind_words, _proof_words, summary
+from cxr.runs.result import RunResult
+from cxr.serving.predictor import ModelCard
+from cxr.tracking import registry
+from cxr.tracking.lifecycle import git_commit
+from cxr.tracking.tracker import MlflowTracker, Tracker
+
+TEST_SPLIT = "test_split"  # the tag by which the uses of a test split are counted
+
+
+def log_start(
+    config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str, findings: list[Finding]
+) -> None:
+    """What is known before training: tags, configuration, audit, manifest, data sets.
+
+    Raises `UserError` when a resumed run would go on with other data, weights or precision than it began with.
+    """
+    origin = {"data_fingerprint": data.fingerprint, "weights_used": weights, "precision": machine.precision}
+    _require_same(tracker, origin)
+    tracker.tags(
+        {
+            "strategy": config.strategy,
+            "arch": config.arch,
+            "seed": str(config.seed),
+            "data": "synthetic phantoms" if data.synthetic else "X-rays",
+            "data_fingerprint": data.fingerprint,
+            "weights_used": weights,
+            "device": describe(machine.device),
+            "precision": machine.precision,
+            "processes": str(processes()),
+            "git_commit": git_commit(),
+            "images_skipped": str(len(data.bad)),
+            "audit": "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
+            "audit_untold": "; ".join(finding.check for finding in findings if not finding.told) or "none",
+        }
+    )
+    tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
+    tracker.text("\n".join(finding.line() for finding in findings) + "\n", "data/audit.txt")
+    tracker.table(data.manifest, "data/manifest.csv")
+    for split, context in (("train", "training"), ("val", "validation"), (data.held_out, "testing")):
+        tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
+
+
+def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
+    """Raise `UserError` when a resumed run would go on from something else than it began with."""
+    for name, value in origin.items():
+        before = tracker.recorded_tags().get(name, value)
+        if before != value:
+            raise UserError(f"--resume {tracker.run_id}: {name} was {before} and is {value} now; start a new run")
+
+
+def views_figure(config: TrainConfig, train: Split) -> Figure:
+    """Six training images, each as it is and as its first views."""
+    shown = np.linspace(0, len(train) - 1, 6).astype(np.int64)
+    images = torch.from_numpy(train.dataset.images[train.dataset.rows[shown]])
+    rows, captions = [images], ["as it is"] * 6
+    for view in range(min(config.views, 2)):
+        parameters = torch.from_numpy(view_parameters(config.seed, train.keys[shown], view))
+        rows.append(augment(images, parameters).byte())
+        captions += [f"view {view}"] * 6
+    return plots.image_grid(torch.cat(rows).numpy(), captions, "What the network sees in training")
+
+
+def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str:
+    """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
+    name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
+    tracker.table(result.history, "tables/history.csv")
+    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), "plots/learning_curves.png")
+    tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", "freeze_proofs.json")
+    for report in (result.val, result.test):
+        log_report(tracker, report, name)
+    tracker.figure(_explained(model, result, name), "plots/test_gradcam.png")
+    sizes = {
+        "parameters_total": count_parameters(model),
+        "parameters_trained": count_parameters(model, config.phases[-1].trainable),
+    }
+    model_id = _log_model(config, tracker, model, result)
+    registration = _register(config, tracker, model_id, result)
+    if not tracker.logged(f"{result.test.split}_roc_auc"):
+        # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
+        gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
+        final = {**result.val.figures(), **result.test.figures(), **result.stressed, **gap, **sizes}
+        final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
+        final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
+        tracker.metrics(final, step=len(result.records), model_id=model_id)
+    tracker.tags(
+        {
+            "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
+            "best_epoch": str(best),
+            "registered": registration,
+            "calibration": result.calibration.words(),
+            "mlflow.note.content": "\n\n".join([*summary(config, tracker, result), registration]),
+        }
+    )
+    return registration
+
+
+def _explained(model: ResNet, result: RunResult, name: str) -> Figure:
+    """Grad-CAM of confident right, confident wrong and borderline images of the held-out split."""
+    from cxr.figures.examples import (  # captum costs half a second, and only the end needs it
+        choose_examples,
+        examples_panel,
+    )
+
+    split = make_split(result.data.manifest, result.data.store, result.data.held_out)
+    chosen = choose_examples(result.test.table, result.test.threshold)
+    images = split.dataset.images[split.dataset.rows[chosen.index]]
+    return examples_panel(model, images, chosen, f"{SPLIT_NAMES[result.test.split]} images, Grad-CAM: {name}")
+
+
+def card_of(
+    config: TrainConfig,
+    weights: str,
+    data_fingerprint: str,
+    threshold: float = HALF,
+    calibration: Calibration = IDENTITY,
+) -> ModelCard:
+    """What goes with the weights of a run."""
+    return ModelCard(
+        arch=config.arch,
+        image_size=config.image_size,
+        resize=config.resize,
+        threshold=threshold,
+        strategy=config.strategy,
+        data_fingerprint=data_fingerprint,
+        weights=weights,
+        class_to_index=CLASS_TO_INDEX,
+        calibration=calibration,
+    )
+
+
+def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
+    if not isinstance(tracker, MlflowTracker):
+        return None
+    card = card_of(config, result.weights, result.data.fingerprint, result.test.threshold, result.calibration)
+    return registry.log_model(model.state_dict(), card, _example(config.image_size))
+
+
+def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, result: RunResult) -> str:
+    """What became of the model in the registry, in words."""
+    if model_id is None or config.register == "none":
+        return "not registered"
+    val = result.data.part("val")
+    tags = {
+        "run_id": tracker.run_id,
+        "strategy": config.strategy,
+        "arch": config.arch,
+        "weights": result.weights,
+        "data": _kind_words(result.data),
+        "data_fingerprint": result.data.fingerprint,
+        "val_fingerprint": fingerprint(val),
+        "val_loss": repr(result.best.metrics["val_loss"]),
+        "stressed_val_loss": repr(result.stressed["stressed_val_loss"]),
+        "selected_by": config.select,
+        "val_roc_auc": repr(result.val.values["roc_auc"]),
+        "threshold": repr(result.test.threshold),
+        "calibration": result.calibration.words(),
+        "class_to_index": json.dumps(CLASS_TO_INDEX),
+        "preprocessing": f"grey, {config.resize} to {config.image_size}x{config.image_size}, ImageNet mean and std",
+    }
+    return registry.register(model_id, config.register, tags).line()
+
+
+def log_report(tracker: Tracker, report: Report, name: str) -> None:
+    """The predictions, the report and the figures of one split; `name` says whose they are."""
+    split, labels, probabilities = report.split, report.labels, report.probabilities
+    title = f"{SPLIT_NAMES[split]}: {name}"
+    tracker.table(report.table, f"tables/{split}_predictions.csv")
+    tracker.text(report.text(), f"reports/{split}.txt")
+    figures = {
+        "confusion_matrix": plots.confusion_matrix(report.counts(), CLASSES, title),
+        "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
+        "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
+        "confusion_matrix_chosen": plots.confusion_matrix(
+            report.counts(report.threshold), CLASSES, f"{title}, threshold {report.threshold:.3f}"
+        ),
+        "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
+        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if m != "log_loss"}, title),
+    }
+    for kind, figure in figures.items():
+        tracker.figure(figure, f"plots/{split}_{kind}.png")
+
+
+def _example(size: int) -> bytes:
+    """A phantom as PNG: a patient's image has no place in a model's files."""
+    buffer = io.BytesIO()
+    Image.fromarray(phantom(np.random.default_rng(0), "normal", size)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,50 @@
+"""What a training run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from cxr.data.load import Data
+from cxr.evaluation.calibration import Calibration
+from cxr.evaluation.report import Report
+from cxr.network.freezing import FreezeProof
+from cxr.training.loop import EpochRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run gives back: which weights it really started from, its epochs, and the two reports.
+
+    `stressed` are the figures of the stressed validation; `uses_before` says how often this test split was evaluated
+    before in the tracking store.
+    """
+
+    run_id: str
+    weights: str
+    records: list[EpochRecord]
+    val: Report
+    test: Report
+    data: Data
+    seconds: float
+    peak_memory: float
+    calibration: Calibration
+    stressed: dict[str, float]
+    uses_before: int = 0
+    registered: str = "not registered"
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each epoch."""
+        return pd.DataFrame([record.row() for record in self.records])
+
+    @property
+    def best(self) -> EpochRecord:
+        """The epoch whose checkpoint is the result: the lowest validation loss over all phases."""
+        return [record for record in self.records if record.improved][-1]
+
+    @property
+    def proofs(self) -> list[FreezeProof]:
+        """One for each phase."""
+        return [record.proof for record in self.records if record.proof]

@@ -1,0 +1,228 @@
+"""One run from configuration to result: data, training, evaluation. The only place that sees it all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.models import ResNet
+from tqdm import tqdm
+
+from cxr.config import TrainConfig, flatten
+from cxr.data.batches import eval_batches, make_split
+from cxr.data.load import Data, read_data
+from cxr.data.splits import CLASSES, fingerprint
+from cxr.data.views import STRESSES
+from cxr.errors import UserError
+from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
+from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_figures
+from cxr.evaluation.thresholds import choose_threshold
+from cxr.machine import Machine, cpu_has_bf16, describe, memory_explained, peak_memory, ready_machine, reset_peak_memory
+from cxr.network.inference import infer
+from cxr.network.resnet import build_model
+from cxr.runs.audit import audited
+from cxr.runs.messages import Say, data_words, epoch_line, summary
+from cxr.runs.record import TEST_SPLIT, log_end, log_start, views_figure
+from cxr.runs.result import RunResult
+from cxr.runs.resume import _recorded_config
+from cxr.storage import cache_folder, checkpoint_folder, exclusive
+from cxr.tracking.lifecycle import existing_run, open_run
+from cxr.tracking.tracker import NullTracker, Tracker
+from cxr.training import distributed as parallel
+from cxr.training.batch_source import Activations
+from cxr.training.checkpoint import LAST, Checkpoints
+from cxr.training.loop import EpochRecord, Schedule, class_weights, fit
+
+Float32 = npt.NDArray[np.float32]
+
+
+def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
+    """Train by `config`, evaluate the best checkpoint on validation and, once, on test; log all of it."""
+    started = time.perf_counter()
+    tracker.params(flatten(replace(config, resume="none")))  # first of all: a resume reads them
+    machine = ready_machine(config)
+    reset_peak_memory(machine.device)
+    data = read_data(config)
+    model, weights = build_model(config.arch, config.weights, config.seed)
+    model.to(device=machine.device, memory_format=torch.channels_last)
+    findings = audited(config, data, model, machine.precision)
+    log_start(config, tracker, data, machine, weights, findings)
+    if found := [finding.check for finding in findings if not finding.ok]:
+        say(f"note: the audit warns of {', '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
+    say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
+    tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
+    parallel.agreed((config, tracker.run_id))  # the other processes begin here
+    records, source = train_model(config, tracker, data, machine, model, say)
+    stressed = _stressed(config, machine, model, source, data)
+    held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
+    uses = tracker.count(held_out)
+    tracker.tags(held_out)  # before it is looked at, whatever comes then
+    val, test, calibration = _reports(config, data, machine, model)
+    earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
+    seconds = time.perf_counter() - started + earlier
+    memory = peak_memory(machine.device)
+    result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, memory, calibration, stressed, uses)
+    return replace(result, registered=log_end(config, tracker, model, result))
+
+
+def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None) -> RunResult:
+    """`run` in MLflow: a new run, the one that `mlflow run` opened, or the one to resume.
+
+    With `parent`, it is a child of that run, and the one `mlflow run` opened is left alone.
+    A run that is resumed goes on with the parameters it recorded. Its checkpoints are removed once it is finished.
+    Raises `UserError` also when the run to resume is unknown, finished, or in use by another process.
+    """
+    run_id = existing_run(config.resume, child=parent is not None)
+    if run_id:
+        config = _recorded_config(run_id, config)
+    with ExitStack() as stack:
+        stack.enter_context(memory_explained())
+        if run_id:  # before it is opened: a run that another process trains must not be touched
+            stack.enter_context(exclusive(checkpoint_folder(config, run_id)))
+        tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=run_id, parent=parent))
+        if not run_id:
+            stack.enter_context(exclusive(checkpoint_folder(config, tracker.run_id)))
+        result = run(config, tracker, say)
+        lines = [*summary(config, tracker, result), result.registered]
+    shutil.rmtree(checkpoint_folder(config, tracker.run_id))
+    say("\n" + "\n".join(lines))
+    return result
+
+
+def run_together(config: TrainConfig, say: Say = print) -> None:
+    """`run_tracked`, with the help of the processes that torchrun started, if it did. Raises as `run_tracked`."""
+    with parallel.joined(config.device):
+        if parallel.rank() == 0:
+            run_tracked(config, say)
+        else:
+            _follow(config)
+
+
+def _follow(config: TrainConfig) -> None:
+    """What the other processes do: train along in the run that the first one opened. They log and write nothing."""
+    config, run_id = parallel.agreed((config, ""))
+    machine = ready_machine(config)
+    data = read_data(config)
+    model, _ = build_model(config.arch, config.weights, config.seed)
+    model.to(device=machine.device, memory_format=torch.channels_last)
+    with memory_explained():
+        train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
+
+
+def train_model(
+    config: TrainConfig,
+    tracker: Tracker,
+    data: Data,
+    machine: Machine,
+    model: ResNet,
+    say: Say,
+    watch: Callable[[EpochRecord], object] = lambda record: None,
+    label: str = "",
+    runs: int = 1,
+) -> tuple[list[EpochRecord], Activations]:
+    """Run the loop and log each epoch, its metrics' names after `label`; returns the records and the batches' source.
+
+    `watch` sees each record once it is logged, and may raise to end the run. `runs` like this one share activations.
+    """
+    source, weights = _source(config, data, machine, model, runs)
+    names = zip(CLASSES, weights, strict=True)
+    tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in names})
+    if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
+        say("note: this processor has no bf16 units; fp32 is several times faster here")
+    records, logged = [], tracker.logged(f"{label}val_loss")
+    checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id) / label, parallel.rank() == 0)
+    if logged and not (checkpoints.folder / LAST).exists():
+        raise UserError(
+            f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {len(logged)} epochs; "
+            "resume on the machine and with the --cache-dir that it had, or start a new run"
+        )
+    schedule = Schedule(
+        config.epochs,
+        config.weight_decay,
+        config.step_size,
+        config.gamma,
+        config.patience,
+        machine.precision,
+        config.compile,
+    )
+    batches = source.train_batches, source.val_batches
+    stressed = source.stressed_batches if config.select == "stressed_val_loss" else None
+    with checkpoints:
+        for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
+            records.append(record)
+            # One that was logged and not yet saved when a run was broken off has been trained again; a GPU may differ.
+            if logged.get(record.epoch) != record.metrics["val_loss"]:
+                named = {f"{label}{name}": value for name, value in record.metrics.items()}
+                tracker.metrics({**named, f"{label}phase": record.phase_index}, step=record.epoch)
+            say(epoch_line(record))
+            watch(record)
+    return records, source
+
+
+def _source(
+    config: TrainConfig, data: Data, machine: Machine, model: ResNet, runs: int
+) -> tuple[Activations, torch.Tensor]:
+    """(the batches, the class weights [2]) of a training run, of which so many will share activations."""
+    fold = config.fold_numbers()
+    train, val = (make_split(data.manifest, data.store, name) for name in ("train", "val"))
+    source = Activations(
+        model,
+        train,
+        val,
+        config.batch_size,
+        config.seed,
+        min(config.views, config.epochs * len(config.phases)),  # no more will be shown
+        machine.precision,
+        config.reuse_gb * 1e9,
+        lambda batches, total: tqdm(
+            batches, total=total, unit="step", leave=False, disable=True if parallel.rank() else None
+        ),
+        cache_folder(config.cache_dir) / "activations",
+        stressed=True,
+        epochs=config.epochs,
+        runs=max(runs, fold[1] if fold else 1),
+        phases=config.phases,
+    )
+    return source, class_weights(train.labels)
+
+
+def _logits(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Float32:
+    split = make_split(data.manifest, data.store, name)
+    logits, _ = infer(model, eval_batches(split, config.batch_size, machine.device))
+    logits_array: Float32 = logits.numpy()
+    return logits_array
+
+
+def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> tuple[Report, Report, Calibration]:
+    """(validation, test, calibration): what is fitted is fitted on validation, before test is looked at."""
+    val, test = data.part("val"), data.part(data.held_out)
+    labels = val["label"].to_numpy(np.int64)
+    logits = _logits(config, data, machine, model, "val")
+    calibration = fit_calibration(config.calibration, margins_of(logits), labels)
+    threshold = choose_threshold(config.threshold, labels, calibration.apply(margins_of(logits)))
+    prevalence = implied_prevalence(calibration, float(labels.mean()))
+    val_table = predictions_table(val, logits, threshold, calibration)
+    test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
+    return (
+        evaluate(val_table, "val", threshold, config.bootstrap, origin=origin_of(config.threshold, "val")),
+        evaluate(
+            test_table, data.held_out, threshold, config.bootstrap, prevalence, origin_of(config.threshold, "test")
+        ),
+        calibration,
+    )
+
+
+def _stressed(
+    config: TrainConfig, machine: Machine, model: ResNet, source: Activations, data: Data
+) -> dict[str, float]:
+    """The figures of the validation images under `STRESSES`: overall, and the loss under each."""
+    phase = config.phases[-1]
+    logits, labels = infer(model, source.stressed_batches(phase), machine.precision, phase.trainable)
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    return stressed_figures(logits, labels, weights, tuple(STRESSES))

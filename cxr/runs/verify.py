@@ -1,0 +1,202 @@
+"""The audit of an evaluation: the logged figures again from the logged predictions, and those from model and data; the
+choice of the best epoch again from the logged epochs. What an epoch before the best one measured is past checking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cxr.audit.checks import Finding
+from cxr.config import TrainConfig, unflatten
+from cxr.data.batches import make_split, straight_order, view_batches
+from cxr.data.load import Data, read_data
+from cxr.data.splits import CLASSES
+from cxr.data.views import STRESSES
+from cxr.errors import UserError
+from cxr.evaluation.calibration import fit_calibration, margins_of
+from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, stressed_figures, weighted_loss
+from cxr.evaluation.thresholds import choose_threshold
+from cxr.network.freezing import count_parameters
+from cxr.network.inference import infer
+from cxr.serving.predictor import Predictor
+from cxr.tracking import registry
+from cxr.tracking.lifecycle import git_commit
+from cxr.tracking.reading import load_table, metric_history
+from cxr.tracking.store import explained, prepare
+from cxr.training.loop import class_weights
+
+EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
+LOOSE = 0.01  # of figures that training measured in bf16 or fp16, and that fp32 gives here
+_SHOWN = 5
+
+
+def verify(target: str, data_dir: str | None = None, cache_dir: str | None = None) -> list[Finding]:
+    """Check a run, or the run behind a registered model. `data_dir` names the images if they have moved.
+
+    Raises `UserError` when there is no such run or model, or the images cannot be read.
+    """
+    run, uri = _run_of(target)
+    config = unflatten(run.data.params)
+    config = replace(config, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
+    held = "fold" if config.fold_numbers() else "test"
+    val, test = (load_table(run.info.run_id, f"tables/{split}_predictions.csv") for split in ("val", held))
+    predictor = registry.load(uri)
+    share = implied_prevalence(predictor.card.calibration, float(val["label"].mean()))
+    sizes = {
+        "parameters_total": count_parameters(predictor.model),
+        "parameters_trained": count_parameters(predictor.model, config.phases[-1].trainable),
+    }
+    findings = [_figures(run, config, val, test, held, share, sizes), _choices(run, config, val, predictor)]
+    findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
+    findings.append(_best_epoch(run, config, val))
+    return findings + _from_images(run, config, {"val": val, held: test}, predictor)
+
+
+def _run_of(target: str) -> tuple[Any, str]:
+    """(the run, the address of its model) of a run's id or a model's URI."""
+    import mlflow
+
+    prepare()
+    with explained():
+        if "/" not in target:
+            run = mlflow.get_run(target)
+            return run, f"models:/{_model_of(run)}"
+        if target.startswith("models:/"):
+            return mlflow.get_run(mlflow.models.get_model_info(target).run_id), target
+    raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
+
+
+def _model_of(run: Any) -> str:
+    found = registry.logged_models(run.info.experiment_id, run.info.run_id)
+    if not found:
+        raise UserError(f"run {run.info.run_id} has no logged model: not a finished training run")
+    return str(found[0].model_id)
+
+
+def _finding(check: str, wrong: list[str], fine: str) -> Finding:
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return Finding(check, not wrong, "; ".join(wrong[:_SHOWN]) + more if wrong else fine)
+
+
+def _figures(
+    run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str, share: float, sizes: dict[str, int]
+) -> Finding:
+    threshold = run.data.metrics.get("chosen_threshold", float("nan"))
+    again = evaluate(val, "val", threshold, config.bootstrap).figures()
+    again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
+    again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
+    wrong = _differences(run.data.metrics, again)
+    made, here = run.data.tags.get("git_commit", "unknown"), git_commit()
+    if wrong and made != here:  # whose statistics may be others
+        wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
+    return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
+
+
+def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolerance: float = EXACT) -> list[str]:
+    return [
+        f"{name} is logged as {logged.get(name, float('nan')):.6f}, and is {value:.6f}"
+        for name, value in again.items()
+        if not np.isclose(logged.get(name, float("nan")), value, rtol=tolerance, atol=tolerance)
+    ]
+
+
+def _number(values: Mapping[str, str], name: str) -> float:
+    """NaN for what is not there, or no number any more."""
+    try:
+        return float(values.get(name, "nan"))
+    except ValueError:
+        return math.nan
+
+
+def _tolerance(run: Any) -> float:
+    """Of figures that training measured in its own precision."""
+    return CLOSE if run.data.tags.get("precision") == "fp32" else LOOSE
+
+
+def _best_epoch(run: Any, config: TrainConfig, val: pd.DataFrame) -> Finding:
+    """Which epoch was the best, from all that were logged, and its loss from the predictions of its checkpoint."""
+    losses, judged = (metric_history(run.info.run_id, name) for name in ("val_loss", config.select))
+    best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
+    named = run.data.tags.get("best_epoch", "nothing")
+    wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, and is {best}"]
+    weights = torch.tensor([_number(run.data.params, f"class_weight.{name}") for name in CLASSES])
+    logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
+    name = f"val_loss of epoch {best}"
+    again = {name: weighted_loss(logits, torch.tensor(arrays_of(val)[0]), weights)}
+    wrong += _differences({name: losses.get(best, math.nan)}, again, _tolerance(run))
+    return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(losses)}, and its val_loss")
+
+
+def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
+    """Calibration and threshold again from validation alone."""
+    labels, _ = arrays_of(val)
+    margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
+    fitted = fit_calibration(config.calibration, margins, labels)
+    threshold = choose_threshold(config.threshold, labels, fitted.apply(margins))
+    card = predictor.card
+    again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
+    kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}
+    kept["logged threshold"] = run.data.metrics.get("chosen_threshold", float("nan"))
+    return _finding("calibration and threshold from validation", _differences(kept, again), "the model carries them")
+
+
+def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding:
+    """Probabilities and decisions of the table from its own logits, by the model's calibration and threshold."""
+    margins = margins_of(table[["logit_normal", "logit_pneumonia"]].to_numpy())
+    again = predictor.card.calibration.apply(margins)
+    off = ~np.isclose(again, table["probability"], rtol=EXACT, atol=EXACT)
+    off |= (again >= predictor.card.threshold).astype(int) != table["decision"]
+    wrong = [f"{path}: probability or decision is not what its logits give" for path in table.loc[off, "path"]]
+    return _finding(f"{split} decisions from the logged logits", wrong, f"{len(table)} equal")
+
+
+def _from_images(
+    run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
+) -> list[Finding]:
+    """The images again through the model; which images they are, by digest, label and split."""
+    data = read_data(config)
+    recorded = run.data.tags.get("data_fingerprint")
+    same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded} and is {data.fingerprint}"]
+    findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]
+    if same:
+        return findings
+    findings += [_predictions(data, split, table, predictor) for split, table in tables.items()]
+    return [*findings, _stressed(run, config, data, predictor)]
+
+
+def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predictor) -> Finding:
+    check, part = f"{split} predictions from model and data", data.part(split)
+    if list(part["digest"]) != list(table["digest"]):
+        return _finding(check, [f"the table has {len(table)} images, not the {len(part)} of the split, or others"], "")
+    images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
+    again, logged = predictor.predict(images)["probability"].to_numpy(), table["probability"]
+    gap = np.abs(again - logged.to_numpy())
+    wrong = [f"{table['path'][i]}: {logged[i]:.4f}, not {again[i]:.4f}" for i in np.where(gap > CLOSE)[0]]
+    labels = part["label"].to_numpy() != table["label"].to_numpy()
+    wrong += [f"{path}: another label" for path in table.loc[labels, "path"]]
+    return _finding(check, wrong, f"{len(table)} images, probabilities within {gap.max():.1e}")
+
+
+def _stressed(run: Any, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
+    """The class weights again from the training labels, and the stressed validation from model and data."""
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
+    logged = {name: _number(run.data.params, name) for name in named}
+    wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
+    split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
+    order = straight_order(split, config.batch_size)
+    seen = (batch for stress in STRESSES for batch in view_batches(split, order, 0, stress, device))
+    again = stressed_figures(*infer(predictor.model, seen), weights, tuple(STRESSES))
+    # One image that falls on the other side moves a count, be the tolerance what it may.
+    step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))
+    counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
+    for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
+        wrong += _differences(run.data.metrics, {name: again[name] for name in sorted(names)}, tolerance)
+    gap = max(abs(run.data.metrics.get(name, math.nan) - value) for name, value in again.items())
+    return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {gap:.1e}")

@@ -1,0 +1,4 @@
+"""A packaged model in use: image bytes in, probability and decision out.
+
+No training code, no tracking but in `pyfunc_model`.
+"""

@@ -1,0 +1,201 @@
+"""Image bytes in, probability and decision out: what a registry version holds, without training or tracking code.
+
+A packaged model is a folder with `weights.safetensors` (a torchvision state dict) and `model.json` (everything else).
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models import ResNet, get_model
+
+from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
+from cxr.data.splits import CLASS_TO_INDEX
+from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, to_input
+from cxr.errors import UserError
+from cxr.evaluation.calibration import IDENTITY, Calibration, margins_of
+from cxr.network.inference import infer
+from cxr.network.weights import StateDict
+
+WEIGHTS, CARD, ONNX = "weights.safetensors", "model.json", "X_ray_classifier.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin."""
+
+    arch: str
+    image_size: int
+    resize: str
+    threshold: float
+    strategy: str
+    data_fingerprint: str
+    weights: str
+    class_to_index: dict[str, int]
+    calibration: Calibration = IDENTITY
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def text(self) -> str:
+        """The card as JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def save_package(folder: Path, state: StateDict, card: ModelCard) -> None:
+    """Write the packaged model into `folder`, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    (folder / CARD).write_text(card.text())
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ImageError("text that is not base64; paths and addresses are not read") from error
+
+
+def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ImageError("a list whose rows differ in length") from error
+    whole = np.issubdtype(array.dtype, np.integer) and array.size > 0
+    if not whole or array.min() < 0 or array.max() > 255 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
+        raise ImageError(f"array {array.dtype} {array.shape}: not uint8 [height, width] or [height, width, 3]")
+    check_shape(array.shape[1], array.shape[0], "L")
+    return Image.fromarray(array.astype(np.uint8))
+
+
+class _Probability(nn.Module):
+    """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
+
+    def __init__(self, model: ResNet, calibration: Calibration):
+        super().__init__()
+        self.model, self.calibration = model, calibration
+
+    def forward(self, image: Tensor) -> Tensor:
+        """As `Predictor.predict`."""
+        logits = self.model(to_input(image))
+        margin = logits[:, CLASS_TO_INDEX["PNEUMONIA"]] - logits[:, CLASS_TO_INDEX["NORMAL"]]
+        return torch.sigmoid(self.calibration.slope * margin + self.calibration.offset)
+
+
+class Predictor:
+    """A packaged model in use."""
+
+    def __init__(self, model: ResNet, card: ModelCard):
+        self.model, self.card = model.eval(), card
+
+    @classmethod
+    def load(cls, folder: Path) -> Predictor:
+        """Read a packaged model; no pickle is involved."""
+        fields = json.loads((folder / CARD).read_text())
+        calibration = Calibration(**fields.get("calibration", asdict(IDENTITY)))
+        card = ModelCard(**{**fields, "calibration": calibration})
+        model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return cls(model.to(memory_format=torch.channels_last), card)
+
+    def prepare(self, image: object) -> UInt8:
+        """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].
+
+        Text is never taken for a path or an address. Raises `ImageError` for what is no usable image.
+        """
+        if isinstance(image, str):
+            image = _from_base64(image)
+        if isinstance(image, bytes | bytearray | memoryview):
+            return decode_gray(bytes(image), self.card.image_size, self.card.resize)[0]
+        if isinstance(image, np.ndarray | list):
+            return square_gray(_from_array(image), self.card.image_size, self.card.resize)
+        raise ImageError(f"{type(image).__name__}: neither bytes, base64 text nor a uint8 array")
+
+    def predict_files(self, paths: Sequence[Path]) -> pd.DataFrame:
+        """Files -> columns image, label, probability, decision. Raises `UserError` naming all that are no images."""
+        table = self.predict(self.read_files(paths))
+        table.insert(0, "image", [os.fsencode(path).decode(errors="replace") for path in paths])
+        return table
+
+    def read_files(self, paths: Sequence[Path]) -> list[UInt8]:
+        """Files -> prepared images. Raises `UserError` naming all that are no images."""
+        prepared, bad = [], []
+        for path in paths:
+            try:
+                prepared.append(self.prepare(path.read_bytes()))
+            except (OSError, ImageError) as error:
+                bad.append(f"{path} ({getattr(error, 'strerror', None) or error})")
+        if bad:
+            raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {'; '.join(bad)}")
+        return prepared
+
+    def export(self, folder: Path, onnx: bool = False) -> list[Path]:
+        """Write the plain torchvision state dict, the class mapping, the card and, if asked, an ONNX model; returns
+        the files.
+
+        The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of pneumonia [n].
+        Raises `UserError` when they cannot be written, or the packages for ONNX are not installed.
+        """
+        files = [folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD)]
+        graph = self._onnx() if onnx else None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), files[0])
+            files[1].write_text(json.dumps(self.card.class_to_index) + "\n")
+            files[2].write_text(self.card.text())
+            if graph is not None:
+                files.append(folder / ONNX)
+                graph.save(files[-1])
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{folder}: cannot be written ({error}); name another folder") from error
+        return files
+
+    def _onnx(self) -> torch.onnx.ONNXProgram:
+        """By PyTorch's own exporter, for any number of images."""
+        try:
+            importlib.import_module("onnxscript")
+        except ImportError as error:
+            hint = "`uv run --extra onnx cxr models export …` brings it"
+            raise UserError(f"--onnx: the package {error.name} is not installed; {hint}") from error
+        example = torch.zeros(2, self.card.image_size, self.card.image_size, dtype=torch.uint8)
+        # A copy, because the exporter wants the usual memory layout.
+        plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
+        network = _Probability(plain, self.card.calibration).eval()
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
+                input_names=["image"],
+                output_names=["probability"],
+                verbose=False,
+            )
+        assert program is not None
+        return program
+
+    def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
+        """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""
+        stack = torch.from_numpy(np.stack(images))
+        batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
+        logits, _ = infer(self.model, batches)
+        probability = self.card.calibration.apply(margins_of(logits.numpy()))
+        decision = (probability >= self.card.threshold).astype(np.int64)
+        names = {index: name for name, index in self.card.class_to_index.items()}
+        label = [names[int(d)] for d in decision]
+        return pd.DataFrame({"label": label, "probability": probability, "decision": decision})

@@ -1,0 +1,245 @@
+"""Strategies x seeds as child runs of one parent, and what they say together; the same of runs that exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cxr.config import CHANGE_NO_NUMBER, CompareConfig, TrainConfig, own_parameters
+from cxr.data.splits import CLASSES
+from cxr.errors import UserError
+from cxr.evaluation.metrics import confusion
+from cxr.evaluation.paired import (
+    PRIMARY,
+    RunData,
+    paired_table,
+    replicate,
+    require_same_images,
+    stability_table,
+    strategies_of,
+    strategy_table,
+)
+from cxr.evaluation.report import arrays_of
+from cxr.evaluation.verdict import verdict
+from cxr.figures import strategies as draw
+from cxr.figures.html import html_report
+from cxr.runs.messages import Say
+from cxr.strategies import STRATEGIES
+from cxr.studies.family import run_family
+from cxr.tracking.nested import ending, join_parent, open_parent
+from cxr.tracking.reading import has_finished, load_table
+from cxr.tracking.store import explained, prepare
+from cxr.tracking.tracker import MlflowTracker
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+COST = ("parameters_trained", "total_seconds", "peak_memory_mb")
+SHOWN = (
+    "roc_auc",
+    "pr_auc",
+    "accuracy",
+    "balanced_accuracy",
+    "recall",
+    "specificity",
+    "chosen_accuracy",
+    "brier",
+    "ece",
+)
+BARS = ("roc_auc", "accuracy", "recall", "specificity")
+RESAMPLES = 2000
+
+
+def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
+    """Run every strategy with every seed and compare; returns the verdict's sentences.
+
+    The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
+    `UserError` for bad input.
+    """
+    name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config, "compare")
+    with run_family(config, _members(config), name, "comparison", {}, own, say) as (parent, run_ids):
+        lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
+    say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
+    return lines
+
+
+def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> list[str]:
+    """The same of finished runs, in a run of its own. Raises `UserError` for runs that cannot be compared."""
+    prepare()
+    runs = [load_run(run_id) for run_id in run_ids]
+    require_same_images(runs)
+    params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
+    parent = join_parent(open_parent("compare-runs", {"cxr.kind": "comparison"}, params))
+    with ending(parent.run_id):
+        lines = _publish(parent, runs, margin)
+    say("\n".join([*lines, *_look(parent, run_ids)]))
+    return lines
+
+
+def _members(config: CompareConfig) -> dict[str, TrainConfig]:
+    """Seed by seed, so that an early end has whole rounds."""
+    epochs = config.epochs_of()
+    return {
+        f"{strategy}-s{seed}": replace(
+            config.train, strategy=strategy, seed=seed, epochs=epochs[strategy], resume="none"
+        )
+        for seed in range(config.seed, config.seed + config.seeds)
+        for strategy in config.chosen()
+    }
+
+
+def load_run(run_id: str) -> RunData:
+    """What a finished training run logged. Raises `UserError` when it is not there, or is no such run."""
+    import mlflow
+
+    with explained():
+        run = mlflow.get_run(run_id)
+        if not has_finished(run):
+            raise UserError(f"run {run_id} is {run.info.status}: only finished runs can be compared")
+        if "chosen_threshold" not in run.data.metrics:
+            raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
+        if "test_roc_auc" not in run.data.metrics:
+            raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
+        tables = {
+            name: load_table(run_id, f"tables/{name}.csv")
+            for name in ("val_predictions", "test_predictions", "history")
+        }
+    metrics = run.data.metrics
+    return RunData(
+        run_id,
+        run.data.tags["strategy"],
+        int(run.data.tags["seed"]),
+        metrics["chosen_threshold"],
+        tables["val_predictions"],
+        tables["test_predictions"],
+        tables["history"],
+        {
+            **{name: metrics[name] for name in COST if name in metrics},
+            "images_per_second": float(tables["history"]["images_per_second"].median()),
+            "training_seconds": float((tables["history"]["epoch_seconds"] + tables["history"]["eval_seconds"]).sum()),
+            "epochs": float(len(tables["history"])),
+            "test_uses_before": metrics.get("test_uses_before", 0.0),
+        },
+        f"data {run.data.tags.get('data_fingerprint')}, weights {run.data.tags.get('weights_used')}",
+        _settings(run),
+    )
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """What decides a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
+    apart = CHANGE_NO_NUMBER | {"strategy", "seed"}
+    known = {key.removeprefix("train."): value for key, value in run.data.params.items() if key.startswith("train.")}
+    known = {name: value for name, value in known.items() if name not in apart}
+    return known | {"code": run.data.tags.get("git_commit", "unknown")}
+
+
+def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
+    """Tables, figures, report and verdict in the parent run; returns the verdict."""
+    require_same_images(runs)
+    replicates = replicate(runs, RESAMPLES)
+    table, pairs, stability = strategy_table(replicates), paired_table(runs, replicates), stability_table(runs)
+    lines = verdict(table, pairs, margin)
+    whole = table.join(stability)
+    figures = _figures(runs, whole, pairs, margin)
+    parent.table(whole.reset_index(names="strategy"), "comparison/strategies.csv")
+    parent.table(pairs, "comparison/pairs.csv")
+    for name, figure in figures.items():
+        parent.figure(figure, f"comparison/{name}.png")
+    below = notes(runs, margin)
+    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+    tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
+    tables["Cost and stability"] = stability
+    title = "Fine-tuning strategies compared"
+    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), "comparison/report.html")
+    parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
+    parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *below])})
+    return lines
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`0.9700 [0.9551, 0.9812], sd 0.0021` in each cell."""
+    return pd.DataFrame(
+        {
+            name: [
+                f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
+                + (f", sd {row[f'{name}_sd']:.4f}" if np.isfinite(row[f"{name}_sd"]) else "")
+                for _, row in table.iterrows()
+            ]
+            for name in SHOWN
+        },
+        index=table.index,
+    )
+
+
+def notes(runs: Sequence[RunData], margin: float) -> list[str]:
+    """What a reader of the comparison must know beside the verdict."""
+    uses = max(0, int(max(run.cost["test_uses_before"] for run in runs)) - (len(runs) - 1))
+    seeds = {strategy: sum(run.strategy == strategy for run in runs) for strategy in strategies_of(runs)}
+    return [
+        f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
+        + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
+        f"intervals: Student's t, of the variance over {RESAMPLES} resamples of patients and that over seeds, pooled "
+        f"over the strategies; p by Holm over all pairs; margin {margin:g}; McNemar's p takes images for independent "
+        "and judges the seeds' mean probabilities",
+        f"beside these runs, this test split was evaluated {uses} times in this store"
+        + (": what was chosen after looking is no longer a test" if uses else ""),
+        "training seconds are those of the epochs, where activations that an earlier run kept cost nothing",
+        *_mixed(runs),
+    ]
+
+
+def _mixed(runs: Sequence[RunData]) -> list[str]:
+    """What the runs do not have in common: a warning within a strategy, whose seeds are to be alike."""
+    origins = sorted({run.origin for run in runs})
+    words = [f"WARNING: these runs began from different data or weights: {'; '.join(origins)}"] if origins[1:] else []
+    found = {strategy: _settings_of(runs, strategy) for strategy in strategies_of(runs)}
+    for strategy, settings in found.items():
+        unlike = [f"{name} ({', '.join(values)})" for name, values in settings.items() if len(values) > 1]
+        if unlike:
+            words.append(f"WARNING: the runs of {strategy} are no mere seeds, they differ in {'; '.join(unlike)}")
+    for name in sorted({name for settings in found.values() for name in settings}):
+        values = {strategy: "/".join(settings.get(name, ["unknown"])) for strategy, settings in found.items()}
+        if len(set(values.values())) > 1:
+            words.append(f"{name}: " + ", ".join(f"{strategy} {value}" for strategy, value in values.items()))
+    return words
+
+
+def _settings_of(runs: Sequence[RunData], strategy: str) -> dict[str, list[str]]:
+    own = [run.settings for run in runs if run.strategy == strategy]
+    names = sorted({name for settings in own for name in settings})
+    return {name: sorted({settings.get(name, "unknown") for settings in own}) for name in names}
+
+
+def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:
+    names = strategies_of(runs)
+    own = {name: [run for run in runs if run.strategy == name] for name in names}
+    labels, _ = arrays_of(runs[0].test)
+    scores = {name: [arrays_of(run.test)[1] for run in own[name]] for name in names}
+    counts = {name: np.mean([confusion(labels, each) for each in scores[name]], axis=0) for name in names}
+    figures = {
+        "metrics": draw.metric_intervals(table, BARS, "Test, threshold 0.5"),
+        "curves": draw.strategy_curves({n: [run.history for run in own[n]] for n in names}, "Validation"),
+        "roc": draw.roc_overlay({n: (labels, scores[n]) for n in names}, "ROC on test"),
+        "confusion": draw.confusion_row(counts, CLASSES, "Test, threshold 0.5, mean over seeds"),
+        "cost": draw.quality_cost(table, PRIMARY, "training_seconds", "Quality against cost"),
+    }
+    if len(pairs):
+        figures["differences"] = draw.paired_differences(pairs, PRIMARY, margin, "Paired differences on test")
+    return figures
+
+
+def _look(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
+    ids = json.dumps(list(run_ids), separators=(",", ":"))
+    where = parent.where()
+    page = where[-1].split("/#/")[0]
+    experiments = json.dumps([parent.experiment_id], separators=(",", ":"))
+    chosen = f"{page}/#/compare-runs?runs={ids}&experiments={experiments}"
+    report = f"report: comparison/report.html in run {parent.run_id}"
+    others = f"strategies: {', '.join(STRATEGIES)}; `cxr compare --runs ID ID …` compares any finished runs"
+    return [others, report, *(f"look: {line}" for line in [*where, chosen])]

@@ -1,0 +1,77 @@
+"""Cross-validation: a child run a fold, the figures of the held-out folds together in the parent; test stays locked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from cxr.config import CrossvalConfig, TrainConfig, own_parameters
+from cxr.data.splits import CLASSES
+from cxr.evaluation.report import HALF, Report, evaluate, format_interval
+from cxr.figures import single as plots
+from cxr.runs.messages import Say
+from cxr.studies.family import run_family
+from cxr.tracking.reading import load_table
+from cxr.tracking.tracker import MlflowTracker
+
+SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
+
+
+def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
+    """Train and evaluate every fold; returns a row of figures for each.
+
+    The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
+    """
+    name, tags = f"crossval-{config.strategy}-{config.folds}", {"strategy": config.strategy, "seed": str(config.seed)}
+    own = own_parameters(config, "crossval")
+    with run_family(config, _members(config), name, "crossval", tags, own, say) as (parent, run_ids):
+        table, pooled = _gather(run_ids, config.bootstrap)
+        lines = _publish(parent, config, table, pooled)
+    say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
+    return table
+
+
+def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
+    return {
+        f"fold-{fold}-of-{config.folds}": replace(
+            config.train, fold=f"{fold}/{config.folds}", register="none", resume="none"
+        )
+        for fold in range(1, config.folds + 1)
+    }
+
+
+def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
+    """(figures by fold, the report of all out-of-fold predictions together)."""
+    tables = [load_table(run_id, "tables/fold_predictions.csv") for run_id in run_ids]
+    reports = [evaluate(table, "fold", HALF, 0) for table in tables]
+    rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
+    pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="the same for all folds")
+    return pd.DataFrame(rows), pooled
+
+
+def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
+    """Tables, figures and summary in the parent run; returns the lines for a person."""
+    name = f"{config.strategy}, {config.folds} folds"
+    mean, sd = table[list(SHOWN)].mean(), table[list(SHOWN)].std(ddof=1)
+    lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
+    lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]
+    lines.append(f"pooled: the predictions of these {config.folds} models together; the intervals are by patient alone")
+    parent.table(table, "crossval/folds.csv")
+    parent.table(pooled.table, "crossval/out_of_fold_predictions.csv")
+    parent.text(pooled.text(), "crossval/report.txt")
+    labels, probabilities, title = pooled.labels, pooled.probabilities, f"Out of fold: {name}"
+    figures = {
+        "folds": plots.folds(table.set_index("fold"), SHOWN, f"Folds: {name}"),
+        "roc": plots.roc_curve(labels, probabilities, pooled.interval("roc_auc"), title),
+        "pr": plots.pr_curve(labels, probabilities, pooled.interval("pr_auc"), title),
+        "confusion_matrix": plots.confusion_matrix(pooled.counts(), CLASSES, title),
+        "reliability": plots.reliability_diagram(labels, probabilities, pooled.values["ece"], title),
+    }
+    for kind, figure in figures.items():
+        parent.figure(figure, f"crossval/{kind}.png")
+    parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
+    parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
+    parent.tags({"mlflow.note.content": "\n\n".join(lines)})
+    return lines

@@ -1,0 +1,79 @@
+"""A parent run whose children are training runs: made or resumed, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cxr.config import TrainConfig, flatten, that_change_numbers
+from cxr.data.load import read_data
+from cxr.machine import ready_machine
+from cxr.network.resnet import build_model
+from cxr.runs.messages import Say
+from cxr.runs.resume import can_go_on
+from cxr.runs.train import run_tracked
+from cxr.storage import checkpoint_folder, exclusive
+from cxr.tracking.nested import children, ending, join_parent, make_child, open_parent, unfinished_parent
+from cxr.tracking.reading import has_finished
+from cxr.tracking.store import HOST
+from cxr.tracking.tracker import MlflowTracker
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+@contextmanager
+def run_family(
+    config: TrainConfig,
+    members: Mapping[str, TrainConfig],
+    name: str,
+    kind: str,
+    tags: Mapping[str, str],
+    own: Mapping[str, str],
+    say: Say,
+) -> Iterator[tuple[MlflowTracker, list[str]]]:
+    """Run `members` (name -> configuration) as child runs of one parent run, which is the block's.
+
+    Yields (the parent, the ids of its finished children); the parent ends with the block. A new parent gets `name`, the
+    tag `cxr.kind`, `tags` and, beside the children's parameters, its `own`. The same call after an interruption goes on
+    in the same parent: finished children are taken as they are, others are resumed. Raises `UserError` for bad input,
+    before a run is made.
+    """
+    data = read_data(next(iter(members.values())))
+    ready_machine(config)
+    _, weights = build_model(config.arch, config.weights, config.seed)
+    key = _family_key(members.values(), data.fingerprint, weights)
+    tags = {**tags, "cxr.kind": kind, f"cxr.{kind}": key}
+    run_id = unfinished_parent(f"cxr.{kind}", key) or open_parent(name, tags, {**flatten(config.train), **own})
+    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
+        parent = join_parent(run_id)
+        parent.tags({HOST: socket.gethostname()})
+        existing = {child.data.tags.get("cxr.member", ""): child for child in children(run_id)}
+        yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
+
+
+def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
+    """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
+    text = json.dumps([*origin, *(that_change_numbers(member) for member in members)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say) -> str:
+    """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
+    is not finished and can be, or a new one by `config`."""
+    child = existing.get(name)
+    if child is not None and has_finished(child):
+        say(f"{name}: finished before, in run {child.info.run_id}")
+        return str(child.info.run_id)
+    tags = {"cxr.kind": "member", "cxr.member": name, "strategy": config.strategy, "seed": str(config.seed)}
+    if child is not None and can_go_on(child, config):
+        run_id = str(child.info.run_id)
+    else:
+        run_id = make_child(parent, name, tags, flatten(config))
+    say(f"{name}: run {run_id}")
+    return run_tracked(replace(config, resume=run_id), say, parent).run_id

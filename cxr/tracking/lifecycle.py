@@ -1,0 +1,175 @@
+"""Runs, metrics and artifacts in MLflow, and a tracker that keeps nothing, for tests and bare use."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from cxr.errors import Pruned, Stopped, UserError
+from cxr.tracking.signals import _signals_ignored, stops_once
+from cxr.tracking.store import (
+    ERROR,
+    EXPERIMENT,
+    EXPERIMENT_KIND,
+    HOST,
+    OUTCOME,
+    explained,
+    prepare,
+    store_errors_explained,
+)
+from cxr.tracking.tracker import MlflowTracker
+
+
+def existing_run(resume: str, child: bool = False) -> str | None:
+    """The id of the run to go on with: the one to resume, else the one that `mlflow run` opened, else None.
+
+    A `child` is never the one that `mlflow run` opened: that is its parent, or its parent's helper.
+
+    Raises `UserError` when both are there and differ.
+    """
+    opened = None if child else os.environ.get("MLFLOW_RUN_ID")
+    if resume == "none":
+        return opened
+    if opened not in (None, resume):
+        raise UserError(f"--resume {resume}: `mlflow run` has opened another run; use `mlflow run . --run-id {resume}`")
+    return resume
+
+
+@contextmanager
+def open_run(
+    name: str,
+    experiment: str = EXPERIMENT,
+    run_id: str | None = None,
+    parent: str | None = None,
+    stops: bool = True,
+    again: str = "",
+) -> Iterator[MlflowTracker]:
+    """The run `run_id`, taken up again, or a new one in `experiment`, as a child of the run `parent` if there is one.
+
+    With `stops`, SIGTERM and Ctrl-C end it; else the caller handles them. `again` says how to go on with it, should the
+    store be lost, if not by `cxr train --resume`.
+
+    It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
+    run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
+    Raises `UserError` when the tracking store cannot be used.
+    """
+    import mlflow
+
+    prepare()
+    with stops_once() if stops else nullcontext():
+        try:
+            with explained():
+                run = _start(name, experiment, run_id, parent)
+            with store_errors_explained(run.info.run_id, again):
+                yield MlflowTracker(run)
+                mlflow.set_tag(OUTCOME, "finished")
+        except (KeyboardInterrupt, Stopped):
+            _end("KILLED", "stopped by the user")
+            raise
+        except Pruned as error:
+            _end("KILLED", str(error))
+            raise
+        except BaseException as error:
+            _end("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        mlflow.end_run("FINISHED")
+
+
+def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -> Any:
+    import mlflow
+
+    if parent and not run_id:
+        mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
+    elif not run_id:
+        choose_experiment(experiment)
+    with _without_opened_run(parent):
+        run = mlflow.start_run(
+            run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=True
+        )
+    mlflow.set_tag(HOST, socket.gethostname())
+    if ERROR in run.data.tags:  # of the attempt that is resumed
+        mlflow.delete_tag(ERROR)
+    if is_generated(run.info.run_name or ""):
+        mlflow.set_tag("mlflow.runName", name)
+    mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
+    return run
+
+
+def choose_experiment(experiment: str = EXPERIMENT) -> None:
+    """Make the experiment active that `mlflow run` or the environment names, else `experiment`."""
+    import mlflow
+
+    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        mlflow.set_experiment(experiment_id=experiment_id)
+    else:
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+
+
+@contextmanager
+def _without_opened_run(parent: str | None) -> Iterator[None]:
+    """`start_run` would take up the run that `mlflow run` opened; a child is not that one."""
+    opened = os.environ.pop("MLFLOW_RUN_ID", None) if parent else None
+    try:
+        yield
+    finally:
+        if opened:
+            os.environ["MLFLOW_RUN_ID"] = opened
+
+
+def is_generated(name: str) -> bool:
+    """Whether MLflow made the name up (`bold-crane-123`); one that a person chose is kept."""
+    from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+
+    adjective, _, rest = name.partition("-")
+    noun, _, number = rest.partition("-")
+    return adjective in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdigit()
+
+
+def note_error(run_id: str, reason: str) -> None:
+    """Tag a run that failed before it was taken up: `mlflow run` ends it FAILED, and would not say why."""
+    import mlflow
+
+    prepare()
+    with suppress(UserError), explained():
+        mlflow.MlflowClient().set_tag(run_id, ERROR, reason[:5000])
+
+
+def _end(status: str, reason: str) -> None:
+    """End the active run, if it was opened at all, whatever else fails or is pressed meanwhile."""
+    import mlflow
+
+    with _signals_ignored():
+        if (run := mlflow.active_run()) is None:
+            return
+        try:
+            note_error(run.info.run_id, reason)
+        finally:
+            _end_active(run.info.run_id, status)
+
+
+def _end_active(run_id: str, status: str) -> None:
+    """A store that is gone cannot be told; that must not hide what ended the run."""
+    import mlflow
+
+    try:
+        with explained():
+            mlflow.end_run(status)
+    except UserError:
+        warnings.warn(f"run {run_id} could not be ended in the store, which still shows it RUNNING", stacklevel=2)
+
+
+def git_commit() -> str:
+    """The commit of the code in use, `-dirty` with uncommitted changes; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()

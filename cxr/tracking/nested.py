@@ -1,0 +1,182 @@
+"""A parent run and its children: a search and its trials, a comparison and its runs, folds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cxr.errors import Stopped, UserError
+from cxr.tracking.lifecycle import choose_experiment, is_generated
+from cxr.tracking.reading import has_finished, require_not_elsewhere
+from cxr.tracking.signals import stops_once
+from cxr.tracking.store import ERROR, EXPERIMENT_KIND, OUTCOME, explained, prepare, store_errors_explained
+from cxr.tracking.tracker import MlflowTracker
+
+KEPT, PACKAGE = "cxr.weights", "best_model"
+PARENT = "mlflow.parentRunId"
+AGAIN = "the same command"
+
+
+def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one, SCHEDULED."""
+    import mlflow
+
+    prepare()
+    with explained():
+        client = mlflow.MlflowClient()
+        if opened := os.environ.get("MLFLOW_RUN_ID"):
+            generated = is_generated(client.get_run(opened).info.run_name or "")
+            for key, value in {**tags, **({"mlflow.runName": name} if generated else {})}.items():
+                client.set_tag(opened, key, value)
+            _log_params(opened, params)
+            return opened
+        choose_experiment()
+        experiment_id = mlflow.tracking.fluent._get_experiment_id()
+        client.set_experiment_tag(str(experiment_id), *EXPERIMENT_KIND)
+        return _schedule(str(experiment_id), name, tags, params)
+
+
+def _schedule(experiment_id: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a new run that is not RUNNING before somebody takes it up."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    run_id = str(client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id)
+    client.update_run(run_id, status="SCHEDULED")
+    _log_params(run_id, params)
+    return run_id
+
+
+def _log_params(run_id: str, params: Mapping[str, str]) -> None:
+    import mlflow
+    from mlflow.entities import Param
+
+    mlflow.MlflowClient().log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+
+
+def unfinished_parent(tag: str, value: str) -> str | None:
+    """The id of the latest run with that tag that did not end FINISHED, to be gone on with; None if there is none.
+
+    Raises `UserError` when it is running on another machine.
+    """
+    import mlflow
+
+    prepare()
+    with explained():
+        found = mlflow.search_runs(
+            search_all_experiments=True,
+            filter_string=f"tags.`{tag}` = '{value}' and attributes.status != 'FINISHED'",
+            order_by=["start_time DESC"],
+            output_format="list",
+            max_results=1,
+        )
+    for run in found:
+        require_not_elsewhere(run)
+    return str(found[0].info.run_id) if found else None
+
+
+def join_parent(parent: str) -> MlflowTracker:
+    """A tracker of the parent run, which is RUNNING from now on.
+
+    Another run that `mlflow run` opened for this process becomes its child. Raises `UserError` when it is not there.
+    """
+    import mlflow
+
+    prepare()
+    opened = os.environ.get("MLFLOW_RUN_ID")
+    with explained():
+        client = mlflow.MlflowClient()
+        run = client.get_run(parent)
+        client.update_run(parent, status="RUNNING")
+        if opened and opened != parent:
+            client.set_tag(opened, PARENT, parent)
+            client.set_tag(opened, "mlflow.runName", f"worker-{socket.gethostname()}-{os.getpid()}")
+        if ERROR in run.data.tags:
+            client.delete_tag(parent, ERROR)
+    return MlflowTracker(run)
+
+
+@contextmanager
+def ending(parent: str) -> Iterator[None]:
+    """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
+    try:
+        with stops_once(), store_errors_explained(parent, AGAIN):
+            yield
+        end(parent, "FINISHED")
+    except (KeyboardInterrupt, Stopped):
+        end(parent, "KILLED", "stopped by the user")
+        raise
+    except BaseException as error:
+        end(parent, "FAILED", f"{type(error).__name__}: {error}")
+        raise
+
+
+def end(run_id: str, status: str, reason: str = "") -> None:
+    """End a run that is not the active one; a store that is gone is not told."""
+    import mlflow
+
+    try:
+        with explained():
+            client = mlflow.MlflowClient()
+            if reason:
+                client.set_tag(run_id, ERROR, reason[:5000])
+                if OUTCOME in client.get_run(run_id).data.tags:  # of an earlier attempt
+                    client.delete_tag(run_id, OUTCOME)
+            else:
+                client.set_tag(run_id, OUTCOME, "finished")
+                if ERROR in client.get_run(run_id).data.tags:  # of another worker, or an earlier attempt
+                    client.delete_tag(run_id, ERROR)
+            client.set_terminated(run_id, status)
+    except UserError:
+        if not reason:
+            raise
+
+
+def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The id of a new child run that has its parameters and has not begun; `train.resume` of it begins it."""
+    import mlflow
+
+    with explained():
+        experiment = mlflow.get_run(parent).info.experiment_id
+        return _schedule(experiment, name, {**tags, PARENT: parent}, params)
+
+
+def is_finished(run_id: str) -> bool:
+    """Whether the run ended FINISHED."""
+    import mlflow
+
+    with explained():
+        return has_finished(mlflow.get_run(run_id))
+
+
+def children(parent: str) -> list[Any]:
+    """The child runs, oldest first."""
+    import mlflow
+
+    chosen = f"tags.`{PARENT}` = '{parent}'"
+    with explained():
+        experiment = mlflow.get_run(parent).info.experiment_id
+        found: list[Any] = mlflow.search_runs(
+            [experiment], chosen, order_by=["start_time ASC"], output_format="list", max_results=10_000
+        )
+    return found
+
+
+def keep_only(parent: str, run_id: str, package: Path) -> None:
+    """Keep a packaged model with one child, and remove those that other children keep."""
+    import mlflow
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client = mlflow.MlflowClient()
+    with explained():
+        client.log_artifacts(run_id, str(package), PACKAGE)
+        client.set_tag(run_id, KEPT, PACKAGE)
+        for child in children(parent):
+            if child.info.run_id != run_id and child.data.tags.get(KEPT):
+                repository = get_artifact_repository(child.info.artifact_uri)
+                repository.delete_artifacts(PACKAGE)  # type: ignore[no-untyped-call]
+                client.delete_tag(child.info.run_id, KEPT)

@@ -1,0 +1,232 @@
+"""The best model as an MLflow LoggedModel and registry version: safetensors, a card and the code; no pickle.
+
+Alias `candidate` is the latest version; `champion` moves only to one that is better on the same validation images.
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors import SafetensorError
+
+import cxr
+from cxr.errors import UserError
+from cxr.network.weights import StateDict
+from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
+from cxr.tracking.store import explained, prepare
+
+CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
+PHANTOMS = "phantoms"  # in the tag `data` of versions that have seen no X-ray
+REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+    "torch",
+    "torchvision",
+    "tqdm",
+)
+
+
+def requirements() -> list[str]:
+    """What a logged model needs, pinned to what is installed: MLflow's inference of it takes seconds and a network."""
+    return [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
+
+
+def log_model(state: StateDict, card: ModelCard, example: bytes) -> str:
+    """Log the model into the active run and return its id. `example` is an encoded image.
+
+    One that an interrupted attempt at the same run has logged is the same, and is taken.
+    """
+    import mlflow
+
+    run = mlflow.active_run()
+    assert run is not None
+    if earlier := _logged_earlier(run.info.experiment_id, run.info.run_id):
+        return earlier
+    source = Path(cxr.__file__).parent
+    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
+        # The signature is given; a type hint that allows bytes, text and arrays is none that MLflow could use.
+        warnings.filterwarnings("ignore", "(?s).*ype hint", UserWarning)
+        package = Path(work) / "package"
+        save_package(package, state, card)
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(source / "serving" / "pyfunc_model.py"),
+            artifacts={"package": str(package)},
+            code_paths=[str(source)],
+            pip_requirements=requirements(),
+            signature=_signature(),
+            input_example=pd.DataFrame({"image": [base64.b64encode(example).decode()]}),
+            metadata={"class_to_index": card.class_to_index, "strategy": card.strategy, "arch": card.arch},
+        )
+    return str(info.model_id)
+
+
+def logged_models(experiment_id: str, run_id: str) -> list[Any]:
+    """The models that a run logged, half-logged ones among them."""
+    import mlflow
+
+    chosen = f"source_run_id = '{run_id}'"
+    found: list[Any] = mlflow.search_logged_models([experiment_id], chosen, output_format="list")
+    return found
+
+
+def _logged_earlier(experiment_id: str, run_id: str) -> str | None:
+    """The id of the run's model, if it was logged to the end; half-logged ones are deleted."""
+    import mlflow
+
+    for model in logged_models(experiment_id, run_id):
+        if model.status == "READY":
+            return str(model.model_id)
+        mlflow.MlflowClient().delete_logged_model(model.model_id)
+    return None
+
+
+def _signature() -> Any:
+    """`image` is of any type, because bytes, base64 text and arrays are all taken."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    anything = AnyType()  # type: ignore[no-untyped-call]
+    inputs = Schema([ColSpec(anything)])  # unnamed, so that a list will do as well as a table
+    outputs = Schema([ColSpec("string", "label"), ColSpec("double", "probability"), ColSpec("long", "decision")])
+    return ModelSignature(inputs=inputs, outputs=outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """The version a model became, whether it is champion now, and why (not)."""
+
+    name: str
+    version: str
+    champion: bool
+    why: str
+
+    def line(self) -> str:
+        """For people."""
+        return f"registered as {self.name} version {self.version} (candidate); {self.why}"
+
+
+def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
+    """Make a logged model a version of `name`, and champion if it is better.
+
+    `tags` must hold `val_fingerprint` and the figure that `selected_by` names (`val_loss` if that is not there): only
+    versions validated on the same images are compared.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    registered = client.search_model_versions(f"name = '{name}'")
+    earlier = [v for v in registered if v.source == f"models:/{model_id}"]
+    made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
+    client.set_registered_model_alias(name, CANDIDATE, made.version)
+    champion = _by_alias(name, CHAMPION)
+    better, why = _is_better(tags, champion)
+    if better:
+        promote(name, str(made.version))
+    return Registration(name, str(made.version), better, why)
+
+
+def _by_alias(name: str, alias: str) -> Any | None:
+    """The version that an alias points to, or None."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    number = client.get_registered_model(name).aliases.get(alias)
+    return client.get_model_version(name, str(number)) if number else None
+
+
+def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str]:
+    if champion is None:
+        return True, "champion, as the first"
+    if champion.tags.get("run_id") == tags["run_id"]:
+        return True, "champion"
+    before = f"version {champion.version}"
+    if PHANTOMS in champion.tags.get("data", "") and PHANTOMS not in tags.get("data", ""):
+        return True, f"champion, as {before} had seen nothing but phantoms"
+    if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
+        return False, f"champion stays {before}: it was validated on other images, so the two cannot be compared"
+    name = tags.get("selected_by", "val_loss")
+    if name not in champion.tags:
+        return False, f"champion stays {before}: it has no {name} to compare with"
+    mine, theirs = float(tags[name]), float(champion.tags[name])
+    if mine < theirs:
+        return True, f"champion, as its {name} {mine:.4f} is below {theirs:.4f} of {before}"
+    return False, f"champion stays {before}: its {name} {theirs:.4f} is not above {mine:.4f}"
+
+
+def promote(name: str, number: str) -> str:
+    """Make a version champion; the one before is kept as tag `champion_before`. Returns what was done, in words."""
+    import mlflow
+
+    with _explained(f"{name} version {number}"):
+        client = mlflow.MlflowClient()
+        client.get_model_version(name, number)
+        before = _by_alias(name, CHAMPION)
+        if before is not None and str(before.version) != number:
+            client.set_model_version_tag(name, number, BEFORE, str(before.version))
+        client.set_registered_model_alias(name, CHAMPION, number)
+    return f"{name}: champion is version {number}" + (f", before it version {before.version}" if before else "")
+
+
+def versions(name: str) -> pd.DataFrame:
+    """The versions of a registered model, newest first: version, aliases, strategy, val_loss, champion_before, run."""
+    import mlflow
+
+    with _explained(name):
+        client = mlflow.MlflowClient()
+        aliases = client.get_registered_model(name).aliases
+        found = client.search_model_versions(f"name = '{name}'")
+    rows = [
+        {
+            "version": int(v.version),
+            "aliases": ",".join(sorted(alias for alias, number in aliases.items() if int(number) == int(v.version))),
+            **{key: v.tags.get(key, "") for key in ("strategy", "val_loss", BEFORE)},
+            "run": v.run_id,
+        }
+        for v in found
+    ]
+    columns = ["version", "aliases", "strategy", "val_loss", BEFORE, "run"]
+    return pd.DataFrame(rows, columns=columns).sort_values("version", ascending=False)
+
+
+def load(uri: str) -> Predictor:
+    """The predictor in a logged or registered model, `models:/cxr-pneumonia@champion` say.
+
+    Raises `UserError` when there is none, or it is another program's.
+    """
+    import mlflow
+
+    with _explained(uri):
+        local = Path(mlflow.artifacts.download_artifacts(uri))
+    cards = list(local.glob(f"**/{CARD}"))
+    if len(cards) != 1:
+        raise UserError(f"--model {uri}: not a model that cxr logged")
+    try:
+        return Predictor.load(cards[0].parent)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {uri}: is damaged ({str(error).splitlines()[0][:200]})") from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """MLflow's own errors as one line, its waits bounded."""
+    prepare()
+    try:
+        with explained():
+            yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}; `cxr models list` shows what there is") from error

@@ -1,0 +1,45 @@
+"""What SIGINT and SIGTERM do to a run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
+
+from cxr.errors import Stopped
+
+
+@contextmanager
+def handlers(chosen: Mapping[int, Any]) -> Iterator[None]:
+    """Signal handlers for a block; only the main thread may set them, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stops_once() -> AbstractContextManager[None]:
+    """Within the block, SIGTERM unwinds the stack like Ctrl-C, and what follows the first of either is ignored.
+
+    On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped("SIGTERM")
+
+    return handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
+
+
+def _signals_ignored() -> AbstractContextManager[None]:
+    """A second Ctrl-C must not keep a run from being ended."""
+    return handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})

@@ -1,0 +1,68 @@
+"""The tracking store: MLflow's settings, the names of our tags, and its errors as one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cxr.config import without_password
+from cxr.errors import MachineError
+
+EXPERIMENT = "cxr"
+ERROR, OUTCOME, HOST = "cxr.error", "cxr.outcome", "cxr.host"
+
+# Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds; MLflow's own limits add up to many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # A model needs far less than the project's lock file, and must not be restored from it.
+    "MLFLOW_LOG_UV_FILES": "false",
+}
+_LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ERROR, "alembic": logging.WARNING}
+
+
+def prepare() -> None:
+    """Bound MLflow's waits and quiet its logs; what the user has set stays."""
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    for logger, level in _LOG_LEVELS.items():
+        logging.getLogger(logger).setLevel(level)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a tracking store raises when it cannot be used into one line."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
+        uri, reason = without_password(mlflow.get_tracking_uri()), str(error).splitlines()[0][:200]
+        hint = "check MLFLOW_TRACKING_URI"
+        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            hint += ", which `mlflow run` wants with an absolute path (sqlite:////…)"
+        raise MachineError(f"MLflow at {uri}: {reason}; {hint}") from error
+
+
+@contextmanager
+def store_errors_explained(run_id: str, again: str = "") -> Iterator[None]:
+    """Turn the loss of the tracking store in mid-run into one line; the run's own errors pass."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise MachineError(
+            f"MLflow at {without_password(mlflow.get_tracking_uri())} failed during run {run_id}: {reason}; "
+            f"when it answers again, go on with: {again or f'cxr train --resume {run_id}'}"
+        ) from error

@@ -1,0 +1,238 @@
+"""Views: what each parameter does, that they depend on nothing but (seed, image, view), and JPEG against Pillow."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from cxr.data.phantoms import phantom
+from cxr.data.views import RANGES, _compress, augment, image_key, to_input, view_parameters
+
+NEUTRAL = {"zoom": 1, "angle": 0, "shift_x": 0, "shift_y": 0, "contrast": 1, "brightness": 0, "blur": 0.1}
+keys_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12)
+
+
+def films(count: int, size: int = 64) -> Tensor:
+    drawn = [phantom(np.random.default_rng(n), "normal", size) for n in range(count)]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def disc(size: int = 64, radius: int = 12, dx: int = 0, dy: int = 0) -> Tensor:
+    """A white disc on dark grey."""
+    across = torch.arange(size) - (size - 1) / 2
+    inside = (across - dx) ** 2 + (across.view(-1, 1) - dy) ** 2 < radius**2
+    return torch.where(inside, 200, 40).to(torch.uint8)
+
+
+def changed(image: Tensor, **parameters: float) -> Tensor:
+    """The view of one image by the given parameters, the others neutral and the compression as good as none."""
+    row = {**NEUTRAL, "quality": 100, **parameters}
+    return augment(image.unsqueeze(0), torch.tensor([[float(row[name]) for name in RANGES]]))[0]
+
+
+def centre_of_white(image: Tensor) -> tuple[float, float]:
+    y, x = torch.nonzero(image > 120).double().mean(0).tolist()
+    return x, y
+
+
+# Parameters
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**9), keys_of, st.integers(0, 1000))
+def test_parameters_lie_within_their_ranges(seed: int, keys: list[int], view: int) -> None:
+    table = view_parameters(seed, np.array(keys, np.uint64), view)
+    assert table.shape == (len(keys), len(RANGES))
+    assert table.dtype == np.float32
+    for column, (low, high) in zip(table.T, RANGES.values(), strict=True):
+        assert np.all((column >= np.float32(low) - 1e-6) & (column <= np.float32(high) + 1e-6))
+
+
+@settings(max_examples=40)
+@given(keys_of, st.randoms(use_true_random=False))
+def test_parameters_of_an_image_depend_on_no_other_image(keys: list[int], random: Any) -> None:
+    order = list(range(len(keys)))
+    random.shuffle(order)
+    table = view_parameters(3, np.array(keys, np.uint64), 1)
+    np.testing.assert_array_equal(view_parameters(3, np.array(keys, np.uint64)[order], 1), table[order])
+    np.testing.assert_array_equal(view_parameters(3, np.array(keys[-1:], np.uint64), 1)[0], table[-1])
+
+
+@pytest.mark.parametrize("key", [0, 5, 2**63, 2**64 - 2])
+def test_seed_image_and_view_each_change_the_parameters(key: int) -> None:
+    drawn = [
+        view_parameters(seed, np.array([image], np.uint64), view)[0]
+        for seed, image, view in ((0, key, 0), (1, key, 0), (0, key + 1, 0), (0, key, 1))
+    ]
+    assert len(np.unique(np.stack(drawn), axis=0)) == 4
+    assert np.abs(np.diff(np.stack(drawn), axis=0)).min() > 0  # no parameter is shared either
+
+
+def test_parameters_are_spread_evenly_over_their_ranges() -> None:
+    table = view_parameters(0, np.arange(1500, dtype=np.uint64), 0).astype(float)
+    for name, column in zip(RANGES, table.T, strict=True):
+        low, high = np.log(RANGES[name]) if name == "zoom" else RANGES[name]
+        quantiles = np.quantile(np.log(column) if name == "zoom" else column, [0.02, 0.25, 0.5, 0.75, 0.98])
+        np.testing.assert_allclose((quantiles - low) / (high - low), [0.02, 0.25, 0.5, 0.75, 0.98], atol=0.05)
+    assert np.abs(np.corrcoef(table.T) - np.eye(len(RANGES))).max() < 0.1
+
+
+def test_image_key_is_the_first_64_bits_of_the_digest() -> None:
+    assert image_key("00000000000000ff" + "a" * 48) == 255
+    assert image_key("f" * 64) == 2**64 - 1
+
+
+# Views
+
+
+def test_a_view_keeps_the_size_and_gives_whole_grey_levels() -> None:
+    for size in (40, 45, 64):
+        images = films(3, size)
+        seen = augment(images, torch.from_numpy(view_parameters(0, np.arange(3, dtype=np.uint64), 0)))
+        assert seen.shape == images.shape
+        assert seen.dtype == torch.float32
+        assert seen.min() >= 0
+        assert seen.max() <= 255
+        assert torch.equal(seen, seen.round())
+
+
+def test_a_view_is_the_same_alone_and_in_any_batch_and_leaves_its_input_alone() -> None:
+    images, parameters = films(7), torch.from_numpy(view_parameters(0, np.arange(7, dtype=np.uint64), 0))
+    before = images.clone()
+    whole = augment(images, parameters)
+    for size in (1, 3):
+        halves = zip(torch.split(images, size), torch.split(parameters, size), strict=True)
+        parts = [augment(*half) for half in halves]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(images, before)
+    assert (whole != images).float().mean() > 0.5
+
+
+def test_neutral_parameters_leave_the_image() -> None:
+    image = films(1)[0]
+    assert (changed(image) - image).abs().max() <= 1
+
+
+def test_zoom_above_one_enlarges_about_the_centre() -> None:
+    white = {zoom: (changed(disc(), zoom=zoom) > 120) for zoom in (0.8, 1.0, 1.25)}
+    areas = {zoom: float(mask.sum()) for zoom, mask in white.items()}
+    assert areas[1.25] / areas[1.0] == pytest.approx(1.25**2, rel=0.08)
+    assert areas[0.8] / areas[1.0] == pytest.approx(0.8**2, rel=0.08)
+    assert centre_of_white(changed(disc(), zoom=1.25)) == pytest.approx((31.5, 31.5), abs=0.3)
+
+
+def test_what_comes_in_from_outside_is_black() -> None:
+    small = changed(torch.full((64, 64), 200, dtype=torch.uint8), zoom=0.5)
+    assert small[:14].max() < 5
+    assert small[18:46, 18:46].min() > 195
+
+
+def test_shifts_move_by_a_share_of_the_side_along_their_own_axis() -> None:
+    x, y = centre_of_white(changed(disc(), shift_x=0.125))
+    assert (abs(x - 31.5), y) == pytest.approx((8, 31.5), abs=0.3)
+    x, y = centre_of_white(changed(disc(), shift_y=0.125))
+    assert (x, abs(y - 31.5)) == pytest.approx((31.5, 8), abs=0.3)
+
+
+def test_a_right_angle_is_a_turn_and_not_a_mirror() -> None:
+    image = disc(dx=15, dy=6)
+    turned = changed(image, angle=90)
+    assert min((turned - torch.rot90(image, k).float()).abs().max() for k in (1, -1)) <= 2
+    assert min((turned - torch.rot90(image.T, k).float()).abs().max() for k in (1, -1)) > 50
+
+
+def test_brightness_adds_a_share_of_white_and_contrast_scales_about_the_mean() -> None:
+    image = disc()
+    mean, spread = image.float().mean(), image.float().std()
+    lit, flat = changed(image, brightness=0.1), changed(image, contrast=0.75)
+    assert float(lit.mean() - mean) == pytest.approx(25.5, abs=1)
+    assert float(lit.std()) == pytest.approx(float(spread), rel=0.02)
+    assert float(flat.std() / spread) == pytest.approx(0.75, abs=0.02)
+    assert float(flat.mean()) == pytest.approx(float(mean), abs=1)
+
+
+def test_exposure_clips_instead_of_wrapping() -> None:
+    image = torch.full((64, 64), 250, dtype=torch.uint8)
+    assert changed(image, brightness=0.1).min() == 255
+    assert changed(image - 245, brightness=-0.1).max() == 0
+
+
+def test_blur_spreads_an_edge_as_a_gaussian_does() -> None:
+    edge = torch.zeros(64, 64, dtype=torch.uint8)
+    edge[:, 32:] = 255
+    profile = changed(edge, blur=1.2)[32] / 255
+    normal = (1 + torch.erf((torch.arange(64) - 31.5) / (1.2 * 2**0.5))) / 2
+    assert (profile - normal).abs().max() < 0.04
+    sharpness = [float(changed(edge, blur=sigma)[32].diff().max()) for sigma in (0.1, 0.6, 1.2)]
+    assert sharpness == sorted(sharpness, reverse=True)
+    assert sharpness[0] > 1.5 * sharpness[2]
+
+
+def test_blur_is_of_each_image_its_own() -> None:
+    images = torch.stack([disc(), disc()])
+    rows = torch.tensor([[float({**NEUTRAL, "quality": 100, "blur": b}[name]) for name in RANGES] for b in (0.1, 1.2)])
+    sharp, soft = augment(images, rows)
+    assert torch.equal(sharp, changed(disc()))
+    assert torch.equal(soft, changed(disc(), blur=1.2))
+    assert not torch.equal(sharp, soft)
+
+
+# JPEG
+
+
+def through_pillow(image: Tensor, quality: int) -> Tensor:
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file), np.float32))
+
+
+@pytest.mark.parametrize("quality", [15, 30, 49, 50, 70])
+@pytest.mark.parametrize("size", [64, 61])
+def test_compression_leaves_what_pillows_jpeg_leaves(size: int, quality: int) -> None:
+    """Nearly everywhere to the level: libjpeg's integer DCT rounds a coefficient near a tie another way."""
+    images = films(4, size)
+    expected = torch.stack([through_pillow(image, quality) for image in images])
+    difference = (_compress(images.float(), torch.full((4,), float(quality))) - expected).abs()
+    assert (difference > 3).float().mean() < 0.03
+    assert difference.mean() < 0.25
+    assert (expected - images).abs().mean() > 10 * difference.mean()  # the agreement is not the images' own
+
+
+def test_compression_loses_more_at_lower_quality_and_is_of_each_image_its_own() -> None:
+    image = films(1).float()
+    qualities = torch.tensor([15.0, 40.0, 70.0])
+    together = _compress(image.expand(3, -1, -1), qualities)
+    lost = (together - image).abs().mean((1, 2))
+    assert lost[0] > lost[1] > lost[2] > 0
+    for quality, alone in zip(qualities, together, strict=True):
+        assert torch.equal(_compress(image, quality.view(1))[0], alone)
+
+
+def test_compression_takes_any_memory_layout() -> None:
+    image = films(2).float()
+    quality = torch.tensor([20.0, 60.0])
+    turned = image.transpose(1, 2)
+    assert torch.equal(_compress(turned, quality), _compress(turned.contiguous(), quality))
+
+
+# Input of the network
+
+
+def test_input_is_three_equal_channels_by_imagenets_mean_and_std() -> None:
+    x = to_input(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
+    assert x.shape == (1, 3, 2, 2)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(x[0, :, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+    np.testing.assert_allclose(x[0, :, 0, 1], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-5)
+
+
+def test_a_view_and_the_stored_image_are_brought_to_the_same_scale() -> None:
+    image = films(1)
+    assert torch.equal(to_input(image), to_input(image.float()))

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from cxr.evaluation.calibration import Calibration
+from cxr.evaluation.metrics import DECISION_METRICS, METRICS, point_metrics
+from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval, origin_of, predictions_table
+
+
+def images(n: int) -> pd.DataFrame:
+    """A manifest's rows with an index that does not start at 0."""
+    return pd.DataFrame(
+        {
+            "path": [f"{i}.jpeg" for i in range(n)],
+            "digest": [f"{i:064x}" for i in range(n)],
+            "group": [f"p{i // 2}" for i in range(n)],
+            "subtype": ["normal" if i % 2 else ("virus" if i % 4 else "bacteria") for i in range(n)],
+            "label": [1 - i % 2 for i in range(n)],
+            "split": "test",
+        },
+        index=range(100, 100 + n),
+    )
+
+
+def report(resamples: int = 50) -> Report:
+    logits = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    table = predictions_table(images(20), logits, 0.4, Calibration("platt", 0.8, 0.1))
+    return evaluate(table, "test", 0.4, resamples, 0.7)
+
+
+@given(arrays(np.float32, (4, 2), elements=st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-20, 20, width=32)))
+@settings(max_examples=100)
+def test_probability_is_the_softmax_of_any_finite_logits(logits: NDArray[np.float32]) -> None:
+    table = predictions_table(images(4), logits)
+    np.testing.assert_allclose(table["probability"], softmax(logits.astype(np.float64), axis=1)[:, 1], rtol=1e-12)
+
+
+def test_the_table_keeps_the_images_in_order_with_their_logits() -> None:
+    logits = np.arange(8, dtype=np.float32).reshape(4, 2)
+    table = predictions_table(images(4), logits)
+    assert table[["logit_normal", "logit_pneumonia"]].to_numpy().tolist() == logits.tolist()
+    assert list(table["path"]) == ["0.jpeg", "1.jpeg", "2.jpeg", "3.jpeg"]
+    assert list(table.index) == [0, 1, 2, 3]
+
+
+def test_a_tie_is_decided_positive_at_one_half() -> None:
+    table = predictions_table(images(2), np.array([[3, 3], [3, 2.999]], np.float32), 0.5)
+    assert list(table["decision"]) == [1, 0]
+
+
+def test_logits_for_another_number_of_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="length"):
+        predictions_table(images(4), np.zeros((3, 2), np.float32))
+
+
+def test_every_figure_can_be_computed_again_from_the_table_as_text() -> None:
+    first = report()
+    text = io.StringIO(first.table.to_csv(index=False))
+    again = evaluate(pd.read_csv(text), "test", 0.4, 50, 0.7)
+    assert again.figures() == pytest.approx(first.figures(), abs=1e-12)
+
+
+def test_a_report_holds_scikit_learns_values_at_both_thresholds_and_before_calibration() -> None:
+    got = report()
+    assert got.values == point_metrics(got.labels, got.probabilities, 0.5)
+    chosen, before = point_metrics(got.labels, got.probabilities, 0.4), point_metrics(got.labels, got.uncalibrated)
+    assert got.chosen_values == {name: chosen[name] for name in DECISION_METRICS}
+    assert got.before == {name: before[name] for name in ("brier", "log_loss", "ece")}
+    assert got.before != {name: got.values[name] for name in got.before}
+    assert got.counts().sum() == got.counts(0.4).sum() == 20
+    assert not np.array_equal(got.counts(), got.counts(0.4))
+    assert list(got.table["decision"]) == (got.probabilities >= 0.4).astype(int).tolist()
+
+
+def test_figures_carry_the_split_the_bounds_and_the_subtypes() -> None:
+    names = set(report().figures())
+    metrics = {*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS)}
+    bounds = {f"test_{name}_{end}" for name in metrics for end in ("low", "high")}
+    others = {"recall_virus", "recall_bacteria", *(f"uncalibrated_{name}" for name in CALIBRATED)}
+    prior = {"implied", "own", "estimated", *(f"corrected_{name}" for name in ("accuracy", *CALIBRATED))}
+    others |= {f"prior_{name}" for name in prior}
+    assert names == {f"test_{name}" for name in metrics | others} | bounds
+
+
+def test_without_resamples_no_bound_is_logged() -> None:
+    figures = report(0).figures()
+    assert not any(name.endswith(("_low", "_high")) for name in figures)
+    assert np.isfinite(list(figures.values())).all()
+
+
+def test_the_text_shows_each_metric_with_its_interval() -> None:
+    got = report()
+    assert "20 images of 10 groups" in got.text()
+    assert "threshold 0.4, the model's own" in got.text()
+    for name in METRICS:
+        assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
+    assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
+    assert "share of pneumonia: 0.700 is what the probabilities are made for, 0.500 here" in got.text()
+
+
+def test_a_report_says_where_its_threshold_comes_from() -> None:
+    assert origin_of("youden", "test") == "chosen by youden on validation"
+    assert origin_of("cost 5:1", "val") == "chosen by cost 5:1 on these images"
+    assert origin_of("0.3", "test") == "given"
+
+
+def test_an_interval_is_shown_only_where_there_is_one() -> None:
+    assert format_interval((0.87, 0.8421, 0.8958)) == "0.8700 [0.8421, 0.8958]"
+    assert format_interval((0.87, float("nan"), float("nan"))) == "0.8700"

@@ -1,0 +1,38 @@
+"""Scripts of `experiments/`, run as they are called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What a machine with a GPU may not have, and the benchmark must do without.
+BARE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["mlflow", "optuna", "lightning", "timm"]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_times_both_ways_on_copies(phantoms: Path, tmp_path: Path) -> None:
+    out, files = tmp_path / "table.csv", len(list(phantoms.glob("tr*/*/*"))) + len(list(phantoms.glob("val/*/*")))
+    options = f"--data-dir {phantoms} --strategies frozen --epochs 2 --copies 2 --image-size 64 --workers 0 --out {out}"
+    script = str(ROOT / "experiments" / "bench_train.py")
+    command = [sys.executable, "-c", BARE, script, *options.split(), "--device", "cpu"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests beside it
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    train, val = (int(done.stdout.split(f"{split} ")[1].split()[0].strip(",")) for split in ("train", "val"))
+    assert train + val == 2 * files
+    table = pd.read_csv(out).set_index("way")
+    assert list(table.index) == ["ceiling", "notebook", "cxr"]
+    assert (table.loc[["notebook", "cxr"]].drop(columns="strategy") > 0).all(axis=None)
+    assert (table.loc["notebook", ["epoch ratio", "run ratio"]] == 1).all()
+    assert table.loc["ceiling", "of ceiling"] == 1

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cxr.figures.html import html_report
+
+HOSTILE = "<script>alert('x')</script> & \"quoted\""
+VOID = {"meta", "img", "wbr"}
+
+
+class Page(HTMLParser):
+    """The tags, attributes, texts and table cells of a page; a tag closed out of turn is an error."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [value for at, key, value in self.attributes if (at, key) == (tag, name)]
+
+
+def figure() -> Figure:
+    drawn = Figure(figsize=(2, 1), dpi=120)
+    drawn.subplots().plot([1, 2])
+    return drawn
+
+
+def cells(table: pd.DataFrame) -> list[str]:
+    return Page(html_report("title", "verdict", [], {"table": table}, {})).cells
+
+
+def test_report_leads_with_the_verdict_then_notes_tables_and_figures() -> None:
+    table = pd.DataFrame({"AUC": [0.9]}, index=["full"])
+    page = Page(html_report("Title", "full wins", ["a note"], {"Scores": table}, {"Curves": figure()}))
+    order = ["Title", "full wins", "Not for clinical use", "a note", "Scores", "AUC", "Figure 1. Curves"]
+    places = [page.text.rindex(part) for part in order]
+    assert places == sorted(places)
+    assert page.values("html", "lang") == ["en"]
+
+
+def test_report_leaves_out_empty_sections() -> None:
+    page = Page(html_report("Title", "verdict", [], {}, {}))
+    assert not {"h2", "ul", "table", "img", "figure"} & set(page.tags)
+    assert "Not for clinical use" in page.text
+
+
+def test_report_shows_markup_of_its_inputs_as_text() -> None:
+    table = pd.DataFrame({HOSTILE: [HOSTILE]}, index=pd.Index([HOSTILE], name=HOSTILE))
+    html = html_report(HOSTILE, HOSTILE, [HOSTILE], {HOSTILE: table}, {HOSTILE: figure()})
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) == 10
+    assert page.values("img", "alt") == [HOSTILE]
+
+
+def test_report_does_not_fill_placeholders_in_its_inputs() -> None:
+    page = Page(html_report("$body", "$warning ${title}", ["$verdict"], {}, {}))
+    assert "$warning ${title}" in page.text
+    assert "$verdict" in page.text
+
+
+def test_report_needs_nothing_from_elsewhere() -> None:
+    html = html_report("Title", "verdict", ["note"], {"t": pd.DataFrame({"a": [1]})}, {"f": figure()})
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name == "href" or name.startswith("on")]
+    assert all(source.startswith("data:image/png;base64,") for source in page.values("img", "src"))
+    assert not re.search(r"https?:|url\(|@import|src=\"/", html)
+
+
+def test_report_inlines_figures_at_their_size() -> None:
+    page = Page(html_report("Title", "verdict", [], {}, {"first": figure(), "second": figure()}))
+    sources = page.values("img", "src")
+    image = Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2], validate=True)))
+    assert image.size == (240, 120)
+    assert "Software" not in image.info
+    assert page.values("img", "width") == ["240", "240"]
+    assert sources[0] == sources[1]
+    assert "Figure 2. second" in page.text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.98765432, 0.5, 1.0], ["0.9877", "0.5000", "1.0000"]),
+        ([95.1234, 1234.5678], ["95.1", "1,234.6"]),
+        ([1026, 11177538], ["1,026", "11,177,538"]),
+        ([3.0, np.nan], ["3", "n/a"]),
+        ([0.00001, -0.00001, 0.0, 0.5], ["<0.0001", ">-0.0001", "0.0000", "0.5000"]),
+        ([0.98765, 11177538.0], ["0.9877", "11,177,538"]),
+        ([np.inf, 0.25], ["inf", "0.2500"]),
+        ([True, False], ["yes", "no"]),
+        ([[0.98765, np.nan], []], ["0.9877, n/a", ""]),
+        (["text", None], ["text", "n/a"]),
+        ([None, None], ["n/a", "n/a"]),
+        ([pd.NA, pd.NaT], ["n/a", "n/a"]),
+    ],
+)
+def test_tables_round_numbers_and_name_what_is_missing(values: list[object], expected: list[str]) -> None:
+    assert cells(pd.DataFrame({"value": pd.Series(values)})) == ["value", *expected]
+
+
+def test_tables_align_numbers_with_their_heading() -> None:
+    table = pd.DataFrame({"name": ["a"], "value": [0.5]}, index=pd.Index(["full"], name="strategy"))
+    html = html_report("Title", "verdict", [], {"table": table}, {})
+    assert '<th scope="col" class="number">value</th>' in html
+    assert '<td class="number">0.5000</td>' in html
+    assert "<td>a</td>" in html
+    assert '<th scope="row">full</th>' in html
+
+
+def test_tables_show_an_index_unless_it_only_counts() -> None:
+    values = {"value": [0.5, 0.25]}
+    assert cells(pd.DataFrame(values)) == ["value", "0.5000", "0.2500"]
+    named = pd.DataFrame(values, index=["full", "frozen"])
+    assert cells(named) == ["", "value", "full", "0.5000", "frozen", "0.2500"]
+    pairs = pd.MultiIndex.from_tuples([("full", 1), ("frozen", 2)], names=["strategy", "seed"])
+    assert cells(pd.DataFrame(values, index=pairs))[:6] == ["strategy", "seed", "value", "full", "1", "0.5000"]
+
+
+def test_tables_without_rows_keep_their_headings() -> None:
+    assert cells(pd.DataFrame({"a": [], "b": []})) == ["a", "b"]
+
+
+def test_wide_tables_scroll_in_their_own_frame() -> None:
+    html = html_report("Title", "verdict", [], {"wide": pd.DataFrame({f"c{i}": [0.5] for i in range(40)})}, {})
+    assert html.index('<div class="scroll"') < html.index("<table>")
+    assert ".scroll { overflow-x: auto;" in html
+
+
+def test_long_headings_may_break_after_underscores() -> None:
+    html = html_report("Title", "verdict", [], {"table": pd.DataFrame({"balanced_accuracy": [0.5]})}, {})
+    assert ">balanced_<wbr>accuracy</th>" in html

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import ResNet
+
+from cxr.data.decode import ImageError, decode_gray
+from cxr.data.splits import CLASS_TO_INDEX
+from cxr.data.views import to_input
+from cxr.errors import UserError
+from cxr.network.inference import infer
+from cxr.network.resnet import build_model
+from cxr.serving.predictor import CARD, WEIGHTS, ModelCard, Predictor, save_package
+
+CARD_OF_TEST = ModelCard(
+    arch="resnet18",
+    image_size=32,
+    resize="pad",
+    threshold=0.5,
+    strategy="partial",
+    data_fingerprint="0123456789ab",
+    weights="random",
+    class_to_index=CLASS_TO_INDEX,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> ResNet:
+    """A network whose BatchNorm has seen something, so that a lost buffer would show."""
+    model, _ = build_model("resnet18", "random", 4)
+    model.train()(torch.randn(4, 3, 32, 32))
+    return model
+
+
+@pytest.fixture(scope="module")
+def predictor(model: ResNet, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    folder = tmp_path_factory.mktemp("package") / "made" / "here"
+    save_package(folder, model.state_dict(), CARD_OF_TEST)
+    return Predictor.load(folder)
+
+
+@pytest.fixture(scope="module")
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_package_gives_the_probabilities_that_evaluation_gave(
+    predictor: Predictor, model: ResNet, phantoms: Path
+) -> None:
+    files = sorted(phantoms.glob("test/*/*.jpeg"))
+    images = [decode_gray(file.read_bytes(), 32, "pad")[0] for file in files]
+    inputs = to_input(torch.from_numpy(np.stack(images)))
+    logits, _ = infer(model, [(inputs, torch.zeros(len(files), dtype=torch.int64))])
+    table = predictor.predict([predictor.prepare(file.read_bytes()) for file in files])
+    # The package runs channels last and in other batches: float32 sums in another order.
+    np.testing.assert_allclose(table["probability"], torch.softmax(logits.double(), 1)[:, 1], rtol=1e-4)
+    assert len(set(table["probability"])) == len(files)
+
+
+def test_more_images_than_a_batch_keep_their_order(predictor: Predictor) -> None:
+    images = list(np.random.default_rng(1).integers(0, 256, (40, 32, 32), np.uint8))
+    whole = predictor.predict(images)["probability"]
+    for place in (0, 31, 32, 39):
+        single = predictor.predict([images[place]])["probability"][0]
+        assert whole[place] == pytest.approx(single, rel=1e-4)
+    assert len(set(whole)) == 40
+
+
+def test_the_card_is_kept(predictor: Predictor) -> None:
+    kept = {name: getattr(predictor.card, name) for name in ("arch", "image_size", "resize", "class_to_index")}
+    assert kept == {"arch": "resnet18", "image_size": 32, "resize": "pad", "class_to_index": CLASS_TO_INDEX}
+    assert not predictor.model.training
+
+
+def test_a_package_holds_no_pickle(model: ResNet, tmp_path: Path) -> None:
+    save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD}
+    assert json.loads((tmp_path / CARD).read_text())["data_fingerprint"] == "0123456789ab"
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_the_cards_threshold_decides(model: ResNet, png: bytes, above: bool) -> None:
+    image = Predictor(model, CARD_OF_TEST).prepare(png)
+    probability = Predictor(model, CARD_OF_TEST).predict([image])["probability"][0]
+    threshold = np.nextafter(probability, 1) if above else probability  # at the threshold is positive
+    card = replace(CARD_OF_TEST, threshold=threshold)
+    row = Predictor(model, card).predict([image]).iloc[0]
+    assert (row["label"], row["decision"]) == (("NORMAL", 0) if above else ("PNEUMONIA", 1))
+
+
+def test_bytes_text_and_arrays_of_one_image_agree(predictor: Predictor, png: bytes) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    rgb = np.repeat(pixels[:, :, None], 3, 2)
+    forms: list[Any] = [bytearray(png), memoryview(png), base64.b64encode(png).decode(), pixels, rgb]
+    forms += [pixels.astype(np.int64), pixels.tolist(), np.asfortranarray(pixels)]
+    expected = predictor.prepare(png)
+    assert expected.shape == (32, 32)
+    for form in forms:
+        np.testing.assert_array_equal(predictor.prepare(form), expected)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "/etc/hostname",
+        "/etc/abcd123",  # valid base64 as it stands
+        "data/test/NORMAL/x.jpeg",
+        "https://example.org/x.png",
+        "file:///etc/hostname",
+        "röntgen",
+        "",
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a" + bytes(100),
+        np.zeros((64, 64), np.float32),
+        np.zeros((64, 64), bool),
+        np.full((64, 64), 256),
+        np.full((64, 64), -1),
+        np.zeros(64, np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((64, 64, 1), np.uint8),
+        np.zeros((2, 64, 64, 3), np.uint8),
+        np.zeros((31, 64), np.uint8),
+        np.zeros((0, 64), np.uint8),
+        [[1, 2], [3]],
+        [],
+        ["a"],
+        None,
+        3,
+        Path("/etc/hostname"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_image_is_refused(predictor: Predictor, image: object) -> None:
+    with pytest.raises(ImageError):
+        predictor.prepare(image)
+
+
+def test_text_never_reads_a_file(predictor: Predictor, png: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png)
+    predictor.prepare((tmp_path / "x.png").read_bytes())
+    with pytest.raises(ImageError, match="paths and addresses are not read"):
+        predictor.prepare(str(tmp_path / "x.png"))
+
+
+def test_a_truncated_image_is_refused(predictor: Predictor, png: bytes) -> None:
+    with pytest.raises(ImageError):
+        predictor.prepare(png[: len(png) // 2])
+
+
+def test_onnx_answers_as_the_predictor_does(predictor: Predictor, tmp_path: Path) -> None:
+    import onnxruntime
+
+    files = predictor.export(tmp_path, onnx=True)
+    assert files[-1].name == "X_ray_classifier.onnx"
+    session = onnxruntime.InferenceSession(files[-1])
+    images = np.random.default_rng(2).integers(0, 256, (5, 32, 32), np.uint8)
+    for part in (images, images[:1]):
+        (answers,) = session.run(None, {"image": part})
+        np.testing.assert_allclose(answers, predictor.predict(list(part))["probability"], rtol=1e-4)
+
+
+def test_onnx_without_its_packages_is_a_user_error(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="--extra onnx"):
+        predictor.export(tmp_path / "new", onnx=True)
+    assert not (tmp_path / "new").exists()

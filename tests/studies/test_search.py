@@ -1,0 +1,486 @@
+"""Searches on tiny phantoms: what Optuna and MLflow say after each way a trial can end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import optuna
+import pytest
+import torch
+from command import run_main
+from mlflow.entities import Run
+from optuna.trial import TrialState
+from small import quiet, small
+
+from cxr.config import TuneConfig
+from cxr.data.load import read_data
+from cxr.errors import MachineError, UserError
+from cxr.runs import train as pipeline
+from cxr.studies import optuna_study as study
+from cxr.studies import search
+from cxr.studies.optuna_study import slots
+from cxr.studies.search import Worker, tune_tracked
+from cxr.tracking.nested import children, make_child
+from cxr.tracking.reading import has_finished
+from cxr.tracking.store import OUTCOME
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
+
+
+@pytest.fixture
+def config(in_store: str, phantoms: Path, tmp_path: Path) -> TuneConfig:
+    """A search of seconds."""
+    return small(
+        TuneConfig,
+        phantoms,
+        strategy="frozen",
+        epochs=2,
+        register="none",
+        trials=3,
+        pruner="NopPruner",
+        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
+        refit="false",
+        heartbeat=1,
+    )
+
+
+OPENED: list[optuna.storages.RDBStorage] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """psycopg complains of connections that are left to the garbage collector."""
+    yield
+    for storage in OPENED:
+        storage.remove_session()
+        storage.engine.dispose()
+    OPENED.clear()
+
+
+def load(config: TuneConfig) -> optuna.Study:
+    OPENED.append(optuna.storages.RDBStorage(config.storage))
+    return optuna.load_study(study_name=study.study_name(config), storage=OPENED[-1])
+
+
+def family(config: TuneConfig) -> tuple[Run, list[Run]]:
+    """(parent, children) in MLflow."""
+    parent = mlflow.get_run(load(config).user_attrs["mlflow_parent"])
+    return parent, children(parent.info.run_id)
+
+
+def states(config: TuneConfig) -> list[str]:
+    return [trial.state.name for trial in load(config).trials]
+
+
+def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_best_only(config: TuneConfig) -> None:
+    tune_tracked(config, quiet)
+    parent, runs = family(config)
+    found = load(config)
+    assert states(config) == ["COMPLETE"] * 3
+    assert found.trials[0].params == {"lr_head": config.lr_head}
+    assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
+    assert {run.info.status for run in [parent, *runs]} == {"FINISHED"}
+    assert parent.data.tags["best_trial"] == str(found.best_trial.number)
+    assert float(parent.data.tags["best.lr_head"]) == found.best_params["lr_head"]
+    for run, trial in zip(runs, found.trials, strict=True):
+        assert run.data.params["train.lr_head"] == str(trial.params["lr_head"])
+        kept = list(Path(run.info.artifact_uri).glob("**/*.safetensors"))
+        assert len(kept) == (trial.number == found.best_trial.number)
+        history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
+        assert min(entry.value for entry in history) == trial.value
+    names = {path.path for path in mlflow.MlflowClient().list_artifacts(parent.info.run_id, "search")}
+    assert {"search/trials.csv", "search/history.png", "search/slice.png", "search/best.json"} <= names
+
+
+def test_a_search_is_repeatable(config: TuneConfig, tmp_path: Path) -> None:
+    tune_tracked(config, quiet)
+    other = replace(config, storage=f"sqlite:///{tmp_path / 'other.db'}")
+    tune_tracked(other, quiet)
+    assert [t.params for t in load(config).trials] == [t.params for t in load(other).trials]
+    assert [t.value for t in load(config).trials] == [t.value for t in load(other).trials]
+
+
+def test_a_search_never_meets_the_test_split(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch, phantoms: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    made = pipeline.make_split
+
+    def spied(manifest: Any, store: Any, name: str) -> Any:
+        seen.append(name)
+        assert set(manifest["split"]) == {"train", "val"}
+        return made(manifest, store, name)
+
+    monkeypatch.setattr("cxr.runs.train.make_split", spied)
+    tune_tracked(config, quiet)
+    assert set(seen) == {"train", "val"}
+    swapped = Path(shutil.copytree(phantoms, tmp_path / "swapped"))  # every label of the test split is wrong
+    (swapped / "test" / "NORMAL").rename(swapped / "test" / "was")
+    (swapped / "test" / "PNEUMONIA").rename(swapped / "test" / "NORMAL")
+    (swapped / "test" / "was").rename(swapped / "test" / "PNEUMONIA")
+    other = replace(config, data_dir=str(swapped), storage=f"sqlite:///{tmp_path / 'other.db'}")
+    tune_tracked(other, quiet)
+    assert [t.value for t in load(config).trials] == [t.value for t in load(other).trials]
+
+
+def test_more_trials_continue_the_same_study_and_parent(config: TuneConfig) -> None:
+    tune_tracked(config, quiet)
+    before = family(config)[0].info.run_id
+    tune_tracked(replace(config, trials=5), quiet)
+    parent, runs = family(config)
+    assert (parent.info.run_id, len(runs), states(config)) == (before, 5, ["COMPLETE"] * 5)
+    assert len({trial.params["lr_head"] for trial in load(config).trials}) == 5
+    tune_tracked(replace(config, trials=5), quiet)
+    assert len(family(config)[1]) == 5
+
+
+def test_a_study_begun_with_other_parameters_is_not_continued(config: TuneConfig) -> None:
+    tune_tracked(replace(config, trials=1), quiet)
+    with pytest.raises(UserError, match=r"other parameters: epochs was 2.*--study"):
+        tune_tracked(replace(config, epochs=3), quiet)
+    with pytest.raises(UserError, match="--resume nothing: no such study"):
+        tune_tracked(replace(config, resume="nothing"), quiet)
+    tune_tracked(replace(config, resume="tune-frozen", trials=2, reuse_gb=0), quiet)
+    assert states(config) == ["COMPLETE"] * 2
+
+
+def test_a_pruned_trial_is_pruned_in_optuna_and_killed_in_mlflow(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
+    tune_tracked(config, quiet)
+    assert states(config) == ["COMPLETE", "PRUNED", "COMPLETE"]
+    child = family(config)[1][1]
+    assert child.info.status == "KILLED"
+    assert child.data.tags["cxr.error"].startswith("pruned by NopPruner at epoch 0: val_loss")
+    assert len(load(config).trials[1].intermediate_values) == 1
+
+
+def test_steps_run_on_across_phases(config: TuneConfig) -> None:
+    gradual = replace(config, strategy="gradual", trials=1)
+    tune_tracked(gradual, quiet)
+    (trial,) = load(gradual).trials
+    assert list(trial.intermediate_values) == list(range(6))
+    assert set(trial.params) == {"lr_head", "lr_top", "lr_all"}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (UserError("training diverged"), "UserError: training diverged"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower --batch-size"),
+        (ZeroDivisionError("by nothing"), "ZeroDivisionError: by nothing"),
+    ],
+)
+def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    train = search.train_model
+
+    def fails_once(*arguments: Any) -> Any:
+        if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001":
+            raise error
+        return train(*arguments)
+
+    monkeypatch.setattr(search, "train_model", fails_once)
+    tune_tracked(config, quiet)
+    assert states(config) == ["COMPLETE", "FAIL", "COMPLETE"]
+    child = family(config)[1][1]
+    assert child.info.status == "FAILED"
+    assert says in child.data.tags["cxr.error"]
+    assert says in load(config).trials[1].user_attrs["error"]
+
+
+def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = search.train_model
+
+    def full(*arguments: Any) -> Any:
+        if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001":
+            raise MachineError("disk full")
+        return train(*arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(search, "train_model", full)
+        with pytest.raises(MachineError, match="disk full"):
+            tune_tracked(config, quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE", "WAITING", "WAITING"]
+    assert family(config)[0].info.status == "FAILED"
+    tune_tracked(config, quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
+    assert "cxr.error" not in family(config)[0].data.tags
+
+
+def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, phantoms: Path, tmp_path: Path) -> None:
+    tune_tracked(replace(config, trials=1), quiet)
+    moved = Path(shutil.copytree(phantoms, tmp_path / "moved"))
+    tune_tracked(replace(config, trials=2, data_dir=str(moved)), quiet)  # the same images elsewhere
+    next((moved / "train" / "NORMAL").iterdir()).unlink()
+    with pytest.raises(UserError, match="other parameters: data was"):
+        tune_tracked(replace(config, trials=3, data_dir=str(moved)), quiet)
+
+
+def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None:
+    judged = replace(config, objective="val_roc_auc", epochs=4, trials=1, strategy="partial")
+    tune_tracked(judged, quiet)
+    (trial,) = load(judged).trials
+    child = family(judged)[1][0]
+    history = {
+        name: [entry.value for entry in mlflow.MlflowClient().get_metric_history(child.info.run_id, name)]
+        for name in ("val_loss", "val_roc_auc")
+    }
+    assert trial.value == history["val_roc_auc"][int(np.argmin(history["val_loss"]))]
+
+
+def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise UserError("no good")
+
+    monkeypatch.setattr(search, "train_model", fails)
+    with pytest.raises(UserError, match="first 3 trials all failed, the last with: UserError: no good"):
+        tune_tracked(replace(config, trials=10), quiet)
+    assert family(config)[0].info.status == "FAILED"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    train, pressed = search.train_model, []
+
+    def pressing(*arguments: Any) -> Any:
+        if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001" and not pressed:
+            for _ in range(presses):
+                pressed.append(signal.raise_signal(signal.SIGINT))
+        return train(*arguments)
+
+    monkeypatch.setattr(search, "train_model", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        tune_tracked(config, quiet)
+    assert states(config) == [
+        "COMPLETE",
+        *(["COMPLETE", "WAITING"] if presses == 1 else ["FAIL", "WAITING", "WAITING"]),
+    ]
+    parent, runs = family(config)
+    assert parent.info.status == "KILLED"
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED" if presses == 1 else "KILLED"]
+    tune_tracked(config, quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
+    assert family(config)[0].info.status == "FINISHED"
+
+
+def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: TuneConfig) -> None:
+    refitting = replace(config, refit="true", trials=2)
+    result = tune_tracked(refitting, quiet)
+    assert result is not None
+    assert result.best.metrics["val_loss"] == load(config).best_value
+    assert mlflow.get_run(result.run_id).data.params["train.lr_head"] == str(load(config).best_params["lr_head"])
+    assert tune_tracked(refitting, quiet) is None
+    refits = [run for run in family(config)[1] if run.data.tags.get("cxr.kind") == "refit"]
+    assert [run.info.status for run in refits] == ["FINISHED"]
+
+
+def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    refitting = replace(config, refit="true", trials=1)
+    with monkeypatch.context() as broken:
+        broken.setattr("cxr.runs.train.log_end", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune_tracked(refitting, quiet)
+    result = tune_tracked(refitting, quiet)
+    assert result is not None
+    refits = [run for run in family(config)[1] if run.data.tags.get("cxr.kind") == "refit"]
+    assert [(run.info.run_id, run.info.status) for run in refits] == [(result.run_id, "FINISHED")]
+
+
+def test_seeds_are_averaged(config: TuneConfig) -> None:
+    averaged = replace(config, seeds=2, trials=1, pruner="WilcoxonPruner")
+    tune_tracked(averaged, quiet)
+    (trial,) = load(averaged).trials
+    assert list(trial.intermediate_values) == [0, 1]
+    assert trial.value == pytest.approx(np.mean(list(trial.intermediate_values.values())))
+    metrics = family(averaged)[1][0].data.metrics
+    assert metrics["seed1_val_loss"] != metrics["val_loss"]
+
+
+@pytest.mark.parametrize("pruner", ["MedianPruner", "HyperbandPruner", "SuccessiveHalvingPruner"])
+def test_pruners_run_by_their_names(config: TuneConfig, pruner: str) -> None:
+    named = replace(config, pruner=pruner, trials=6, epochs=3)
+    tune_tracked(named, quiet)
+    assert set(states(named)) <= {"COMPLETE", "PRUNED"}
+    assert type(study._pruner(named)).__name__ == pruner
+
+
+@pytest.mark.parametrize("sampler", ["TPESampler", "RandomSampler", "QMCSampler", "GPSampler"])
+def test_samplers_stay_in_range_and_search_what_they_are_told(config: TuneConfig, sampler: str) -> None:
+    wide = replace(
+        config, sampler=sampler, search="gamma,lr,batch_size,weight_decay", objective="val_roc_auc", epochs=1
+    )
+    tune_tracked(wide, quiet)
+    for trial in load(wide).trials:
+        assert set(trial.params) == {"lr_head", "weight_decay", "gamma", "batch_size"}
+        assert 16 <= trial.params["batch_size"] <= 128
+        assert 1e-5 <= trial.params["lr_head"] <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--search", "lr,momentum"), "momentum unknown"),
+        (("--storage", "postgresql://nobody@127.0.0.1:9/x"), "--storage postgresql://nobody@127.0.0.1:9/x"),
+        (("--storage", "nonsense"), "--storage nonsense"),
+        (("--storage", "sqlite:////proc/nope/o.db"), "--storage sqlite:////proc/nope/o.db"),
+        (("--resume", "nothing"), "--resume nothing: no such study"),
+        (("--trials", "0"), "--trials 0: must be at least 1"),
+        (("--sampler", "Best"), "--sampler Best: unknown"),
+        (("--weights", "/no/file.pth"), "--weights /no/file.pth: no such file"),
+    ],
+)
+def test_bad_input_of_a_search_is_one_line(
+    config: TuneConfig,
+    options: tuple[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"--data-dir": config.data_dir, "--weights": "random", "--storage": config.storage, "--image-size": "64"}
+    given[options[0]] = options[1]
+    assert run_main(monkeypatch, "tune", *[text for pair in given.items() for text in pair]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def start(config: TuneConfig, store: str, cache: Path, *options: str) -> subprocess.Popen[str]:
+    """`cxr tune` in a process of its own."""
+    command = [sys.executable, "-m", "cxr", "tune", "--strategy", config.strategy, "--data-dir", config.data_dir]
+    command += ["--weights", "random", "--image-size", "64", "--epochs", str(config.epochs), "--views", "1"]
+    command += ["--bootstrap", "0", "--register", "none", "--storage", config.storage, "--heartbeat", "1"]
+    command += ["--pruner", "NopPruner", "--refit", config.refit, "--trials", str(config.trials), *options]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "CXR_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_in_mid_trial(config: TuneConfig, process: subprocess.Popen[str], after: str) -> None:
+    """SIGKILL while a trial of that process runs, once it has said `after`."""
+    assert process.stdout
+    for line in process.stdout:
+        if after in line:
+            break
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        running = [t for t in load(config).trials if t.state == TrialState.RUNNING and t.intermediate_values]
+        if running:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
+def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
+    """So many trials, each once; nothing RUNNING in either system; a killed run for each trial that was lost."""
+    found = load(config)
+    assert [trial.state.name for trial in slots(found)] == ["COMPLETE"] * trials
+    assert len(found.trials) == trials + lost
+    parent, runs = family(config)
+    assert parent.info.status == "FINISHED"
+    outcomes = [run.info.status for run in runs if run.data.tags.get("cxr.kind") == "trial"]
+    assert outcomes.count("FINISHED") == trials
+    assert len(outcomes) - trials <= outcomes.count("KILLED") <= lost  # a trial may be lost before it has a run
+    killed = [run for run in runs if run.info.status == "KILLED"]
+    assert all("fell silent" in run.data.tags["cxr.error"] for run in killed)
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
+def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(config: TuneConfig, status: str) -> None:
+    worker = Worker(config, read_data(config).without("test"), "random", quiet)
+    worker.open()
+    with warnings.catch_warnings(action="ignore"):  # heartbeats are for `optimize`
+        trial = worker.study.ask()
+    run_id = make_child(worker.parent.run_id, f"trial-{trial.number:03}", {}, {})
+    mlflow.MlflowClient().update_run(run_id, status=status)
+    mlflow.MlflowClient().set_tag(run_id, OUTCOME, "finished")
+    worker._on_stale(worker.study, worker.study.trials[trial.number])
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert "fell silent" in run.data.tags["cxr.error"]
+    assert not has_finished(run)
+    assert states(config).count("WAITING") == config.trials
+
+
+@pytest.mark.slow
+def test_a_search_killed_in_mid_trial_goes_on_to_exactly_its_count(
+    config: TuneConfig, store: str, own_cache: Path
+) -> None:
+    long = replace(config, strategy="full", trials=4, epochs=3)
+    kill_in_mid_trial(long, start(long, store, own_cache), "trial   0")
+    assert "RUNNING" in states(long)
+    again = start(long, store, own_cache)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert_whole(long, 4, lost=1)
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty database on a server of its own. Needs PostgreSQL's programs, which .ci/run installs."""
+    places = [Path(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    programs = next((place for place in places if (place / "initdb").exists()), None)
+    found = shutil.which("initdb")
+    programs = programs or (Path(found).parent if found else None)
+    if programs is None and "CI" not in os.environ:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    assert programs, "PostgreSQL is not installed"
+    folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    user: dict[str, Any] = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses root
+        shutil.chown(folder, "postgres", "postgres")
+        user = {"user": "postgres", "group": "postgres", "cwd": "/"}
+    port = str(20_000 + os.getpid() % 20_000)
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    quiet = {"check": True, "stdout": subprocess.DEVNULL}
+    initdb = [str(programs / "initdb"), "-D", f"{folder}/db", "-U", "cxr", "-A", "trust"]
+    subprocess.run(initdb, **quiet, **user)  # type: ignore[call-overload]
+    control = [str(programs / "pg_ctl"), "-D", f"{folder}/db", "-w", "-l", f"{folder}/log"]
+    subprocess.run([*control, "-o", options, "start"], **quiet, **user)  # type: ignore[call-overload]
+    try:
+        yield f"postgresql://cxr@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], **quiet, **user)  # type: ignore[call-overload]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study_and_a_dead_ones_trial_is_not_lost(
+    config: TuneConfig, store: str, own_cache: Path, postgres: str
+) -> None:
+    shared = replace(config, strategy="full", trials=12, epochs=1, storage=postgres)
+    first = start(shared, store, own_cache)
+    second = start(shared, store, own_cache)
+    kill_in_mid_trial(shared, first, "trial ")
+    output, _ = second.communicate(timeout=250)
+    assert second.returncode == 0, output
+    lost = len(load(shared).trials) - 12
+    assert lost in (0, 1)  # none where the kill fell between two trials
+    assert_whole(shared, 12, lost)
+    assert len({trial.params["lr_all"] for trial in slots(load(shared))}) == 12

@@ -1,0 +1,139 @@
+"""Options and project text derived from the configuration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import mlflow
+import pytest
+from click.testing import CliRunner
+
+from cxr.config import TrainConfig
+from cxr.options import options
+
+
+def parse(*arguments: str) -> TrainConfig:
+    """What a command with the derived options makes of its arguments."""
+    seen: list[TrainConfig] = []
+
+    @click.command()
+    @options(TrainConfig)
+    def command(**parameters: Any) -> None:
+        seen.append(TrainConfig(**parameters))
+
+    result = CliRunner().invoke(command, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parse() == TrainConfig()
+
+
+def test_hyphens_and_underscores_mean_the_same() -> None:
+    expected = replace(TrainConfig(), batch_size=8, lr_top=2e-4)
+    assert parse("--batch-size", "8", "--lr-top", "2e-4") == expected
+    assert parse("--batch_size", "8", "--lr_top", "0.0002") == expected
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def mlflow_run(
+    store: str, phantoms: Path, cache: Path, *parameters: str, run_id: str = "", entry: str = "main"
+) -> subprocess.Popen[str]:
+    """Start `mlflow run .` on tiny phantoms in a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", "-e", entry]
+    command += ["--run-id", run_id] if run_id else ["--experiment-name", "cxr"]
+    values = [f"data_dir={phantoms}", "weights=random", "image_size=64", "bootstrap=0", "views=1", "register=none"]
+    for value in (*values, *parameters):
+        command += ["-P", value]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "CXR_CACHE": str(cache), "PATH": path}
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
+    in_store: str, phantoms: Path, own_cache: Path
+) -> None:
+    before = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    with mlflow_run(in_store, phantoms, own_cache, "strategy=gradual", "epochs=2") as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch  1"):
+                os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        assert process.wait(60) != 0
+    stopped = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    assert stopped.info.status in ("KILLED", "FAILED")  # MLflow 3.17 writes the second over the first
+    assert stopped.data.tags["cxr.error"] == "stopped by the user"
+    with mlflow_run(in_store, phantoms, own_cache, run_id=stopped.info.run_id) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    resumed = mlflow.get_run(stopped.info.run_id)
+    assert resumed.info.status == "FINISHED"
+    assert len(mlflow.search_runs(search_all_experiments=True, output_format="list")) == len(before) + 1
+    history = mlflow.MlflowClient().get_metric_history(resumed.info.run_id, "val_loss")
+    assert [entry.step for entry in history] == list(range(6))
+    assert resumed.data.params["train.strategy"] == "gradual"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "parameters", "kind", "members"),
+    [
+        ("tune", ("strategy=frozen", "epochs=1", "trials=2", "refit=false"), "search", 2),
+        ("compare", ("strategies=frozen", "epochs=1", "seeds=1"), "comparison", 1),
+        ("crossval", ("strategy=frozen", "epochs=1", "folds=2", "val_fraction=0.3"), "crossval", 2),
+    ],
+)
+def test_the_run_that_mlflow_run_opens_is_the_parent(
+    in_store: str,
+    phantoms: Path,
+    own_cache: Path,
+    tmp_path: Path,
+    entry: str,
+    parameters: tuple[str, ...],
+    kind: str,
+    members: int,
+) -> None:
+    own = (f"storage=sqlite:///{tmp_path / 'optuna.db'}",) if entry == "tune" else ()
+    before = len(mlflow.search_runs(search_all_experiments=True, output_format="list"))
+    with mlflow_run(in_store, phantoms, own_cache, *parameters, *own, entry=entry) as process:
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")[: -before or None]
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.data.tags["cxr.kind"] for run in parents] == [kind]
+    assert len(runs) == 1 + members
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs} == {None, parents[0].info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_mlflow_run_with_a_bad_parameter_ends_failed_and_says_why(
+    in_store: str, phantoms: Path, own_cache: Path
+) -> None:
+    with mlflow_run(in_store, phantoms, own_cache, "strategy=halves") as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: --strategy halves: unknown; choose one of frozen, partial, full, gradual" in output
+    newest = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
+    assert newest.info.status == "FAILED"
+    assert "--strategy halves" in newest.data.tags["cxr.error"]

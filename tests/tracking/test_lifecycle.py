@@ -1,0 +1,243 @@
+"""Runs in a real MLflow store (SQLite)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.entities import Run
+
+from cxr.config import TrainConfig, flatten, unflatten
+from cxr.errors import InUseError, UserError
+from cxr.runs.result import RunResult
+from cxr.runs.train import run_tracked
+from cxr.storage import exclusive
+from cxr.tracking import registry
+from cxr.tracking.lifecycle import existing_run, open_run
+from cxr.tracking.tracker import MlflowTracker
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_finished_run_says_what_it_was(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    config, _, logged = finished
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name == "gradual-s0"
+    assert unflatten(logged.data.params) == config
+    tags = logged.data.tags
+    assert {"strategy", "seed", "data_fingerprint", "weights_used", "device", "git_commit", "freezing"} <= tags.keys()
+    assert "test, threshold 0.5" in tags["mlflow.note.content"]
+    experiment = mlflow.get_experiment(logged.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_checkpoints_of_a_finished_run_are_removed(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    assert not list((Path(finished[0].cache_dir) / "runs").iterdir())
+
+
+def test_each_epoch_is_logged_once_and_steps_count_on(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    _, result, _ = finished
+    history = mlflow.MlflowClient().get_metric_history(result.run_id, "val_loss")
+    assert [entry.step for entry in history] == [0, 1, 2]
+    assert [entry.value for entry in history] == list(result.history["val_loss"])
+
+
+def artifacts(run_id: str, folder: str = "") -> set[str]:
+    """Every artifact path of a run."""
+    found: set[str] = set()
+    for item in mlflow.MlflowClient().list_artifacts(run_id, folder):
+        found |= artifacts(run_id, item.path) if item.is_dir else {item.path}
+    return found
+
+
+def test_artifacts_are_complete(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    _, result, _ = finished
+    kinds = ("confusion_matrix", "roc", "pr", "reliability", "metrics")
+    wanted = {f"plots/{split}_{kind}.png" for split in ("val", "test") for kind in kinds}
+    wanted |= {"plots/learning_curves.png", "plots/train_views.png", "config.json", "freeze_proofs.json"}
+    wanted |= {"tables/history.csv", "tables/val_predictions.csv", "tables/test_predictions.csv"}
+    wanted |= {"data/manifest.csv", "data/audit.txt", "reports/val.txt", "reports/test.txt"}
+    assert wanted <= artifacts(result.run_id)
+
+
+def test_figures_can_be_computed_again_from_the_predictions(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    from cxr.evaluation.report import evaluate
+
+    config, result, logged = finished
+    file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
+    again = evaluate(pd.read_csv(file), "test", 0.5, config.bootstrap).figures()
+    assert len(again) > 30
+    for name, value in again.items():
+        assert logged.data.metrics[name] == pytest.approx(value, abs=1e-12), name
+
+
+def test_data_is_logged_as_inputs(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    contexts = [tag.value for entry in finished[2].inputs.dataset_inputs for tag in entry.tags]
+    assert sorted(contexts) == ["testing", "training", "validation"]
+
+
+def test_the_logged_model_holds_no_pickle_and_predicts_what_the_run_predicted(
+    finished: tuple[TrainConfig, RunResult, Run],
+) -> None:
+    config, result, _ = finished
+    model = mlflow.search_logged_models(filter_string=f"source_run_id = '{result.run_id}'", output_format="list")[0]
+    local = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}"))
+    names = {path.suffix for path in local.rglob("*") if path.is_file()}
+    assert not names & {".pkl", ".pickle", ".pth", ".pt", ".joblib"}
+    row = result.test.table.iloc[0]
+    data = (Path(config.data_dir) / row["path"]).read_bytes()
+    answer = mlflow.pyfunc.load_model(f"models:/{model.model_id}").predict(pd.DataFrame({"image": [data]}))
+    assert answer["probability"][0] == pytest.approx(row["probability"], abs=1e-5)
+    assert {metric.key for metric in model.metrics or []} >= {"test_roc_auc", "val_roc_auc"}
+
+
+def test_the_run_that_mlflow_opened_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.set_experiment("cxr")
+    with mlflow.start_run() as opened:
+        pass
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    mlflow.MlflowClient().set_terminated(opened.info.run_id, "RUNNING")
+    run_id = existing_run("none")
+    assert run_id == opened.info.run_id
+    with open_run("partial-s0", run_id=run_id) as tracker:
+        assert tracker.run_id == opened.info.run_id
+    assert mlflow.get_run(opened.info.run_id).info.run_name == "partial-s0"
+
+
+def test_a_name_that_a_person_chose_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.set_experiment("cxr")
+    with mlflow.start_run(run_name="chest-xray-1") as opened:
+        pass
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    with open_run("partial-s0", run_id=existing_run("none")):
+        pass
+    assert mlflow.get_run(opened.info.run_id).info.run_name == "chest-xray-1"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("bad folder"), "FAILED"), (ZeroDivisionError("defect"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_a_run_that_ends_early_says_why(store: str, error: BaseException, status: str) -> None:
+    runs: list[MlflowTracker] = []
+
+    def fail() -> None:
+        with open_run("partial-s0") as tracker:
+            runs.append(tracker)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    logged = mlflow.get_run(runs[0].run_id)
+    assert logged.info.status == status
+    assert str(error) in logged.data.tags["cxr.error"]
+
+
+def test_an_unreachable_server_is_a_user_error_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"), open_run("partial-s0"):
+        raise AssertionError("no run can be open")
+    assert time.monotonic() - started < 30
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_run_killed(store: str, phantoms: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cxr", "train", "--data-dir", str(phantoms), "--image-size", "64"]
+    command += ["--weights", "random", "--strategy", "full", "--epochs", "1000", "--patience", "1000"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    mlflow.set_tracking_uri(store)
+    newest = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"], output_format="list")[0]
+    assert newest.info.status == "KILLED"
+
+
+def test_probabilities_survive_csv(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+    _, result, _ = finished
+    file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
+    assert np.array_equal(pd.read_csv(file)["probability"].to_numpy(), result.test.probabilities)
+
+
+def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Path, own_cache: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with open_run("partial-s0") as tracker, exclusive(own_cache / "runs" / tracker.run_id):
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
+        with pytest.raises(UserError, match="another process"):
+            run_tracked(TrainConfig(resume=tracker.run_id))
+        assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
+
+
+def test_a_run_that_goes_on_on_another_machine_is_left_alone(store: str, phantoms: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with open_run("partial-s0") as tracker:
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
+        assert mlflow.get_run(tracker.run_id).data.tags["cxr.host"] == socket.gethostname()
+        tracker.tags({"cxr.host": "elsewhere"})
+        with pytest.raises(InUseError, match="is running on elsewhere"):
+            run_tracked(TrainConfig(resume=tracker.run_id))
+
+
+def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) -> None:
+    mlflow.set_tracking_uri(store)
+    with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
+        tracker.params(flatten(TrainConfig(data_dir=str(phantoms), image_size=64, weights="random")))
+        tracker.metrics({"val_loss": 0.5}, step=0)
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="holds no checkpoint of its 1 epochs"):
+        run_tracked(TrainConfig(resume=tracker.run_id), say=lambda line: None)
+
+
+def test_a_resume_without_recorded_parameters_is_refused(store: str) -> None:
+    mlflow.set_tracking_uri(store)
+    with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="recorded no parameters"):
+        run_tracked(TrainConfig(resume=tracker.run_id))
+
+
+def test_a_store_that_fails_while_the_run_ends_does_not_make_it_finished(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(store)
+
+    def broken(*arguments: object) -> None:
+        raise OSError("no answer")
+
+    with pytest.raises(ZeroDivisionError), open_run("partial-s0") as tracker:
+        monkeypatch.setattr(mlflow.MlflowClient, "set_tag", broken)
+        raise ZeroDivisionError
+    assert mlflow.get_run(tracker.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nope/mlflow.db", "postgresql://nobody:secret@127.0.0.1:9/x"])
+def test_a_store_that_cannot_be_used_is_a_user_error(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)  # of 15, which take minutes
+    mlflow.set_tracking_uri(uri)
+    try:
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as error, open_run("partial-s0"):
+            raise AssertionError("no run can be open")
+        assert "secret" not in str(error.value)
+        for command in (partial(registry.versions, "x"), partial(registry.promote, "x", "1")):
+            with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+                command()
+    finally:
+        mlflow.set_tracking_uri(None)
