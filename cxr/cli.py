@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import cxr
-from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
+from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainCommand, TrainConfig, TuneConfig, configure
 from cxr.errors import Stopped, UserError
 from cxr.machine import processes
 from cxr.options import options
@@ -37,20 +37,20 @@ def _one_process(command: str) -> None:
 
 
 @cli.command()
-@options(TrainConfig)
+@options(TrainCommand)
 def train(**parameters: Any) -> None:
     """Train one strategy, evaluate its best checkpoint on the test split once, and log everything."""
-    config = TrainConfig(**parameters)
-    from cxr.runs.train import run_together
+    command = configure(TrainCommand, parameters)
+    from cxr.runs.train import run_with_processes
 
-    run_together(config, say=click.echo)
+    run_with_processes(command.train, say=click.echo, run_id=command.resumed)
 
 
 @cli.command()
 @options(TuneConfig)
 def tune(**parameters: Any) -> None:
     """Search the learning rate of every phase with Optuna. The same command again continues the study."""
-    config = TuneConfig(**parameters)
+    config = configure(TuneConfig, parameters)
     _one_process("tune")
     from cxr.studies.search import tune_tracked
 
@@ -65,7 +65,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
     """Run every strategy with several seeds, and compare them: intervals, paired differences, cost, a verdict."""
     if more and not first:
         raise click.UsageError(f"{' '.join(more)}: name runs after --runs")
-    config = CompareConfig(**parameters)
+    config = configure(CompareConfig, parameters)
     _one_process("compare")
     from cxr.studies.compare import compare_runs, compare_tracked
 
@@ -79,7 +79,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
 @options(CrossvalConfig)
 def crossval(**parameters: Any) -> None:
     """Cross-validate a strategy on the training and validation images, patients kept together; test stays locked."""
-    config = CrossvalConfig(**parameters)
+    config = configure(CrossvalConfig, parameters)
     _one_process("crossval")
     from cxr.studies.crossval import crossval_tracked
 
@@ -208,9 +208,7 @@ def data() -> None:
 @click.option("--strict", is_flag=True, help="leakage across splits ends with exit code 2")
 def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> None:
     """Say what FOLDER holds and what is wrong with it. Exit code 1 when files are corrupt."""
-    config = TrainConfig(
-        data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict="true" if strict else "false"
-    )
+    config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict)
     from cxr.data.load import read_data
     from cxr.network.resnet import build_model
     from cxr.runs.audit import audited

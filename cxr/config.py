@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
 
 from cxr.errors import UserError
-from cxr.parameters import Spec, _check, param, spec_of, types_of
+from cxr.parameters import Spec, check, option_name, param, parse, spec_of, text_of, types_of
 from cxr.strategies import STRATEGIES, Phase
 
 ARCHS = (
@@ -23,6 +23,7 @@ ARCHS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
+C = TypeVar("C", bound="CommandConfig")
 SYNTHETIC = "synthetic"
 MAX_SEED = 1_000_000_000  # torch and Philox take no more than 64 bits
 
@@ -34,10 +35,12 @@ class TrainConfig:
     Raises `UserError` naming the option to change when a value is out of its choices or bounds.
     """
 
-    command: ClassVar[str] = "train"
-    without: ClassVar[tuple[str, ...]] = ()  # parameters that the command decides itself, or has no use for
-
-    strategy: str = param("partial", "which stages are trained, and when", choices=tuple(STRATEGIES))
+    strategy: str = param(
+        "partial",
+        "which stages are trained, and when",
+        choices=tuple(STRATEGIES),
+        commands=("train", "tune", "crossval"),
+    )
     arch: str = param("resnet18", "torchvision ResNet", choices=ARCHS)
     weights: str = param(
         "auto",
@@ -63,7 +66,9 @@ class TrainConfig:
         0, "seed of the grouped split; apart from `seed`, so that seeds share it", low=0, high=MAX_SEED
     )
     fold: str = param(
-        "none", "hold out part k of n of train+val, by patient, in place of the test split: k/n, as in 2/5; or none"
+        "none",
+        "hold out part k of n of train+val, by patient, in place of the test split: k/n, such as 2/5; or none",
+        commands=("train",),
     )
     views: int = param(
         3,
@@ -72,7 +77,7 @@ class TrainConfig:
         high=1000,
     )
     batch_size: int = param(32, "images in a training step", low=2, high=4096, search=(16, 128), log=True)
-    epochs: int = param(10, "at most so many epochs for each phase", low=1, high=10000)
+    epochs: int = param(10, "maximum epochs per phase", low=1, high=10000)
     lr_head: float = param(
         1e-3, "learning rate of the phase that trains fc", above=0, high=10, search=(1e-5, 1e-1), log=True
     )
@@ -135,10 +140,8 @@ class TrainConfig:
         "an unreadable image: stop (naming them all) or skip (and count them)",
         choices=("stop", "skip"),
     )
-    strict: str = param(
-        "false",
-        "whether leakage across splits is an error: patients, files or near copies on two sides",
-        choices=("true", "false"),
+    strict: bool = param(
+        False, "whether leakage across splits is an error: patients, files or near duplicates in two splits"
     )
     reuse_gb: float = param(
         4.0,
@@ -152,11 +155,6 @@ class TrainConfig:
         "cxr-pneumonia",
         "registered model that gets the best checkpoint as a new version; none registers nothing, nor do folds",
     )
-    resume: str = param(
-        "none",
-        "go on with an interrupted run (its id), by the parameters it recorded; with tune, with an existing study "
-        "(its name)",
-    )
     cache_dir: str = param(
         "auto",
         "where decoded images, activations (by far the most), phantoms and checkpoints are kept; auto is CXR_CACHE or "
@@ -164,20 +162,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            _check(item.name, value, spec_of(item))
-            if item.name in self.without and value != item.default:
-                raise UserError(f"--{item.name} {value}: not an option of {self.command}; leave it out")
+        _check_fields(self)
         if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
             raise UserError(f"--register {self.register}: a model's name is made of letters, digits, spaces, _ . and -")
         check_rule(self.threshold)
         self.fold_numbers()
-
-    @property
-    def train(self) -> TrainConfig:
-        """The parameters of a training run alone: what the runs of a search, a comparison or the folds share."""
-        return TrainConfig(**{item.name: getattr(self, item.name) for item in fields(TrainConfig)})
 
     def fold_numbers(self) -> tuple[int, int] | None:
         """(k, n) of `fold`, k from 1; None for none."""
@@ -198,15 +187,68 @@ class TrainConfig:
         return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
 
 
+def _check_fields(config: Any) -> None:
+    """Raise `UserError` for a parameter that is not among its choices or out of bounds."""
+    for item in fields(config):
+        if "spec" in item.metadata:
+            check(item.name, getattr(config, item.name), spec_of(item))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandConfig:
+    """What every long command holds: the parameters of the runs that it makes."""
+
+    command: ClassVar[str]
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        taken = {item.name for item in parameters_of(type(self))}
+        for item in fields(TrainConfig):
+            value = getattr(self.train, item.name)
+            if item.name not in taken and value != item.default:
+                raise _no_option(self.command, item.name, value)
+
+    def replace(self, **parameters: Any) -> Self:
+        """A copy with other values of some parameters, its own or those of its runs."""
+        own = {item.name for item in own_fields(type(self))}
+        shared = {name: value for name, value in parameters.items() if name not in own}
+        mine = {name: parameters[name] for name in parameters.keys() & own}
+        return replace(self, train=replace(self.train, **shared), **mine)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumable(CommandConfig):
+    """A command that can continue what an earlier one began."""
+
+    resume: str = param(
+        "none",
+        "continue an interrupted run (its id) with the parameters that it recorded; with tune, an existing study "
+        "(its name)",
+    )
+
+    @property
+    def resumed(self) -> str | None:
+        """The id or name to continue; None for a new one."""
+        return None if self.resume == "none" else self.resume
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainCommand(Resumable):
+    """The parameters of `cxr train`."""
+
+    command: ClassVar[str] = "train"
+
+
 SEARCHABLE = ("lr", "weight_decay", "gamma", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TuneConfig(TrainConfig):
+class TuneConfig(Resumable):
     """The parameters of a search: those of the runs it makes, and its own."""
 
     command: ClassVar[str] = "tune"
-    without: ClassVar[tuple[str, ...]] = ("fold",)
 
     study: str = param("auto", "name of the study; auto is tune-STRATEGY. One that exists is continued")
     storage: str = param(
@@ -229,15 +271,13 @@ class TuneConfig(TrainConfig):
         "val_loss", "what a trial is judged by, at its best epoch", choices=("val_loss", "val_roc_auc")
     )
     seeds: int = param(1, "seeds that a trial's objective is averaged over, from `seed` on", low=1, high=100)
-    refit: str = param(
-        "true", "train the winner as `train` does, evaluate it on test, register it", choices=("true", "false")
-    )
+    refit: bool = param(True, "train the winner as `train` does, evaluate it on test, register it")
     heartbeat: int = param(
-        10, "seconds between a worker's signs of life; after six without one, its trial is taken over", low=1, high=3600
+        10, "seconds between a worker's heartbeats; after six missed ones its trial is taken over", low=1, high=3600
     )
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        Resumable.__post_init__(self)
         if self.pruner == "WilcoxonPruner" and self.seeds == 1:
             raise UserError("--pruner WilcoxonPruner: compares seeds; use it with --seeds above 1")
         unknown = [name for name in self.search.split(",") if name not in SEARCHABLE]
@@ -249,16 +289,15 @@ class TuneConfig(TrainConfig):
     def searched(self) -> tuple[str, ...]:
         """The fields that the search decides: `lr` stands for the rate of each of the strategy's phases."""
         names = self.search.split(",")
-        rates = [phase.lr for phase in self.phases] if "lr" in names else []
+        rates = [phase.lr for phase in self.train.phases] if "lr" in names else []
         return (*rates, *(name for name in SEARCHABLE if name in names and name != "lr"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig(TrainConfig):
+class CompareConfig(CommandConfig):
     """The parameters of a comparison: those of the runs it makes, and its own."""
 
     command: ClassVar[str] = "compare"
-    without: ClassVar[tuple[str, ...]] = ("strategy", "fold", "resume")
 
     strategies: str = param("all", "strategies to compare, joined by commas, or all")
     seeds: int = param(3, "seeds of each strategy, from `seed` on", low=1, high=1000)
@@ -266,7 +305,7 @@ class CompareConfig(TrainConfig):
     epochs_each: str = param("same", "epochs of single strategies, as in full=3,gradual=2; the others take `epochs`")
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        CommandConfig.__post_init__(self)
         unknown = [name for name in self.chosen() if name not in STRATEGIES]
         if unknown or len(set(self.chosen())) < len(self.chosen()):
             known = ", ".join(STRATEGIES)
@@ -279,7 +318,7 @@ class CompareConfig(TrainConfig):
 
     def epochs_of(self) -> dict[str, int]:
         """Strategy -> epochs of each phase."""
-        every = dict.fromkeys(STRATEGIES, self.epochs)
+        every = dict.fromkeys(STRATEGIES, self.train.epochs)
         if self.epochs_each == "same":
             return every
         for part in self.epochs_each.split(","):
@@ -291,11 +330,10 @@ class CompareConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CrossvalConfig(TrainConfig):
+class CrossvalConfig(CommandConfig):
     """The parameters of a cross-validation: those of the runs it makes, and its own."""
 
     command: ClassVar[str] = "crossval"
-    without: ClassVar[tuple[str, ...]] = ("fold", "resume")
 
     folds: int = param(5, "parts that the training and validation images are split into, by patient", low=2, high=50)
 
@@ -319,14 +357,41 @@ def check_rule(rule: str) -> None:
         raise UserError(f"--threshold {rule}: one of the two must cost something")
 
 
-# These change no number (the data and weights in use are told by their own names), so that workers, and the attempts at
-# one comparison, may differ in them.
-CHANGE_NO_NUMBER = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
+# Parameters that do not determine the result (the data and weights in use have names of their own), so that workers and
+# the attempts at one comparison may differ in them. Runs of earlier versions also recorded `resume`.
+NEUTRAL = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
 
 
-def that_change_numbers(config: TrainConfig) -> dict[str, str]:
-    """The parameters, as `flatten` gives them, less those that change no number."""
-    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in CHANGE_NO_NUMBER}
+def result_parameters(config: TrainConfig) -> dict[str, str]:
+    """The parameters, as `flatten` gives them, that determine the result."""
+    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in NEUTRAL}
+
+
+def parameters_of(cls: type[CommandConfig]) -> list[Field[Any]]:
+    """The parameters that a command takes: those of its runs, then its own."""
+    shared = [item for item in fields(TrainConfig) if cls.command in (spec_of(item).commands or (cls.command,))]
+    return [*shared, *own_fields(cls)]
+
+
+def own_fields(cls: type[CommandConfig]) -> list[Field[Any]]:
+    """The parameters that a command adds to those of its runs."""
+    return [item for item in fields(cls) if item.name != "train"]
+
+
+def configure(cls: type[C], parameters: Mapping[str, Any]) -> C:
+    """The configuration of a command from its parameters by name; those not given have their defaults.
+
+    Raises `UserError` for a wrong value, or a parameter that the command does not take.
+    """
+    own = {item.name for item in own_fields(cls)}
+    shared = {name: value for name, value in parameters.items() if name not in own}
+    for name in shared.keys() - {item.name for item in parameters_of(cls)}:
+        raise _no_option(cls.command, name, shared[name])
+    return cls(train=TrainConfig(**shared), **{name: parameters[name] for name in parameters.keys() & own})
+
+
+def _no_option(command: str, name: str, value: Any) -> UserError:
+    return UserError(f"{option_name(name)} {text_of(value)}: not an option of {command}; leave it out")
 
 
 def without_password(url: str) -> str:
@@ -334,10 +399,10 @@ def without_password(url: str) -> str:
     return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", url)
 
 
-def own_parameters(config: TrainConfig, prefix: str) -> dict[str, str]:
-    """What a command adds to the parameters of a training run, under dotted keys as in `flatten`."""
-    own = sorted(types_of(type(config)).keys() - types_of(TrainConfig))
-    return {f"{prefix}.{name}": without_password(str(getattr(config, name))) for name in own}
+def own_parameters(config: CommandConfig) -> dict[str, str]:
+    """What a command adds to the parameters of its runs, under dotted keys such as `tune.trials`."""
+    own = sorted(item.name for item in own_fields(type(config)) if item.name != "resume")
+    return {f"{config.command}.{name}": without_password(text_of(getattr(config, name))) for name in own}
 
 
 def flatten(config: TrainConfig, prefix: str = "train") -> dict[str, str]:
@@ -345,11 +410,14 @@ def flatten(config: TrainConfig, prefix: str = "train") -> dict[str, str]:
 
     Dotted, because `mlflow run` has already logged the raw text of the undotted ones.
     """
-    return {f"{prefix}.{name}": str(value) for name, value in asdict(config).items()}
+    return {f"{prefix}.{name}": text_of(value) for name, value in asdict(config).items()}
 
 
 def unflatten(params: Mapping[str, str], prefix: str = "train") -> TrainConfig:
-    """The inverse of `flatten`; keys with another prefix are ignored."""
+    """The inverse of `flatten`; keys with another prefix, and parameters of other versions, are ignored.
+
+    Raises ValueError for a text that is no value of its parameter, `UserError` for a value out of bounds.
+    """
     types = types_of(TrainConfig)
     texts = {key.removeprefix(f"{prefix}."): text for key, text in params.items() if key.startswith(f"{prefix}.")}
-    return TrainConfig(**{name: types[name](text) for name, text in texts.items() if name in types})
+    return TrainConfig(**{name: parse(text, types[name]) for name, text in texts.items() if name in types})

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cxr.config import TrainConfig
 from cxr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def processes() -> int:

@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cxr.config import CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
-from cxr.parameters import default_of, spec_of, types_of
+from cxr.config import (
+    CommandConfig,
+    CompareConfig,
+    CrossvalConfig,
+    TrainCommand,
+    TrainConfig,
+    TuneConfig,
+    parameters_of,
+)
+from cxr.parameters import default_of, option_name, parse, spec_of, text_of, types_of
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS: dict[str, tuple[str, type[TrainConfig]]] = {
-    "main": ("train", TrainConfig),
-    "tune": ("tune", TuneConfig),
-    "compare": ("compare", CompareConfig),
-    "crossval": ("crossval", CrossvalConfig),
+ENTRY_POINTS: dict[str, type[CommandConfig]] = {
+    "main": TrainCommand,
+    "tune": TuneConfig,
+    "compare": CompareConfig,
+    "crossval": CrossvalConfig,
 }
 Command = Callable[..., Any]
 
 
-def options(cls: type[TrainConfig]) -> Callable[[Command], Command]:
+class _Boolean(click.ParamType):  # type: ignore[type-arg]
+    """`true` or `false`: an option with a value, as `mlflow run` passes every parameter with one."""
+
+    name = "boolean"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        try:
+            return value if isinstance(value, bool) else bool(parse(value, bool))
+        except ValueError:
+            self.fail(f"{value}: unknown; choose one of true, false", param, ctx)
+
+
+def options(cls: type[CommandConfig]) -> Callable[[Command], Command]:
     """A decorator that adds an option for each parameter, spelled with hyphens or (as MLflow does) underscores.
 
     Choices and bounds are checked by the dataclass, so that scripts and the command line get the same message.
     """
 
     def decorate(command: Command) -> Command:
-        types = types_of(cls)
-        for item in reversed(_listed(cls)):
-            spec = spec_of(item)
-            spellings = dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"])
-            metavar = "|".join(spec.choices) if 0 < len(spec.choices) <= 4 else None
-            text = spec.help + (f" ({', '.join(spec.choices)})" if len(spec.choices) > 4 else "")
+        types = types_of(TrainConfig) | types_of(cls)
+        for item in reversed(parameters_of(cls)):
+            spec, kind = spec_of(item), types[item.name]
+            spellings = dict.fromkeys([option_name(item.name), f"--{item.name}"])
+            choices = ("true", "false") if kind is bool else spec.choices
+            metavar = "|".join(choices) if 0 < len(choices) <= 4 else None
+            text = spec.help + (f" ({', '.join(choices)})" if len(choices) > 4 else "")
+            default = default_of(item)
             command = click.option(
                 *spellings,
                 item.name,
-                type=types[item.name],
-                default=default_of(item),
+                type=_Boolean() if kind is bool else kind,
+                default=text_of(default) if kind is bool else default,
                 metavar=metavar,
                 show_default=True,
                 help=text,
@@ -47,11 +68,6 @@ def options(cls: type[TrainConfig]) -> Callable[[Command], Command]:
         return command
 
     return decorate
-
-
-def _listed(cls: type[TrainConfig]) -> list[Field[Any]]:
-    """The parameters that the command takes."""
-    return [item for item in fields(cls) if item.name not in cls.without]
 
 
 def render_mlproject() -> str:
@@ -62,16 +78,18 @@ def render_mlproject() -> str:
         "conda_env: conda.yaml",
         "entry_points:",
     ]
-    for name, (command, cls) in ENTRY_POINTS.items():
+    for name, cls in ENTRY_POINTS.items():
         lines += [f"  {name}:", "    parameters:", *_parameters(cls)]
-        arguments = " ".join(f"--{item.name.replace('_', '-')} {{{item.name}}}" for item in _listed(cls))
-        lines.append(f'    command: "python -m cxr {command} {arguments}"')
+        arguments = " ".join(f"{option_name(item.name)} {{{item.name}}}" for item in parameters_of(cls))
+        lines.append(f'    command: "python -m cxr {cls.command} {arguments}"')
     return "\n".join(lines) + "\n"
 
 
-def _parameters(cls: type[TrainConfig]) -> list[str]:
+def _parameters(cls: type[CommandConfig]) -> list[str]:
     """All are strings to MLflow: it would turn a `float` of 10 into 10.0, which is no number of epochs."""
-    return [f'      {item.name}: {{type: string, default: "{default_of(item)}"}}' for item in _listed(cls)]
+    return [
+        f'      {item.name}: {{type: string, default: "{text_of(default_of(item))}"}}' for item in parameters_of(cls)
+    ]
 
 
 if __name__ == "__main__":

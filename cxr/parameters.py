@@ -11,9 +11,14 @@ from cxr.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What is known of one parameter beside its type and default. Bounds are inclusive unless `above`."""
+    """What is known of one parameter beside its type and default.
+
+    Bounds are inclusive, except `above`. `commands` are those that take the parameter; empty for every command that has
+    it. `search` is the range of a search, `log` whether it is searched on a logarithmic scale.
+    """
 
     help: str
+    commands: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     low: float | None = None
     above: float | None = None
@@ -34,11 +39,31 @@ def spec_of(item: Field[Any]) -> Spec:
     return spec
 
 
-def _check(name: str, value: Any, spec: Spec) -> None:
-    option = f"--{name.replace('_', '-')}"
+def option_name(name: str) -> str:
+    """`lr_head` -> `--lr-head`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def text_of(value: Any) -> str:
+    """A parameter's value as it is written in MLproject and logged: `true`, not `True`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parse(text: str, kind: type) -> Any:
+    """The inverse of `text_of`. Raises ValueError for a text that is no such value."""
+    if kind is not bool:
+        return kind(text)
+    if text not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def check(name: str, value: Any, spec: Spec) -> None:
+    """Raise `UserError` when the value is not among the choices or out of bounds."""
+    option = option_name(name)
     if spec.choices and value not in spec.choices:
         raise UserError(f"{option} {value}: unknown; choose one of {', '.join(spec.choices)}")
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option} {value}: not a finite number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -34,22 +35,22 @@ def test_help_answers_in_under_half_a_second_of_cpu() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "train" in result.stdout
     heavy = ("torch", "mlflow", "pandas", "numpy", "sklearn", "matplotlib")
-    assert not [name for name in heavy if f"| {name}\n" in result.stderr]
+    assert not [name for name in heavy if re.search(rf"\| +{name}$", result.stderr, re.MULTILINE)]
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_training_imports_nothing_that_it_may_not_need() -> None:
     optional = ("optuna", "captum", "imagehash", "onnx", "onnxruntime", "kagglehub", "psycopg", "lightning", "mlflow")
     others = (
-        "cxr.search",
+        "cxr.studies.search",
         "cxr.studies.optuna_study",
         "cxr.studies.compare",
-        "cxr.crossval",
+        "cxr.studies.crossval",
         "cxr.runs.evaluate",
         "cxr.runs.verify",
         "cxr.serving.explain",
     )
-    code = f"import sys, cxr.pipeline; print([name for name in {optional + others} if name in sys.modules])"
+    code = f"import sys, cxr.runs.train; print([name for name in {optional + others} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

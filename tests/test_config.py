@@ -119,4 +119,4 @@ def test_rates_are_those_of_the_phases_in_order(strategy: str) -> None:
 )
 def test_a_password_is_not_shown(url: str, shown: str) -> None:
     assert without_password(url) == shown
-    assert own_parameters(TuneConfig(storage=url), "tune")["tune.storage"] == shown
+    assert own_parameters(TuneConfig(storage=url))["tune.storage"] == shown

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from cxr.cli import cli
-from cxr.config import TrainConfig, flatten
+from cxr.config import TrainConfig, flatten, parameters_of
 from cxr.evaluation.metrics import METRICS
 from cxr.options import ENTRY_POINTS, render_mlproject
-from cxr.parameters import default_of, spec_of
+from cxr.parameters import default_of, spec_of, text_of
 
 ROOT = Path(__file__).parent.parent
 # Upper floors first. A wing imports from lower floors and itself; lowest are the other files of `cxr/` itself.
@@ -111,12 +111,12 @@ def test_the_committed_mlproject_is_the_rendered_one() -> None:
 def test_mlproject_options_and_fields_are_one_set() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert set(project["entry_points"]) == set(ENTRY_POINTS)
-    for name, (command, cls) in ENTRY_POINTS.items():
+    for name, cls in ENTRY_POINTS.items():
         declared = project["entry_points"][name]["parameters"]
-        options = {p.name: p for p in cli.commands[command].params if isinstance(p, click.Option)}
-        expected = {item.name: default_of(item) for item in fields(cls) if item.name not in cls.without}
-        assert {key: value["default"] for key, value in declared.items()} == {k: str(v) for k, v in expected.items()}
-        assert {key: option.default for key, option in options.items() if key in expected} == expected
+        options = {p.name: p for p in cli.commands[cls.command].params if isinstance(p, click.Option)}
+        expected = {item.name: text_of(default_of(item)) for item in parameters_of(cls)}
+        assert {key: value["default"] for key, value in declared.items()} == expected
+        assert {key: text_of(option.default) for key, option in options.items() if key in expected} == expected
         assert options.keys() - expected.keys() <= {"first"}  # `compare --runs`, which trains nothing
         assert set(re.findall(r"{(\w+)}", project["entry_points"][name]["command"])) == set(expected)
 

@@ -15,7 +15,7 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
-from cxr.config import TrainConfig
+from cxr.config import TrainCommand, TrainConfig, configure
 from cxr.options import options
 
 
@@ -24,9 +24,9 @@ def parse(*arguments: str) -> TrainConfig:
     seen: list[TrainConfig] = []
 
     @click.command()
-    @options(TrainConfig)
+    @options(TrainCommand)
     def command(**parameters: Any) -> None:
-        seen.append(TrainConfig(**parameters))
+        seen.append(configure(TrainCommand, parameters).train)
 
     result = CliRunner().invoke(command, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output

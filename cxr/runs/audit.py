@@ -37,7 +37,7 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
         findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
         content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.told)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
-    if config.strict == "true" and (leaked := leaks(findings)):
+    if config.strict and (leaked := leaks(findings)):
         told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)
         raise UserError(f"{data.root}: leaks across splits ({told}); mend the folders, or use --strict false")
     return findings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cxr.config import TrainConfig, flatten, unflatten
@@ -29,7 +28,7 @@ NO_TRAINING_RUNS = {
 def can_go_on(run: Run, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is here."""
     folder = checkpoint_folder(config, run.info.run_id)
-    same = all(run.data.params.get(key) == value for key, value in flatten(replace(config, resume="none")).items())
+    same = all(run.data.params.get(key) == value for key, value in flatten(config).items())
     return same and ("val_loss" not in run.data.metrics or (folder / LAST).exists())
 
 
@@ -42,17 +41,18 @@ def is_lost(run_id: str, config: TrainConfig) -> bool:
     return not has_finished(run) and run.info.status != "RUNNING" and not can_go_on(run, config)
 
 
-def _recorded_config(run_id: str, config: TrainConfig) -> TrainConfig:
-    """The configuration that a run recorded; `config` when it is one that `mlflow run` has only just opened.
+def recorded_config(run_id: str, config: TrainConfig, resumed: bool) -> TrainConfig:
+    """The configuration that a run recorded; `config` for one that `mlflow run` has just opened, not `resumed`.
 
-    A run that was stopped before it recorded ours has those that `mlflow run` logged, under plain names.
+    A run that was stopped before it recorded ours has the parameters that `mlflow run` logged, under plain names.
+    Raises `UserError` for a run to resume that is no training run, or whose parameters cannot be read.
     """
-    known, names = recorded(run_id), types_of(TrainConfig).keys() - {"resume"}
+    known, names = recorded(run_id), types_of(TrainConfig).keys()
     kind = known.get("cxr.kind", "")
-    if config.resume != "none" and kind in NO_TRAINING_RUNS:
+    if resumed and kind in NO_TRAINING_RUNS:
         raise UserError(f"--resume {run_id}: is a {kind}, not a training run; {NO_TRAINING_RUNS[kind]}")
     ours = {key: value for key, value in known.items() if key.startswith("train.")}
-    if not ours and config.resume == "none":
+    if not ours and not resumed:
         return config
     ours = ours or {f"train.{key}": value for key, value in known.items() if key in names}
     if "train.data_dir" not in ours:

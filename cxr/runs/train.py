@@ -30,7 +30,7 @@ from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, summary
 from cxr.runs.record import TEST_SPLIT, log_end, log_start, views_figure
 from cxr.runs.result import RunResult
-from cxr.runs.resume import _recorded_config
+from cxr.runs.resume import recorded_config
 from cxr.storage import cache_folder, checkpoint_folder, exclusive
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.tracker import NullTracker, Tracker
@@ -45,7 +45,7 @@ Float32 = npt.NDArray[np.float32]
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     """Train by `config`, evaluate the best checkpoint on validation and, once, on test; log all of it."""
     started = time.perf_counter()
-    tracker.params(flatten(replace(config, resume="none")))  # first of all: a resume reads them
+    tracker.params(flatten(config))  # first of all: a resume reads them
     machine = ready_machine(config)
     reset_peak_memory(machine.device)
     data = read_data(config)
@@ -71,22 +71,24 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     return replace(result, registered=log_end(config, tracker, model, result))
 
 
-def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None) -> RunResult:
-    """`run` in MLflow: a new run, the one that `mlflow run` opened, or the one to resume.
+def run_tracked(
+    config: TrainConfig, say: Say = print, run_id: str | None = None, parent: str | None = None
+) -> RunResult:
+    """`run` in MLflow: in the run `run_id`, else in the one that `mlflow run` opened, else in a new one.
 
-    With `parent`, it is a child of that run, and the one `mlflow run` opened is left alone.
-    A run that is resumed goes on with the parameters it recorded. Its checkpoints are removed once it is finished.
-    Raises `UserError` also when the run to resume is unknown, finished, or in use by another process.
+    With `parent`, it is a child of that run, and the one that `mlflow run` opened is left alone. A run that exists
+    continues with the parameters that it recorded. Its checkpoints are removed once it is finished.
+    Raises `UserError` also when the run is unknown, finished, or in use by another process.
     """
-    run_id = existing_run(config.resume, child=parent is not None)
-    if run_id:
-        config = _recorded_config(run_id, config)
+    existing = existing_run(run_id, child=parent is not None)
+    if existing:
+        config = recorded_config(existing, config, resumed=run_id is not None)
     with ExitStack() as stack:
         stack.enter_context(memory_explained())
-        if run_id:  # before it is opened: a run that another process trains must not be touched
-            stack.enter_context(exclusive(checkpoint_folder(config, run_id)))
-        tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=run_id, parent=parent))
-        if not run_id:
+        if existing:  # before it is opened: a run that another process trains must not be touched
+            stack.enter_context(exclusive(checkpoint_folder(config, existing)))
+        tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=existing, parent=parent))
+        if not existing:
             stack.enter_context(exclusive(checkpoint_folder(config, tracker.run_id)))
         result = run(config, tracker, say)
         lines = [*summary(config, tracker, result), result.registered]
@@ -95,11 +97,11 @@ def run_tracked(config: TrainConfig, say: Say = print, parent: str | None = None
     return result
 
 
-def run_together(config: TrainConfig, say: Say = print) -> None:
-    """`run_tracked`, with the help of the processes that torchrun started, if it did. Raises as `run_tracked`."""
+def run_with_processes(config: TrainConfig, say: Say = print, run_id: str | None = None) -> None:
+    """`run_tracked`, together with the other processes of torchrun, if it started any. Raises as `run_tracked`."""
     with parallel.joined(config.device):
         if parallel.rank() == 0:
-            run_tracked(config, say)
+            run_tracked(config, say, run_id)
         else:
             _follow(config)
 

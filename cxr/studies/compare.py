@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.config import CHANGE_NO_NUMBER, CompareConfig, TrainConfig, own_parameters
+from cxr.config import NEUTRAL, CompareConfig, TrainConfig, own_parameters
 from cxr.data.splits import CLASSES
 from cxr.errors import UserError
 from cxr.evaluation.metrics import confusion
@@ -62,8 +62,8 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
     The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
     `UserError` for bad input.
     """
-    name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config, "compare")
-    with run_family(config, _members(config), name, "comparison", {}, own, say) as (parent, run_ids):
+    name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
+    with run_family(config.train, _members(config), name, "comparison", {}, own, say) as (parent, run_ids):
         lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
     say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
     return lines
@@ -86,10 +86,8 @@ def _members(config: CompareConfig) -> dict[str, TrainConfig]:
     """Seed by seed, so that an early end has whole rounds."""
     epochs = config.epochs_of()
     return {
-        f"{strategy}-s{seed}": replace(
-            config.train, strategy=strategy, seed=seed, epochs=epochs[strategy], resume="none"
-        )
-        for seed in range(config.seed, config.seed + config.seeds)
+        f"{strategy}-s{seed}": replace(config.train, strategy=strategy, seed=seed, epochs=epochs[strategy])
+        for seed in range(config.train.seed, config.train.seed + config.seeds)
         for strategy in config.chosen()
     }
 
@@ -133,7 +131,7 @@ def load_run(run_id: str) -> RunData:
 
 def _settings(run: Run) -> dict[str, str]:
     """What decides a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
-    apart = CHANGE_NO_NUMBER | {"strategy", "seed"}
+    apart = NEUTRAL | {"strategy", "seed"}
     known = {key.removeprefix("train."): value for key, value in run.data.params.items() if key.startswith("train.")}
     known = {name: value for name, value in known.items() if name not in apart}
     return known | {"code": run.data.tags.get("git_commit", "unknown")}

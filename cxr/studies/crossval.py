@@ -24,10 +24,11 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
 
     The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
     """
-    name, tags = f"crossval-{config.strategy}-{config.folds}", {"strategy": config.strategy, "seed": str(config.seed)}
-    own = own_parameters(config, "crossval")
-    with run_family(config, _members(config), name, "crossval", tags, own, say) as (parent, run_ids):
-        table, pooled = _gather(run_ids, config.bootstrap)
+    train = config.train
+    name, tags = f"crossval-{train.strategy}-{config.folds}", {"strategy": train.strategy, "seed": str(train.seed)}
+    own = own_parameters(config)
+    with run_family(train, _members(config), name, "crossval", tags, own, say) as (parent, run_ids):
+        table, pooled = _gather(run_ids, train.bootstrap)
         lines = _publish(parent, config, table, pooled)
     say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
     return table
@@ -35,9 +36,7 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
 
 def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
     return {
-        f"fold-{fold}-of-{config.folds}": replace(
-            config.train, fold=f"{fold}/{config.folds}", register="none", resume="none"
-        )
+        f"fold-{fold}-of-{config.folds}": replace(config.train, fold=f"{fold}/{config.folds}", register="none")
         for fold in range(1, config.folds + 1)
     }
 
@@ -53,7 +52,7 @@ def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Repor
 
 def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
     """Tables, figures and summary in the parent run; returns the lines for a person."""
-    name = f"{config.strategy}, {config.folds} folds"
+    name = f"{config.train.strategy}, {config.folds} folds"
     mean, sd = table[list(SHOWN)].mean(), table[list(SHOWN)].std(ddof=1)
     lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
     lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]

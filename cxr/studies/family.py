@@ -7,10 +7,9 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cxr.config import TrainConfig, flatten, that_change_numbers
+from cxr.config import TrainConfig, flatten, result_parameters
 from cxr.data.load import read_data
 from cxr.machine import ready_machine
 from cxr.network.resnet import build_model
@@ -49,7 +48,7 @@ def run_family(
     _, weights = build_model(config.arch, config.weights, config.seed)
     key = _family_key(members.values(), data.fingerprint, weights)
     tags = {**tags, "cxr.kind": kind, f"cxr.{kind}": key}
-    run_id = unfinished_parent(f"cxr.{kind}", key) or open_parent(name, tags, {**flatten(config.train), **own})
+    run_id = unfinished_parent(f"cxr.{kind}", key) or open_parent(name, tags, {**flatten(config), **own})
     with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({HOST: socket.gethostname()})
@@ -59,7 +58,7 @@ def run_family(
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
     """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
-    text = json.dumps([*origin, *(that_change_numbers(member) for member in members)], sort_keys=True)
+    text = json.dumps([*origin, *(result_parameters(member) for member in members)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -76,4 +75,4 @@ def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: Trai
     else:
         run_id = make_child(parent, name, tags, flatten(config))
     say(f"{name}: run {run_id}")
-    return run_tracked(replace(config, resume=run_id), say, parent).run_id
+    return run_tracked(config, say, run_id, parent).run_id

@@ -23,7 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from cxr.config import TrainConfig, TuneConfig, search_range, that_change_numbers, without_password
+from cxr.config import TrainConfig, TuneConfig, result_parameters, search_range, without_password
 from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
@@ -36,9 +36,9 @@ OnStale = Callable[[optuna.Study, FrozenTrial], None]
 
 def study_name(config: TuneConfig) -> str:
     """The study's name: `resume` names one that must exist."""
-    if config.resume != "none":
-        return config.resume
-    return f"tune-{config.strategy}" if config.study == "auto" else config.study
+    if config.resumed:
+        return config.resumed
+    return f"tune-{config.train.strategy}" if config.study == "auto" else config.study
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def open_study(
             grace_period=SILENCE * config.heartbeat,
             heartbeat_stale_trial_callback=on_stale,
         )
-        if config.resume != "none" and name not in optuna.get_all_study_names(storage):
+        if config.resumed and name not in optuna.get_all_study_names(storage):
             raise UserError(
                 f"--resume {name}: no such study in {without_password(config.storage)}; `--study {name}` begins one"
             )
@@ -112,7 +112,7 @@ def open_study(
 
 def _parameters(config: TuneConfig) -> dict[str, str]:
     own = {f"tune.{name}": str(getattr(config, name)) for name in ("search", "objective", "seeds")}
-    return {**that_change_numbers(config.train), **own}
+    return {**result_parameters(config.train), **own}
 
 
 def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str]) -> None:
@@ -141,13 +141,13 @@ def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:
     """Queue what is missing to `trials`: the first with the defaults, the others for the sampler to decide."""
     there = len(slots(study))
     for number in range(there, config.trials):
-        defaults = {name: getattr(config, name) for name in config.searched()}
+        defaults = {name: getattr(config.train, name) for name in config.searched()}
         study.enqueue_trial(defaults if number == 0 else {})
 
 
 def _sampler(config: TuneConfig, trials: int) -> optuna.samplers.BaseSampler:
     """Seeded by the study's seed; who joins later gets another seed, or it would draw the same points again."""
-    seed = config.seed if trials == 0 else (config.seed + 7919 * trials + os.getpid()) % 2**31
+    seed = config.train.seed if trials == 0 else (config.train.seed + 7919 * trials + os.getpid()) % 2**31
     if config.sampler == "TPESampler":
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
@@ -156,7 +156,7 @@ def _sampler(config: TuneConfig, trials: int) -> optuna.samplers.BaseSampler:
 
 
 def _pruner(config: TuneConfig) -> optuna.pruners.BasePruner:
-    epochs = config.epochs * len(config.phases)
+    epochs = config.train.epochs * len(config.train.phases)
     options: dict[str, dict[str, Any]] = {
         "MedianPruner": {"n_startup_trials": 4, "n_warmup_steps": 1},
         "HyperbandPruner": {"min_resource": 1, "max_resource": epochs if config.seeds == 1 else config.seeds},
@@ -170,7 +170,7 @@ def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
     """The parameters of a trial. A range is widened to hold the default."""
     chosen: dict[str, Any] = {}
     for name in config.searched():
-        spec, default = search_range(name), getattr(config, name)
+        spec, default = search_range(name), getattr(config.train, name)
         assert spec.search is not None
         low, high = min(spec.search[0], default), max(spec.search[1], default)
         if isinstance(default, int):
@@ -182,7 +182,7 @@ def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
 
 def trial_config(config: TuneConfig, params: Mapping[str, Any]) -> TrainConfig:
     """The configuration of a trial with those parameters."""
-    return replace(config.train, resume="none", **params)
+    return replace(config.train, **params)
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, limit: int | None = None) -> None:

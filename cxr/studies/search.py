@@ -92,9 +92,9 @@ class Worker:
         self.parent = join_parent(str(self.study.user_attrs[PARENT]))
 
     def _make_parent(self) -> str:
-        config = self.config
+        config = self.config.train
         tags = {"strategy": config.strategy, "data_fingerprint": self.data.fingerprint, "cxr.kind": "search"}
-        params = {**flatten(config.train), **own_parameters(config, "tune")}
+        params = {**flatten(config), **own_parameters(self.config)}
         return open_parent(f"tune-{config.strategy}-s{config.seed}", tags, params)
 
     def _on_stale(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -252,10 +252,11 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     `KeyboardInterrupt` once it was asked to stop; every trial is in order then.
     """
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # our own lines and the runs say it
-    whole = read_data(config)
-    if config.strict == "true":
-        audited(config, whole, None)
-    _, weights = build_model(config.arch, config.weights, config.seed)  # what cannot be had is no trial's failure
+    train = config.train
+    whole = read_data(train)
+    if train.strict:
+        audited(train, whole, None)
+    _, weights = build_model(train.arch, train.weights, train.seed)  # what cannot be had is no trial's failure
     worker = Worker(config, whole.without("test"), weights, say)
     worker.open()
     say(f"study {worker.study.study_name} in {without_password(config.storage)}: {_counts(worker.study)}")
@@ -265,7 +266,7 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
                 _work(worker)
             finally:
                 _publish(worker)
-        result = _refit(worker) if config.refit == "true" else None
+        result = _refit(worker) if config.refit else None
     say("\n" + "\n".join(_summary(worker, result)))
     return result
 
@@ -327,7 +328,7 @@ def _refit(worker: Worker) -> RunResult | None:
         return None
     worker.say(f"refit of trial {best.number}, in run {claim['run']}")
     try:
-        return run_tracked(replace(config, resume=claim["run"]), worker.say, worker.parent.run_id)
+        return run_tracked(config, worker.say, claim["run"], worker.parent.run_id)
     except InUseError as error:
         worker.say(f"refit: another worker is at it ({error})")
         return None

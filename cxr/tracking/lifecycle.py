@@ -26,7 +26,7 @@ from cxr.tracking.store import (
 from cxr.tracking.tracker import MlflowTracker
 
 
-def existing_run(resume: str, child: bool = False) -> str | None:
+def existing_run(resume: str | None, child: bool = False) -> str | None:
     """The id of the run to go on with: the one to resume, else the one that `mlflow run` opened, else None.
 
     A `child` is never the one that `mlflow run` opened: that is its parent, or its parent's helper.
@@ -34,7 +34,7 @@ def existing_run(resume: str, child: bool = False) -> str | None:
     Raises `UserError` when both are there and differ.
     """
     opened = None if child else os.environ.get("MLFLOW_RUN_ID")
-    if resume == "none":
+    if resume is None:
         return opened
     if opened not in (None, resume):
         raise UserError(f"--resume {resume}: `mlflow run` has opened another run; use `mlflow run . --run-id {resume}`")

@@ -63,7 +63,7 @@ def test_strict_turns_a_leak_into_an_error_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = leaky(phantoms, tmp_path)
-    strict = replace(config, data_dir=str(folder), strict="true")
+    strict = replace(config, data_dir=str(folder), strict=True)
     with pytest.raises(UserError, match=r"leaks across splits .*IM-9999-0001"):
         audited(strict, read_data(strict), None)
     assert run_main(monkeypatch, "data", "audit", str(folder), "--strict") == 2

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from small import quiet, small
 
-from cxr.config import CompareConfig, CrossvalConfig, TrainConfig, TuneConfig
+from cxr.config import CommandConfig, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig, configure
 from cxr.data.load import read_data
 from cxr.errors import InUseError, UserError
 from cxr.runs import train as pipeline
@@ -71,7 +71,7 @@ def test_a_comparison_has_children_tables_figures_report_and_verdict(config: Com
 def test_an_interrupted_comparison_reuses_what_is_finished(
     config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = replace(config, seed=10)
+    fresh = config.replace(seed=10)
     ended = pipeline.log_end
 
     def breaks(*arguments: object) -> str:
@@ -96,7 +96,7 @@ def test_an_interrupted_comparison_reuses_what_is_finished(
 
 
 def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(config: CompareConfig) -> None:
-    fresh = replace(config, seed=20, seeds=1)
+    fresh = config.replace(seed=20, seeds=1)
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(UserError("disk full")))
         with pytest.raises(UserError, match="disk full"):
@@ -110,7 +110,7 @@ def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(co
     assert client.get_run(parent).info.status == "RUNNING"
     client.set_terminated(parent, "KILLED")
     (broken_off,) = children(parent)
-    compare_tracked(replace(fresh, reuse_gb=0.001), quiet)
+    compare_tracked(fresh.replace(reuse_gb=0.001), quiet)
     assert newest_parent("comparison").info.run_id == parent
     outcomes = {run.info.run_id: run.info.status for run in children(parent)}
     assert outcomes.pop(broken_off.info.run_id) == "FAILED"  # it had recorded another reuse_gb
@@ -118,7 +118,7 @@ def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(co
 
 
 def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfig, own_cache: Path) -> None:
-    fresh = replace(config, seed=30, seeds=1)
+    fresh = config.replace(seed=30, seeds=1)
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -133,7 +133,7 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
         client = MlflowClient()
         client.update_run(parent, status="FAILED")
         client.delete_tag(parent, "cxr.outcome")
-        pipeline.run_tracked(TrainConfig(resume=parent), quiet)
+        pipeline.run_tracked(TrainConfig(), quiet, parent)
     MlflowClient().set_terminated(parent, "FINISHED")
 
 
@@ -189,7 +189,7 @@ def test_bad_input_of_a_comparison_is_one_line(
 
 
 def test_epochs_of_single_strategies(config: CompareConfig) -> None:
-    own = replace(config, epochs=7, epochs_each="full=3,gradual=2")
+    own = config.replace(epochs=7, epochs_each="full=3,gradual=2")
     assert own.epochs_of() == {"frozen": 7, "partial": 7, "full": 3, "gradual": 2}
 
 
@@ -218,16 +218,16 @@ def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: CompareConfig(fold="1/5"),
-        lambda: CompareConfig(resume="x"),
-        lambda: CompareConfig(strategy="full"),
+        lambda: configure(CompareConfig, {"fold": "1/5"}),
+        lambda: configure(CompareConfig, {"resume": "x"}),
+        lambda: configure(CompareConfig, {"strategy": "full"}),
         lambda: CompareConfig(margin=0),
-        lambda: CrossvalConfig(fold="1/5"),
-        lambda: TuneConfig(fold="1/5"),
+        lambda: configure(CrossvalConfig, {"fold": "1/5"}),
+        lambda: configure(TuneConfig, {"fold": "1/5"}),
         lambda: TuneConfig(pruner="WilcoxonPruner"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(make: Callable[[], TrainConfig]) -> None:
+def test_options_that_would_be_ignored_are_refused(make: Callable[[], CommandConfig]) -> None:
     with pytest.raises(UserError, match="--"):
         make()
 

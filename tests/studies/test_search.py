@@ -10,7 +10,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def config(in_store: str, phantoms: Path, tmp_path: Path) -> TuneConfig:
         trials=3,
         pruner="NopPruner",
         storage=f"sqlite:///{tmp_path / 'optuna.db'}",
-        refit="false",
+        refit=False,
         heartbeat=1,
     )
 
@@ -92,7 +91,7 @@ def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_b
     parent, runs = family(config)
     found = load(config)
     assert states(config) == ["COMPLETE"] * 3
-    assert found.trials[0].params == {"lr_head": config.lr_head}
+    assert found.trials[0].params == {"lr_head": config.train.lr_head}
     assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
     assert {run.info.status for run in [parent, *runs]} == {"FINISHED"}
     assert parent.data.tags["best_trial"] == str(found.best_trial.number)
@@ -109,7 +108,7 @@ def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_b
 
 def test_a_search_is_repeatable(config: TuneConfig, tmp_path: Path) -> None:
     tune_tracked(config, quiet)
-    other = replace(config, storage=f"sqlite:///{tmp_path / 'other.db'}")
+    other = config.replace(storage=f"sqlite:///{tmp_path / 'other.db'}")
     tune_tracked(other, quiet)
     assert [t.params for t in load(config).trials] == [t.params for t in load(other).trials]
     assert [t.value for t in load(config).trials] == [t.value for t in load(other).trials]
@@ -133,7 +132,7 @@ def test_a_search_never_meets_the_test_split(
     (swapped / "test" / "NORMAL").rename(swapped / "test" / "was")
     (swapped / "test" / "PNEUMONIA").rename(swapped / "test" / "NORMAL")
     (swapped / "test" / "was").rename(swapped / "test" / "PNEUMONIA")
-    other = replace(config, data_dir=str(swapped), storage=f"sqlite:///{tmp_path / 'other.db'}")
+    other = config.replace(data_dir=str(swapped), storage=f"sqlite:///{tmp_path / 'other.db'}")
     tune_tracked(other, quiet)
     assert [t.value for t in load(config).trials] == [t.value for t in load(other).trials]
 
@@ -141,21 +140,21 @@ def test_a_search_never_meets_the_test_split(
 def test_more_trials_continue_the_same_study_and_parent(config: TuneConfig) -> None:
     tune_tracked(config, quiet)
     before = family(config)[0].info.run_id
-    tune_tracked(replace(config, trials=5), quiet)
+    tune_tracked(config.replace(trials=5), quiet)
     parent, runs = family(config)
     assert (parent.info.run_id, len(runs), states(config)) == (before, 5, ["COMPLETE"] * 5)
     assert len({trial.params["lr_head"] for trial in load(config).trials}) == 5
-    tune_tracked(replace(config, trials=5), quiet)
+    tune_tracked(config.replace(trials=5), quiet)
     assert len(family(config)[1]) == 5
 
 
 def test_a_study_begun_with_other_parameters_is_not_continued(config: TuneConfig) -> None:
-    tune_tracked(replace(config, trials=1), quiet)
+    tune_tracked(config.replace(trials=1), quiet)
     with pytest.raises(UserError, match=r"other parameters: epochs was 2.*--study"):
-        tune_tracked(replace(config, epochs=3), quiet)
+        tune_tracked(config.replace(epochs=3), quiet)
     with pytest.raises(UserError, match="--resume nothing: no such study"):
-        tune_tracked(replace(config, resume="nothing"), quiet)
-    tune_tracked(replace(config, resume="tune-frozen", trials=2, reuse_gb=0), quiet)
+        tune_tracked(config.replace(resume="nothing"), quiet)
+    tune_tracked(config.replace(resume="tune-frozen", trials=2, reuse_gb=0), quiet)
     assert states(config) == ["COMPLETE"] * 2
 
 
@@ -172,7 +171,7 @@ def test_a_pruned_trial_is_pruned_in_optuna_and_killed_in_mlflow(
 
 
 def test_steps_run_on_across_phases(config: TuneConfig) -> None:
-    gradual = replace(config, strategy="gradual", trials=1)
+    gradual = config.replace(strategy="gradual", trials=1)
     tune_tracked(gradual, quiet)
     (trial,) = load(gradual).trials
     assert list(trial.intermediate_values) == list(range(6))
@@ -228,16 +227,16 @@ def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
 
 
 def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, phantoms: Path, tmp_path: Path) -> None:
-    tune_tracked(replace(config, trials=1), quiet)
+    tune_tracked(config.replace(trials=1), quiet)
     moved = Path(shutil.copytree(phantoms, tmp_path / "moved"))
-    tune_tracked(replace(config, trials=2, data_dir=str(moved)), quiet)  # the same images elsewhere
+    tune_tracked(config.replace(trials=2, data_dir=str(moved)), quiet)  # the same images elsewhere
     next((moved / "train" / "NORMAL").iterdir()).unlink()
     with pytest.raises(UserError, match="other parameters: data was"):
-        tune_tracked(replace(config, trials=3, data_dir=str(moved)), quiet)
+        tune_tracked(config.replace(trials=3, data_dir=str(moved)), quiet)
 
 
 def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None:
-    judged = replace(config, objective="val_roc_auc", epochs=4, trials=1, strategy="partial")
+    judged = config.replace(objective="val_roc_auc", epochs=4, trials=1, strategy="partial")
     tune_tracked(judged, quiet)
     (trial,) = load(judged).trials
     child = family(judged)[1][0]
@@ -256,7 +255,7 @@ def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
 
     monkeypatch.setattr(search, "train_model", fails)
     with pytest.raises(UserError, match="first 3 trials all failed, the last with: UserError: no good"):
-        tune_tracked(replace(config, trials=10), quiet)
+        tune_tracked(config.replace(trials=10), quiet)
     assert family(config)[0].info.status == "FAILED"
 
 
@@ -288,7 +287,7 @@ def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
 
 
 def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: TuneConfig) -> None:
-    refitting = replace(config, refit="true", trials=2)
+    refitting = config.replace(refit=True, trials=2)
     result = tune_tracked(refitting, quiet)
     assert result is not None
     assert result.best.metrics["val_loss"] == load(config).best_value
@@ -299,7 +298,7 @@ def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: T
 
 
 def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    refitting = replace(config, refit="true", trials=1)
+    refitting = config.replace(refit=True, trials=1)
     with monkeypatch.context() as broken:
         broken.setattr("cxr.runs.train.log_end", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -311,7 +310,7 @@ def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch:
 
 
 def test_seeds_are_averaged(config: TuneConfig) -> None:
-    averaged = replace(config, seeds=2, trials=1, pruner="WilcoxonPruner")
+    averaged = config.replace(seeds=2, trials=1, pruner="WilcoxonPruner")
     tune_tracked(averaged, quiet)
     (trial,) = load(averaged).trials
     assert list(trial.intermediate_values) == [0, 1]
@@ -322,7 +321,7 @@ def test_seeds_are_averaged(config: TuneConfig) -> None:
 
 @pytest.mark.parametrize("pruner", ["MedianPruner", "HyperbandPruner", "SuccessiveHalvingPruner"])
 def test_pruners_run_by_their_names(config: TuneConfig, pruner: str) -> None:
-    named = replace(config, pruner=pruner, trials=6, epochs=3)
+    named = config.replace(pruner=pruner, trials=6, epochs=3)
     tune_tracked(named, quiet)
     assert set(states(named)) <= {"COMPLETE", "PRUNED"}
     assert type(study._pruner(named)).__name__ == pruner
@@ -330,9 +329,7 @@ def test_pruners_run_by_their_names(config: TuneConfig, pruner: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "RandomSampler", "QMCSampler", "GPSampler"])
 def test_samplers_stay_in_range_and_search_what_they_are_told(config: TuneConfig, sampler: str) -> None:
-    wide = replace(
-        config, sampler=sampler, search="gamma,lr,batch_size,weight_decay", objective="val_roc_auc", epochs=1
-    )
+    wide = config.replace(sampler=sampler, search="gamma,lr,batch_size,weight_decay", objective="val_roc_auc", epochs=1)
     tune_tracked(wide, quiet)
     for trial in load(wide).trials:
         assert set(trial.params) == {"lr_head", "weight_decay", "gamma", "batch_size"}
@@ -360,7 +357,12 @@ def test_bad_input_of_a_search_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = {"--data-dir": config.data_dir, "--weights": "random", "--storage": config.storage, "--image-size": "64"}
+    given = {
+        "--data-dir": config.train.data_dir,
+        "--weights": "random",
+        "--storage": config.storage,
+        "--image-size": "64",
+    }
     given[options[0]] = options[1]
     assert run_main(monkeypatch, "tune", *[text for pair in given.items() for text in pair]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -370,10 +372,20 @@ def test_bad_input_of_a_search_is_one_line(
 
 def start(config: TuneConfig, store: str, cache: Path, *options: str) -> subprocess.Popen[str]:
     """`cxr tune` in a process of its own."""
-    command = [sys.executable, "-m", "cxr", "tune", "--strategy", config.strategy, "--data-dir", config.data_dir]
-    command += ["--weights", "random", "--image-size", "64", "--epochs", str(config.epochs), "--views", "1"]
+    train = config.train
+    command = [
+        sys.executable,
+        "-m",
+        "cxr",
+        "tune",
+        "--strategy",
+        train.strategy,
+        "--data-dir",
+        train.data_dir,
+    ]
+    command += ["--weights", "random", "--image-size", "64", "--epochs", str(train.epochs), "--views", "1"]
     command += ["--bootstrap", "0", "--register", "none", "--storage", config.storage, "--heartbeat", "1"]
-    command += ["--pruner", "NopPruner", "--refit", config.refit, "--trials", str(config.trials), *options]
+    command += ["--pruner", "NopPruner", "--refit", str(config.refit).lower(), "--trials", str(config.trials), *options]
     environment = os.environ | {"MLFLOW_TRACKING_URI": store, "CXR_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     environment |= {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -413,7 +425,7 @@ def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
 
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
 def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(config: TuneConfig, status: str) -> None:
-    worker = Worker(config, read_data(config).without("test"), "random", quiet)
+    worker = Worker(config, read_data(config.train).without("test"), "random", quiet)
     worker.open()
     with warnings.catch_warnings(action="ignore"):  # heartbeats are for `optimize`
         trial = worker.study.ask()
@@ -432,7 +444,7 @@ def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(c
 def test_a_search_killed_in_mid_trial_goes_on_to_exactly_its_count(
     config: TuneConfig, store: str, own_cache: Path
 ) -> None:
-    long = replace(config, strategy="full", trials=4, epochs=3)
+    long = config.replace(strategy="full", trials=4, epochs=3)
     kill_in_mid_trial(long, start(long, store, own_cache), "trial   0")
     assert "RUNNING" in states(long)
     again = start(long, store, own_cache)
@@ -474,7 +486,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_two_workers_share_a_study_and_a_dead_ones_trial_is_not_lost(
     config: TuneConfig, store: str, own_cache: Path, postgres: str
 ) -> None:
-    shared = replace(config, strategy="full", trials=12, epochs=1, storage=postgres)
+    shared = config.replace(strategy="full", trials=12, epochs=1, storage=postgres)
     first = start(shared, store, own_cache)
     second = start(shared, store, own_cache)
     kill_in_mid_trial(shared, first, "trial ")

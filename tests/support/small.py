@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from cxr.config import TrainConfig
+    from cxr.config import CommandConfig, TrainConfig
 
-Config = TypeVar("Config", bound="TrainConfig")
+Config = TypeVar("Config", bound="TrainConfig | CommandConfig")
 SMALL = {"weights": "random", "image_size": 64, "epochs": 1, "views": 1, "bootstrap": 0}
 
 
 def small(kind: type[Config], folder: Path, **options: Any) -> Config:
     """A configuration of that kind on the images of `folder`: 64 pixels, one epoch, no download."""
-    return kind(**{"data_dir": str(folder), **SMALL, **options})
+    from cxr.config import TrainConfig, configure
+
+    parameters = {"data_dir": str(folder), **SMALL, **options}
+    return kind(**parameters) if issubclass(kind, TrainConfig) else configure(kind, parameters)
 
 
 def quiet(line: str) -> None:

@@ -182,7 +182,7 @@ def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Pat
     with open_run("partial-s0") as tracker, exclusive(own_cache / "runs" / tracker.run_id):
         tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
         with pytest.raises(UserError, match="another process"):
-            run_tracked(TrainConfig(resume=tracker.run_id))
+            run_tracked(TrainConfig(), run_id=tracker.run_id)
         assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_on_another_machine_is_left_alone(store: str, phantom
         assert mlflow.get_run(tracker.run_id).data.tags["cxr.host"] == socket.gethostname()
         tracker.tags({"cxr.host": "elsewhere"})
         with pytest.raises(InUseError, match="is running on elsewhere"):
-            run_tracked(TrainConfig(resume=tracker.run_id))
+            run_tracked(TrainConfig(), run_id=tracker.run_id)
 
 
 def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) 
         tracker.metrics({"val_loss": 0.5}, step=0)
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="holds no checkpoint of its 1 epochs"):
-        run_tracked(TrainConfig(resume=tracker.run_id), say=lambda line: None)
+        run_tracked(TrainConfig(), run_id=tracker.run_id, say=lambda line: None)
 
 
 def test_a_resume_without_recorded_parameters_is_refused(store: str) -> None:
@@ -211,7 +211,7 @@ def test_a_resume_without_recorded_parameters_is_refused(store: str) -> None:
     with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="recorded no parameters"):
-        run_tracked(TrainConfig(resume=tracker.run_id))
+        run_tracked(TrainConfig(), run_id=tracker.run_id)
 
 
 def test_a_store_that_fails_while_the_run_ends_does_not_make_it_finished(

@@ -208,7 +208,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
         patch.setattr(
             "cxr.runs.train.time", SimpleNamespace(perf_counter=float)
         )  # no time passes: the killed one's counts
-        resumed = run_tracked(TrainConfig(resume=killed.info.run_id), say=lambda line: None)
+        resumed = run_tracked(TrainConfig(), run_id=killed.info.run_id, say=lambda line: None)
     assert resumed.run_id == killed.info.run_id
     history = mlflow.MlflowClient().get_metric_history(resumed.run_id, "val_loss")
     whole = run_tracked(config, say=lambda line: None)
@@ -241,7 +241,7 @@ def test_an_epoch_that_was_logged_but_not_saved_is_trained_again_and_what_differ
         run_tracked(config, say=stop)
     run_id = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"])["run_id"][0]
     mlflow.MlflowClient().log_metric(run_id, "val_loss", 0.125, step=1)  # as another machine would have measured it
-    resumed = run_tracked(TrainConfig(resume=run_id), say=quiet)
+    resumed = run_tracked(TrainConfig(), run_id=run_id, say=quiet)
     assert [record.restored for record in resumed.records] == [True, False, False]
     with pytest.raises(UserError, match="precision was fp32 and is bf16 now"):
         _require_same(MlflowTracker(mlflow.get_run(run_id)), {"precision": "bf16"})
