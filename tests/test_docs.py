@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from cxr.cli import cli
+from cxr.config import configure
+from cxr.errors import UserError
 from cxr.options import ENTRY_POINTS
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +88,9 @@ def parse(words: list[str]) -> click.Context:
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
 def test_every_cxr_command_parses(words: list[str]) -> None:
     context = parse(words)
-    for command, config in ENTRY_POINTS.values():
-        if words[1] == command:  # choices and bounds are checked by the dataclass
-            config(**{name: value for name, value in context.params.items() if name not in ("first", "more")})
+    for config in ENTRY_POINTS.values():
+        if words[1] == config.command:  # choices and bounds are checked by the dataclass
+            configure(config, {name: value for name, value in context.params.items() if name not in ("first", "more")})
 
 
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
@@ -111,10 +113,20 @@ def test_enough_commands_were_found() -> None:
     assert {words[1] for words in OURS} == set(cli.commands)
 
 
-def test_a_wrong_command_would_be_found() -> None:
-    for line in ("uv run cxr nothing", "uv run --extra onnx cxr train --wrong 1", "cxr train --epochs many"):
-        with pytest.raises((AssertionError, click.UsageError)):
-            parse(without_launcher(arguments_of(line)))
+@pytest.mark.parametrize(
+    "line",
+    [
+        "uv run cxr nothing",
+        "uv run --extra onnx cxr train --wrong 1",
+        "cxr train --epochs many",
+        "uv run torchrun --nproc-per-node 2 -m cxr train --strategy nothing",
+    ],
+)
+def test_a_wrong_command_would_be_found(line: str) -> None:
+    words = without_launcher(arguments_of(line))
+    assert words[0] == "cxr"
+    with pytest.raises((AssertionError, click.UsageError, UserError)):
+        test_every_cxr_command_parses(words)
 
 
 def test_every_script_and_module_named_in_a_command_exists() -> None:
