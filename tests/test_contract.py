@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import sys
 import tomllib
 from dataclasses import fields
 from graphlib import TopologicalSorter
@@ -37,7 +38,7 @@ FLOORS = (
 GROUND = len(FLOORS)
 HOMES = {  # the only places that may import a package
     "mlflow": ("tracking", "runs", "studies", "serving.pyfunc_model"),
-    "optuna": ("studies.search", "studies.optuna_study"),
+    "optuna": tuple(f"studies.{name}" for name in ("search", "search_report", "trial", "trial_queue", "optuna_study")),
     "click": ("cli", "options"),
 }
 
@@ -172,6 +173,17 @@ def test_pins_agree_with_pyproject_and_conda_yaml() -> None:
     python = next(entry.removeprefix("python=") for entry in conda if str(entry).startswith("python="))
     assert SpecifierSet(project["requires-python"]).contains(f"{python}.0")
     assert {"pip": ["-r requirements.lock"]} in conda
+
+
+def test_everything_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    declared = {re.split(r"[\[<>=]", text)[0] for text in [*project["dependencies"], *extras]}
+    names = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    used = {name.split(".")[0] for path in modules().values() for name in imports(path)}
+    used -= {*sys.stdlib_module_names, "cxr"}
+    assert len(used) > 12
+    assert {names.get(name, name) for name in used} <= declared
 
 
 def test_the_lock_names_hashes_and_no_address() -> None:

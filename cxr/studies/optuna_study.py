@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pandas as pd
+from filelock import FileLock
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from optuna.exceptions import ExperimentalWarning
@@ -29,7 +30,7 @@ from cxr.errors import UserError
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 _BASE = "parameters"
 MAX_RETRIES = 3
-SILENCE = 6  # heartbeats that a worker may miss before it is taken for dead
+MISSED_HEARTBEATS = 6  # after so many, a worker is taken for dead
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
 OnStale = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -42,8 +43,8 @@ def study_name(config: TuneConfig) -> str:
 
 
 @contextmanager
-def explained_storage(url: str) -> Iterator[None]:
-    """Turn what a storage raises when it cannot be used into one line."""
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn the errors of a storage that cannot be used into one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, for years now
@@ -58,14 +59,13 @@ def explained_storage(url: str) -> Iterator[None]:
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """One worker at a time, on all machines that share the storage; a lock falls with its holder.
+    """One worker at a time, on all machines that share the storage; the lock ends with the process that holds it.
 
-    PostgreSQL's and MySQL's advisory locks; for SQLite, which one machine has to itself, a locked file.
+    PostgreSQL's and MySQL's advisory locks; for SQLite, which one machine uses alone, a locked file.
     """
     database = make_url(url).database if url.startswith("sqlite") else None
     if database:
-        with Path(f"{os.path.abspath(database)}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _file_lock(Path(os.path.abspath(database))):
             yield
         return
     engine = create_engine(url, poolclass=NullPool)
@@ -79,21 +79,27 @@ def locked(url: str) -> Iterator[None]:
         yield
 
 
+def _file_lock(database: Path) -> FileLock:
+    if not database.parent.is_dir():  # FileLock would make the folder
+        raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: {database.parent}")
+    return FileLock(f"{database}.lock")
+
+
 def open_study(
     config: TuneConfig, origin: dict[str, str], make_parent: Callable[[], str], on_stale: OnStale
 ) -> optuna.Study:
     """The study, made or continued, with all its trials in the queue.
 
-    `origin` names the data and the weights that are really used; `make_parent` gives the id of the run that a new
-    study's trials are children of. Raises `UserError` for a storage that cannot be used, and for a study that was begun
+    `origin` names the data and the weights that are really used; `make_parent` makes the parent run of a new study's
+    trials and returns its id. Raises `UserError` for a storage that cannot be used, and for a study that was begun
     with other parameters.
     """
     name = study_name(config)
-    with explained_storage(config.storage), locked(config.storage):
-        storage = RDBStorage(  # locked, because two that make the tables at once trip over each other
+    with storage_errors(config.storage), locked(config.storage):
+        storage = RDBStorage(  # locked, as two processes cannot create the tables at once
             config.storage,
             heartbeat_interval=config.heartbeat,
-            grace_period=SILENCE * config.heartbeat,
+            grace_period=MISSED_HEARTBEATS * config.heartbeat,
             heartbeat_stale_trial_callback=on_stale,
         )
         if config.resumed and name not in optuna.get_all_study_names(storage):
@@ -121,7 +127,7 @@ def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str
     if theirs is None:
         study.set_user_attr(_BASE, mine)
         return
-    # A study begun before a parameter was there had its default.
+    # A study that is older than a parameter had its default.
     theirs = {**mine, **_parameters(TuneConfig()), **theirs}
     other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
     if other:
@@ -131,14 +137,14 @@ def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str
 
 
 def slots(study: optuna.Study) -> list[FrozenTrial]:
-    """The latest attempt at each trial: one that a dead worker lost is there as what came of it."""
+    """The latest attempt at each trial: of one that a dead worker lost, only its retry."""
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     return [trial for trial in trials if trial.number not in retried]
 
 
 def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:
-    """Queue what is missing to `trials`: the first with the defaults, the others for the sampler to decide."""
+    """Queue trials up to `trials`: the first has the defaults, the others are left to the sampler."""
     there = len(slots(study))
     for number in range(there, config.trials):
         defaults = {name: getattr(config.train, name) for name in config.searched()}
@@ -146,7 +152,7 @@ def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:
 
 
 def _sampler(config: TuneConfig, trials: int) -> optuna.samplers.BaseSampler:
-    """Seeded by the study's seed; who joins later gets another seed, or it would draw the same points again."""
+    """Seeded by the study's seed; a worker that joins later has another, or it would draw the same points again."""
     seed = config.train.seed if trials == 0 else (config.train.seed + 7919 * trials + os.getpid()) % 2**31
     if config.sampler == "TPESampler":
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
@@ -186,7 +192,7 @@ def trial_config(config: TuneConfig, params: Mapping[str, Any]) -> TrainConfig:
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, limit: int | None = None) -> None:
-    """Put a trial that was broken off back into the queue, unless it has been there again `limit` times."""
+    """Queue a trial that was broken off again, unless it was retried `limit` times already."""
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         RetryHeartbeatStaleTrialCallback(max_retry=limit)(study, trial)
 
@@ -211,7 +217,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 
 
 def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
-    """Optuna's own figures, those that the study has enough trials for."""
+    """Optuna's own figures, as far as the study has enough trials for them."""
     import optuna.visualization.matplotlib as draw
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -228,12 +234,12 @@ def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
     with warnings.catch_warnings(action="ignore"), plt.style.context("default"):
         figures = {kind: _figure_of(make()) for kind, make in kinds.items()}
     if objective == "val_loss" and complete:
-        figures["intermediate_values"].axes[0].set_yscale("log")  # one that diverged would hide the others
+        figures["intermediate_values"].axes[0].set_yscale("log")  # a trial that diverged would hide the others
     return figures
 
 
 def _figure_of(axes: Any) -> Figure:
-    """The figure that Optuna drew, taken from pyplot's care and made large enough to read."""
+    """The figure that Optuna drew, removed from pyplot and made large enough to read."""
     figure: Figure = (axes.ravel()[0] if hasattr(axes, "ravel") else axes).figure
     plt.close(figure)
     figure.set_size_inches(9.6, 6.0)

@@ -24,13 +24,13 @@ from optuna.trial import TrialState
 from small import quiet, small
 
 from cxr.config import TuneConfig
-from cxr.data.load import read_data
 from cxr.errors import MachineError, UserError
 from cxr.runs import train as pipeline
 from cxr.studies import optuna_study as study
 from cxr.studies import search
+from cxr.studies import trial as trial_module
 from cxr.studies.optuna_study import slots
-from cxr.studies.search import Worker, tune_tracked
+from cxr.studies.search import open_worker, tune_tracked
 from cxr.tracking.nested import children, make_child
 from cxr.tracking.reading import has_finished
 from cxr.tracking.store import OUTCOME
@@ -189,14 +189,14 @@ def test_steps_run_on_across_phases(config: TuneConfig) -> None:
 def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
 ) -> None:
-    train = search.train_model
+    train = trial_module.train_model
 
     def fails_once(*arguments: Any) -> Any:
         if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001":
             raise error
         return train(*arguments)
 
-    monkeypatch.setattr(search, "train_model", fails_once)
+    monkeypatch.setattr(trial_module, "train_model", fails_once)
     tune_tracked(config, quiet)
     assert states(config) == ["COMPLETE", "FAIL", "COMPLETE"]
     child = family(config)[1][1]
@@ -208,7 +208,7 @@ def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
 def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = search.train_model
+    train = trial_module.train_model
 
     def full(*arguments: Any) -> Any:
         if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001":
@@ -216,7 +216,7 @@ def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
         return train(*arguments)
 
     with monkeypatch.context() as broken:
-        broken.setattr(search, "train_model", full)
+        broken.setattr(trial_module, "train_model", full)
         with pytest.raises(MachineError, match="disk full"):
             tune_tracked(config, quiet)
     assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE", "WAITING", "WAITING"]
@@ -253,7 +253,7 @@ def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
     def fails(*arguments: Any) -> Any:
         raise UserError("no good")
 
-    monkeypatch.setattr(search, "train_model", fails)
+    monkeypatch.setattr(trial_module, "train_model", fails)
     with pytest.raises(UserError, match="first 3 trials all failed, the last with: UserError: no good"):
         tune_tracked(config.replace(trials=10), quiet)
     assert family(config)[0].info.status == "FAILED"
@@ -263,7 +263,7 @@ def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
 def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch, presses: int
 ) -> None:
-    train, pressed = search.train_model, []
+    train, pressed = trial_module.train_model, []
 
     def pressing(*arguments: Any) -> Any:
         if arguments[1].recorded_tags().get("mlflow.runName") == "trial-001" and not pressed:
@@ -271,7 +271,7 @@ def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
                 pressed.append(signal.raise_signal(signal.SIGINT))
         return train(*arguments)
 
-    monkeypatch.setattr(search, "train_model", pressing)
+    monkeypatch.setattr(trial_module, "train_model", pressing)
     with pytest.raises(KeyboardInterrupt):
         tune_tracked(config, quiet)
     assert states(config) == [
@@ -420,22 +420,21 @@ def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
     assert outcomes.count("FINISHED") == trials
     assert len(outcomes) - trials <= outcomes.count("KILLED") <= lost  # a trial may be lost before it has a run
     killed = [run for run in runs if run.info.status == "KILLED"]
-    assert all("fell silent" in run.data.tags["cxr.error"] for run in killed)
+    assert all("stopped sending heartbeats" in run.data.tags["cxr.error"] for run in killed)
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
 def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(config: TuneConfig, status: str) -> None:
-    worker = Worker(config, read_data(config.train).without("test"), "random", quiet)
-    worker.open()
+    worker = open_worker(config, quiet)
     with warnings.catch_warnings(action="ignore"):  # heartbeats are for `optimize`
         trial = worker.study.ask()
-    run_id = make_child(worker.parent.run_id, f"trial-{trial.number:03}", {}, {})
+    run_id = make_child(worker.search.parent.run_id, f"trial-{trial.number:03}", {}, {})
     mlflow.MlflowClient().update_run(run_id, status=status)
     mlflow.MlflowClient().set_tag(run_id, OUTCOME, "finished")
-    worker._on_stale(worker.study, worker.study.trials[trial.number])
+    search._on_stale(worker.study, worker.study.trials[trial.number])
     run = mlflow.get_run(run_id)
     assert run.info.status == "KILLED"
-    assert "fell silent" in run.data.tags["cxr.error"]
+    assert "stopped sending heartbeats" in run.data.tags["cxr.error"]
     assert not has_finished(run)
     assert states(config).count("WAITING") == config.trials
 

@@ -1,0 +1,81 @@
+"""What a search says and logs about itself: a line per trial, tables and figures in the parent run, the summary."""
+
+from __future__ import annotations
+
+import json
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from cxr.config import TuneConfig, without_password
+from cxr.evaluation.report import format_interval
+from cxr.runs.result import RunResult
+from cxr.studies.optuna_study import ERROR, OPEN, slots, study_figures, trials_table
+from cxr.tracking.tracker import MlflowTracker
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The best of the completed trials, if there is one."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return study.best_trial if complete else None
+
+
+def count_states(study: optuna.Study) -> str:
+    """`3 complete, 1 waiting`."""
+    states = [trial.state for trial in slots(study)]
+    counted = ((state.name.lower(), states.count(state)) for state in TrialState)
+    return ", ".join(f"{count} {name}" for name, count in counted if count)
+
+
+def trial_line(study: optuna.Study, trial: FrozenTrial, config: TuneConfig) -> str:
+    """A finished trial in one line; `*` marks the best so far."""
+    parameters = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
+    done = sum(slot.state not in OPEN for slot in slots(study))
+    head = f"trial {trial.number:3}  {trial.state.name.lower():8} {done}/{config.trials}"
+    if trial.state == TrialState.COMPLETE:
+        best = study.best_trial
+        star = "  *" if best.number == trial.number else ""
+        return f"{head}  {config.objective} {trial.value:.4f} (best {best.value:.4f})  {parameters}{star}"
+    reason = trial.user_attrs.get(ERROR, "") if trial.state == TrialState.FAIL else ""
+    return f"{head}  after {len(trial.intermediate_values)} reports  {parameters}  {reason}".rstrip()
+
+
+def publish(study: optuna.Study, parent: MlflowTracker, config: TuneConfig) -> None:
+    """Log the table of trials, Optuna's figures and the best parameters to the parent run."""
+    parent.table(trials_table(study), "search/trials.csv")
+    for kind, figure in study_figures(study, config.objective).items():
+        parent.figure(figure, f"search/{kind}.png")
+    parent.metrics({f"trials_{s.name.lower()}": sum(t.state == s for t in slots(study)) for s in TrialState})
+    if best := best_trial(study):
+        content = {"trial": best.number, "value": best.value, **best.params}
+        parent.text(json.dumps(content, indent=2), "search/best.json")
+        parent.metrics({f"best_{config.objective}": best.value or 0.0})
+        parent.tags({"best_trial": str(best.number), **{f"best.{k}": repr(v) for k, v in best.params.items()}})
+    parent.tags({"mlflow.note.content": "\n\n".join(_outcome(study, config))})
+
+
+def _outcome(study: optuna.Study, config: TuneConfig) -> list[str]:
+    best, objective = best_trial(study), config.objective
+    lines = [f"study {study.study_name}: {count_states(study)}"]
+    if best is None:
+        return [*lines, "no trial was completed"]
+    chosen = ", ".join(f"{name} {value:.4g}" for name, value in best.params.items())
+    lines.append(f"best: trial {best.number}, {objective} {best.value:.4f}, with {chosen}")
+    first = slots(study)[0]
+    if first.state == TrialState.COMPLETE:
+        lines.append(f"the defaults (trial {first.number}): {objective} {first.value:.4f}")
+    return lines
+
+
+def summary(study: optuna.Study, parent: MlflowTracker, config: TuneConfig, winner: RunResult | None) -> list[str]:
+    """What won, where to look, what to do next."""
+    lines = _outcome(study, config)
+    if winner:
+        test = ", ".join(f"{m} {format_interval(winner.test.interval(m))}" for m in ("accuracy", "roc_auc"))
+        lines += [f"the winner, trained again, on test: {test}", winner.registered]
+    return [
+        *lines,
+        *(f"look: {where}" for where in parent.where()),
+        f"look: uv tool run optuna-dashboard {without_password(config.storage)}",
+        f"next: more trials with --study {study.study_name} --trials {config.trials * 2}, or another --strategy",
+    ]
