@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import matplotlib
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from narrow import narrow_resnet
+from planted import planted
 from small import small
 from torch import Tensor
 from torchvision.models import ResNet
@@ -21,6 +23,7 @@ from cxr.data.kaggle import index_folder
 from cxr.data.phantoms import write_synthetic
 from cxr.data.splits import assign_splits
 from cxr.data.store import open_store
+from cxr.data.views import to_input
 from cxr.training import frozen_prefix as prefix
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
@@ -122,3 +125,17 @@ def finished(
     mlflow.set_tracking_uri(store)
     result = run_tracked(config, say=lambda line: None)
     return config, result, mlflow.get_run(result.run_id)
+
+
+@pytest.fixture(scope="module")
+def finder() -> ResNet:
+    """A network that has learnt to tell images with a square."""
+    model = narrow_resnet(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(30):
+        images, labels, _ = planted(step, 16)
+        optimizer.zero_grad()
+        F.cross_entropy(model(to_input(torch.from_numpy(images))), torch.from_numpy(labels)).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval().requires_grad_(False)

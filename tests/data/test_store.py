@@ -168,7 +168,7 @@ def test_short_memory_is_not_taken_for_a_bad_image(monkeypatch: pytest.MonkeyPat
     def exhausted(*args: object) -> UInt8:
         raise MemoryError
 
-    monkeypatch.setattr(module, "square_gray", exhausted)
+    monkeypatch.setattr("cxr.data.decode.square_gray", exhausted)
     with pytest.raises(MemoryError):
         decode(encode(noise(64, 64)))
 

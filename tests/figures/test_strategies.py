@@ -17,6 +17,7 @@ from plot_help import LABELS, PROBABILITIES, line, save, texts
 from sklearn.metrics import roc_auc_score
 
 from cxr.evaluation.metrics import expected_calibration_error
+from cxr.figures import single
 from cxr.figures import strategies as plots
 from cxr.figures.style import BLUE
 from cxr.strategies import STRATEGIES
@@ -90,8 +91,8 @@ def all_figures(seeds: int) -> dict[str, Figure]:
         "confusion": plots.confusion_row(matrices, ["NORMAL", "PNEUMONIA"], "confusion"),
         "cost": plots.quality_cost(table, "roc_auc", "seconds", "cost"),
         "differences": plots.paired_differences(differences((0.1, 0.0, 0.2, 0.5)), "roc_auc", 0.01, "differences"),
-        "calibration": plots.calibration_pair(LABELS, PROBABILITIES, PROBABILITIES, "calibration"),
-        "folds": plots.folds(table[["roc_auc"]], ["roc_auc"], "folds"),
+        "calibration": single.calibration_pair(LABELS, PROBABILITIES, PROBABILITIES, "calibration"),
+        "folds": single.folds(table[["roc_auc"]], ["roc_auc"], "folds"),
     }
 
 
@@ -173,7 +174,7 @@ def test_metric_intervals_show_what_is_missing() -> None:
     save(figure)
 
 
-@pytest.mark.parametrize("draw", [plots.metric_intervals, plots.folds])
+@pytest.mark.parametrize("draw", [plots.metric_intervals, single.folds])
 def test_panels_need_a_metric(draw: Callable[[pd.DataFrame, Sequence[str], str], Figure]) -> None:
     with pytest.raises(ValueError, match="no metric"):
         draw(comparison(), [], "none")
@@ -361,7 +362,7 @@ def test_paired_differences_refuse_a_margin_that_is_none(margin: float) -> None:
 
 def test_calibration_pair_titles_each_side_with_its_error() -> None:
     after = np.where(LABELS == 1, 0.9, 0.1)
-    figure = plots.calibration_pair(LABELS, PROBABILITIES, after, "calibration", bins=5)
+    figure = single.calibration_pair(LABELS, PROBABILITIES, after, "calibration", bins=5)
     errors = [expected_calibration_error(LABELS, values, 5) for values in (PROBABILITIES, after)]
     assert [axes.get_title() for axes in figure.axes[:2]] == [
         f"before calibration: ECE {errors[0]:.4f}",
@@ -374,14 +375,14 @@ def test_calibration_pair_titles_each_side_with_its_error() -> None:
 
 
 def test_calibration_pair_takes_one_class_and_refuses_no_image() -> None:
-    save(plots.calibration_pair(np.zeros(4, int), np.zeros(4), np.ones(4), "one class"))
+    save(single.calibration_pair(np.zeros(4, int), np.zeros(4), np.ones(4), "one class"))
     with pytest.raises(ValueError, match="no image"):
-        plots.calibration_pair(np.zeros(0, int), np.zeros(0), np.zeros(0), "empty")
+        single.calibration_pair(np.zeros(0, int), np.zeros(0), np.zeros(0), "empty")
 
 
 def test_folds_print_mean_and_spread_and_show_each_fold() -> None:
     table = pd.DataFrame({"roc_auc": [0.9, 0.92, np.nan], "f1": [0.7, np.nan, np.nan], "ece": np.nan})
-    figure = plots.folds(table, ["roc_auc", "f1", "ece"], "folds")
+    figure = single.folds(table, ["roc_auc", "f1", "ece"], "folds")
     roc, f1, ece = figure.axes[:3]
     assert roc.get_title() == "ROC-AUC: 0.9100 ± 0.0141"
     assert f1.get_title() == "F1: 0.7000 ± n/a"
@@ -392,6 +393,6 @@ def test_folds_print_mean_and_spread_and_show_each_fold() -> None:
 
 
 def test_figures_leave_pyplot_alone() -> None:
-    plots.folds(comparison()[["roc_auc"]], ["roc_auc"], "folds")
+    single.folds(comparison()[["roc_auc"]], ["roc_auc"], "folds")
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []
