@@ -30,7 +30,7 @@ import click
 import pandas as pd
 import torch
 
-from cxr.config import TuneConfig
+from cxr.config import TuneConfig, configure
 from cxr.machine import peak_memory, reset_peak_memory, resolve_device
 from cxr.network.resnet import build_model
 from cxr.storage import contents
@@ -109,8 +109,8 @@ def study(config: TuneConfig, tables: Path) -> Cost:
         set_up(work)
         prepare()
         mlflow.set_experiment(EXPERIMENT)
-        torch.zeros(1, device=resolve_device(config.device))  # a GPU takes seconds to begin
-        config = replace(config, cache_dir=str(work / "cache"), storage=f"sqlite:///{work / 'optuna.db'}")
+        torch.zeros(1, device=resolve_device(config.train.device))  # a GPU takes seconds to begin
+        config = config.replace(cache_dir=str(work / "cache"), storage=f"sqlite:///{work / 'optuna.db'}")
         reset_peak_memory(CPU)
         started = time.perf_counter()
         tune_tracked(config, lambda line: None)
@@ -157,14 +157,14 @@ def more_images(config: TuneConfig, ground: Ground, factors: tuple[int, ...]) ->
     rows = []
     for times in factors:
         with tempfile.TemporaryDirectory() as folder:
-            copies = copied(Path(config.data_dir), times, Path(folder))
-            rows.append(row(f"images x{times}", replace(config, data_dir=str(copies)), ground, times))
+            copies = copied(Path(config.train.data_dir), times, Path(folder))
+            rows.append(row(f"images x{times}", config.replace(data_dir=str(copies)), ground, times))
     return rows
 
 
 def more_trials(config: TuneConfig, ground: Ground, factors: tuple[int, ...]) -> list[Row]:
     """The same study with so many times the trials."""
-    return [row(f"trials x{times}", replace(config, trials=config.trials * times), ground) for times in factors]
+    return [row(f"trials x{times}", config.replace(trials=config.trials * times), ground) for times in factors]
 
 
 def relative(rows: list[Row]) -> list[Row]:
@@ -221,20 +221,21 @@ def main(
     from bench_train import heading, prepare
 
     weights = str(Path(weights).absolute()) if Path(weights).is_file() else weights
-    config = TuneConfig(weights=weights, pruner="NopPruner", patience=NEVER, refit="false", **parameters)
+    options = {"weights": weights, "pruner": "NopPruner", "patience": NEVER, "refit": False, **parameters}
+    config = configure(TuneConfig, options)
     task = prepare(config.train, 1, Path(), workers=workers, peer_precision="fp32", peer_epochs=None)
-    config = replace(config, data_dir=str(task.root))  # absolute: studies have working folders of their own
+    config = config.replace(data_dir=str(task.root))  # absolute: studies have working folders of their own
     images = len(task.table)
-    click.echo(f"{heading(task)}\n{os.cpu_count()} cores; {images} images with those of test; {config.strategy}")
+    click.echo(f"{heading(task)}\n{os.cpu_count()} cores; {images} images with those of test; {config.train.strategy}")
     with tempfile.TemporaryDirectory() as tables:
         alone(make_tables, Path(tables))
         ground = Ground(images, notebook_epoch(task, notebook_epochs), Path(tables))
         rows: list[Row] = [{"what": f"notebook epoch, {workers} workers", "images": images, "s": ground.epoch}]
-        rows.append(row(f"study, reuse {config.reuse_gb:g} GB", config, ground))
+        rows.append(row(f"study, reuse {config.train.reuse_gb:g} GB", config, ground))
         if trials_without:
-            rows.append(row("study, no reuse", replace(config, trials=trials_without, reuse_gb=0.0), ground))
+            rows.append(row("study, no reuse", config.replace(trials=trials_without, reuse_gb=0.0), ground))
         if grow:
-            first = replace(config, trials=growth_trials or config.trials)
+            first = config.replace(trials=growth_trials or config.trials)
             rows += relative(more_images(first, ground, copies)) + relative(more_trials(first, ground, copies))
     table = pd.DataFrame(rows)
     click.echo(show(table))

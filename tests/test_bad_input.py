@@ -330,6 +330,6 @@ def test_a_tracking_server_lost_in_mid_run(refused: Refused, phantoms: Path, mon
     assert (
         error.strip()
         .splitlines()[-1]
-        .endswith(f"API request failed; when it answers again, go on with: cxr train --resume {newest.info.run_id}")
+        .endswith(f"API request failed; when it answers again, continue with: cxr train --resume {newest.info.run_id}")
     )
     assert "Traceback" not in error

@@ -16,11 +16,11 @@ from cxr.evaluation.metrics import Floats, group_weights, point_metrics, weighte
 from cxr.evaluation.report import Report, arrays_of, evaluate, format_interval, implied_prevalence, predictions_table
 from cxr.network.inference import infer
 from cxr.runs.messages import Say
-from cxr.runs.record import TEST_SPLIT, log_report
+from cxr.runs.record import log_report
 from cxr.storage import cache_folder
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import open_run
-from cxr.tracking.reading import load_table, source_run
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, source_run
 
 
 def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> Report:
@@ -47,14 +47,14 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     words += _seen(own, predictions)
     with open_run(f"evaluate-{root.name}") as tracker:
         tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
-        tags = {"strategy": card.strategy, "data_fingerprint": images, "cxr.kind": "evaluation", TEST_SPLIT: images}
-        if uses := tracker.count({TEST_SPLIT: images}):
+        tags: dict[str, str] = {Tag.STRATEGY: card.strategy, Tag.DATA_FINGERPRINT: images, Tag.KIND: RunKind.EVALUATION}
+        if uses := tracker.count({Tag.TEST_SPLIT: images}):
             words.append(f"these images were evaluated {uses} times before in this store")
-        tracker.tags(tags)
+        tracker.tags({**tags, Tag.TEST_SPLIT: images})
         tracker.dataset(table, str(root), f"{images}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
         tracker.metrics(report.figures() | drop)
-        tracker.tags({"mlflow.note.content": "\n\n".join(words)})
+        tracker.tags({Tag.DESCRIPTION: "\n\n".join(words)})
         say("\n".join([report.text(), *words, *(f"look: {where}" for where in tracker.where())]))
     return report
 
@@ -66,8 +66,9 @@ def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
     if run_id is None:
         return {}
     try:
-        tables = {split: load_table(run_id, f"tables/{split}_predictions.csv") for split in ("val", "test")}
-        return tables | {"manifest": load_table(run_id, "data/manifest.csv")}
+        run = LoggedRun.open(run_id)
+        tables = {split: run.predictions(split) for split in ("val", "test")}
+        return tables | {"manifest": run.table(Artifact.MANIFEST)}
     except UserError:
         return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -31,9 +32,8 @@ from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
+from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
-
-TEST_SPLIT = "test_split"  # the tag by which the uses of a test split are counted
 
 
 def log_start(
@@ -43,33 +43,35 @@ def log_start(
 
     Raises `UserError` when a resumed run would go on with other data, weights or precision than it began with.
     """
-    origin = {"data_fingerprint": data.fingerprint, "weights_used": weights, "precision": machine.precision}
+    origin: dict[str, str] = {
+        Tag.DATA_FINGERPRINT: data.fingerprint,
+        Tag.WEIGHTS: weights,
+        Tag.PRECISION: machine.precision,
+    }
     _require_same(tracker, origin)
     tracker.tags(
         {
-            "strategy": config.strategy,
-            "arch": config.arch,
-            "seed": str(config.seed),
-            "data": "synthetic phantoms" if data.synthetic else "X-rays",
-            "data_fingerprint": data.fingerprint,
-            "weights_used": weights,
-            "device": describe(machine.device),
-            "precision": machine.precision,
-            "processes": str(processes()),
-            "git_commit": git_commit(),
-            "images_skipped": str(len(data.bad)),
-            "audit": "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
-            "audit_untold": "; ".join(finding.check for finding in findings if not finding.told) or "none",
+            Tag.STRATEGY: config.strategy,
+            Tag.ARCH: config.arch,
+            Tag.SEED: str(config.seed),
+            Tag.DATA: "synthetic phantoms" if data.synthetic else "X-rays",
+            **origin,
+            Tag.DEVICE: describe(machine.device),
+            Tag.PROCESSES: str(processes()),
+            Tag.COMMIT: git_commit(),
+            Tag.IMAGES_SKIPPED: str(len(data.bad)),
+            Tag.AUDIT: "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
+            Tag.AUDIT_INCONCLUSIVE: "; ".join(finding.check for finding in findings if not finding.told) or "none",
         }
     )
-    tracker.text(json.dumps(asdict(config), indent=2) + "\n", "config.json")
-    tracker.text("\n".join(finding.line() for finding in findings) + "\n", "data/audit.txt")
-    tracker.table(data.manifest, "data/manifest.csv")
+    tracker.text(json.dumps(asdict(config), indent=2) + "\n", Artifact.CONFIG)
+    tracker.text("\n".join(finding.line() for finding in findings) + "\n", Artifact.AUDIT)
+    tracker.table(data.manifest, Artifact.MANIFEST)
     for split, context in (("train", "training"), ("val", "validation"), (data.held_out, "testing")):
         tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
 
 
-def _require_same(tracker: Tracker, origin: dict[str, str]) -> None:
+def _require_same(tracker: Tracker, origin: Mapping[str, str]) -> None:
     """Raise `UserError` when a resumed run would go on from something else than it began with."""
     for name, value in origin.items():
         before = tracker.recorded_tags().get(name, value)
@@ -92,12 +94,12 @@ def views_figure(config: TrainConfig, train: Split) -> Figure:
 def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str:
     """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
-    tracker.table(result.history, "tables/history.csv")
-    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), "plots/learning_curves.png")
-    tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", "freeze_proofs.json")
+    tracker.table(result.history, Artifact.HISTORY)
+    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), Artifact.LEARNING_CURVES)
+    tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", Artifact.FREEZE_PROOFS)
     for report in (result.val, result.test):
         log_report(tracker, report, name)
-    tracker.figure(_explained(model, result, name), "plots/test_gradcam.png")
+    tracker.figure(_explained(model, result, name), Artifact.GRADCAM)
     sizes = {
         "parameters_total": count_parameters(model),
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
@@ -113,11 +115,11 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
         tracker.metrics(final, step=len(result.records), model_id=model_id)
     tracker.tags(
         {
-            "freezing": "; ".join(_proof_words(proof) for proof in result.proofs),
-            "best_epoch": str(best),
-            "registered": registration,
-            "calibration": result.calibration.words(),
-            "mlflow.note.content": "\n\n".join([*summary(config, tracker, result), registration]),
+            Tag.FREEZING: "; ".join(_proof_words(proof) for proof in result.proofs),
+            Tag.BEST_EPOCH: str(best),
+            Tag.REGISTERED: registration,
+            Tag.CALIBRATION: result.calibration.words(),
+            Tag.DESCRIPTION: "\n\n".join([*summary(config, tracker, result), registration]),
         }
     )
     return registration
@@ -193,8 +195,8 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
     """The predictions, the report and the figures of one split; `name` says whose they are."""
     split, labels, probabilities = report.split, report.labels, report.probabilities
     title = f"{SPLIT_NAMES[split]}: {name}"
-    tracker.table(report.table, f"tables/{split}_predictions.csv")
-    tracker.text(report.text(), f"reports/{split}.txt")
+    tracker.table(report.table, predictions_path(split))
+    tracker.text(report.text(), report_path(split))
     figures = {
         "confusion_matrix": plots.confusion_matrix(report.counts(), CLASSES, title),
         "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
@@ -206,7 +208,7 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if m != "log_loss"}, title),
     }
     for kind, figure in figures.items():
-        tracker.figure(figure, f"plots/{split}_{kind}.png")
+        tracker.figure(figure, plot_path(f"{split}_{kind}"))
 
 
 def _example(size: int) -> bytes:

@@ -28,11 +28,12 @@ from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, summary
-from cxr.runs.record import TEST_SPLIT, log_end, log_start, views_figure
+from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.result import RunResult
 from cxr.runs.resume import recorded_config
 from cxr.storage import cache_folder, checkpoint_folder, exclusive
 from cxr.tracking.lifecycle import existing_run, open_run
+from cxr.tracking.reading import Artifact, Tag
 from cxr.tracking.tracker import NullTracker, Tracker
 from cxr.training import distributed as parallel
 from cxr.training.batch_source import Activations
@@ -56,11 +57,11 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     if found := [finding.check for finding in findings if not finding.ok]:
         say(f"note: the audit warns of {', '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
-    tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), "plots/train_views.png")
+    tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), Artifact.TRAIN_VIEWS)
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)
-    held_out = {TEST_SPLIT: fingerprint(data.part(data.held_out))}
+    held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
     val, test, calibration = _reports(config, data, machine, model)

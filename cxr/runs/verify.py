@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from cxr.audit.checks import Finding
-from cxr.config import TrainConfig, unflatten
+from cxr.config import TrainConfig
 from cxr.data.batches import make_split, straight_order, view_batches
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES
@@ -27,8 +26,7 @@ from cxr.network.inference import infer
 from cxr.serving.predictor import Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
-from cxr.tracking.reading import load_table, metric_history
-from cxr.tracking.store import explained, prepare
+from cxr.tracking.reading import LoggedRun, Tag, source_run
 from cxr.training.loop import class_weights
 
 EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
@@ -42,10 +40,10 @@ def verify(target: str, data_dir: str | None = None, cache_dir: str | None = Non
     Raises `UserError` when there is no such run or model, or the images cannot be read.
     """
     run, uri = _run_of(target)
-    config = unflatten(run.data.params)
+    config = run.config()
     config = replace(config, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
     held = "fold" if config.fold_numbers() else "test"
-    val, test = (load_table(run.info.run_id, f"tables/{split}_predictions.csv") for split in ("val", held))
+    val, test = (run.predictions(split) for split in ("val", held))
     predictor = registry.load(uri)
     share = implied_prevalence(predictor.card.calibration, float(val["label"].mean()))
     sizes = {
@@ -58,24 +56,23 @@ def verify(target: str, data_dir: str | None = None, cache_dir: str | None = Non
     return findings + _from_images(run, config, {"val": val, held: test}, predictor)
 
 
-def _run_of(target: str) -> tuple[Any, str]:
-    """(the run, the address of its model) of a run's id or a model's URI."""
-    import mlflow
+def _run_of(target: str) -> tuple[LoggedRun, str]:
+    """(the run, the URI of its model) of a run's id or a model's URI."""
+    if "/" not in target:
+        run = LoggedRun.open(target)
+        return run, f"models:/{_model_of(run)}"
+    if not target.startswith("models:/"):
+        raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
+    run_id = source_run(target)
+    if run_id is None:
+        raise UserError(f"{target}: there is no such model, or the run that logged it is not known")
+    return LoggedRun.open(run_id), target
 
-    prepare()
-    with explained():
-        if "/" not in target:
-            run = mlflow.get_run(target)
-            return run, f"models:/{_model_of(run)}"
-        if target.startswith("models:/"):
-            return mlflow.get_run(mlflow.models.get_model_info(target).run_id), target
-    raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
 
-
-def _model_of(run: Any) -> str:
-    found = registry.logged_models(run.info.experiment_id, run.info.run_id)
+def _model_of(run: LoggedRun) -> str:
+    found = registry.logged_models(run.experiment_id, run.run_id)
     if not found:
-        raise UserError(f"run {run.info.run_id} has no logged model: not a finished training run")
+        raise UserError(f"run {run.run_id} has no logged model: not a finished training run")
     return str(found[0].model_id)
 
 
@@ -85,14 +82,20 @@ def _finding(check: str, wrong: list[str], fine: str) -> Finding:
 
 
 def _figures(
-    run: Any, config: TrainConfig, val: pd.DataFrame, test: pd.DataFrame, held: str, share: float, sizes: dict[str, int]
+    run: LoggedRun,
+    config: TrainConfig,
+    val: pd.DataFrame,
+    test: pd.DataFrame,
+    held: str,
+    share: float,
+    sizes: dict[str, int],
 ) -> Finding:
-    threshold = run.data.metrics.get("chosen_threshold", float("nan"))
+    threshold = run.threshold
     again = evaluate(val, "val", threshold, config.bootstrap).figures()
     again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
-    wrong = _differences(run.data.metrics, again)
-    made, here = run.data.tags.get("git_commit", "unknown"), git_commit()
+    wrong = _differences(run.metrics, again)
+    made, here = run.commit, git_commit()
     if wrong and made != here:  # whose statistics may be others
         wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
     return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
@@ -106,26 +109,18 @@ def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolera
     ]
 
 
-def _number(values: Mapping[str, str], name: str) -> float:
-    """NaN for what is not there, or no number any more."""
-    try:
-        return float(values.get(name, "nan"))
-    except ValueError:
-        return math.nan
-
-
-def _tolerance(run: Any) -> float:
+def _tolerance(run: LoggedRun) -> float:
     """Of figures that training measured in its own precision."""
-    return CLOSE if run.data.tags.get("precision") == "fp32" else LOOSE
+    return CLOSE if run.tags.get(Tag.PRECISION) == "fp32" else LOOSE
 
 
-def _best_epoch(run: Any, config: TrainConfig, val: pd.DataFrame) -> Finding:
+def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Finding:
     """Which epoch was the best, from all that were logged, and its loss from the predictions of its checkpoint."""
-    losses, judged = (metric_history(run.info.run_id, name) for name in ("val_loss", config.select))
+    losses, judged = (run.history(name) for name in ("val_loss", config.select))
     best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
-    named = run.data.tags.get("best_epoch", "nothing")
+    named = run.tags.get(Tag.BEST_EPOCH, "nothing")
     wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, and is {best}"]
-    weights = torch.tensor([_number(run.data.params, f"class_weight.{name}") for name in CLASSES])
+    weights = torch.tensor([run.number(f"class_weight.{name}") for name in CLASSES])
     logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     name = f"val_loss of epoch {best}"
     again = {name: weighted_loss(logits, torch.tensor(arrays_of(val)[0]), weights)}
@@ -133,7 +128,7 @@ def _best_epoch(run: Any, config: TrainConfig, val: pd.DataFrame) -> Finding:
     return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(losses)}, and its val_loss")
 
 
-def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
+def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
     """Calibration and threshold again from validation alone."""
     labels, _ = arrays_of(val)
     margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
@@ -142,7 +137,7 @@ def _choices(run: Any, config: TrainConfig, val: pd.DataFrame, predictor: Predic
     card = predictor.card
     again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
     kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}
-    kept["logged threshold"] = run.data.metrics.get("chosen_threshold", float("nan"))
+    kept["logged threshold"] = run.threshold
     return _finding("calibration and threshold from validation", _differences(kept, again), "the model carries them")
 
 
@@ -157,11 +152,11 @@ def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding
 
 
 def _from_images(
-    run: Any, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
+    run: LoggedRun, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
 ) -> list[Finding]:
     """The images again through the model; which images they are, by digest, label and split."""
     data = read_data(config)
-    recorded = run.data.tags.get("data_fingerprint")
+    recorded = run.tags.get(Tag.DATA_FINGERPRINT)
     same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded} and is {data.fingerprint}"]
     findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]
     if same:
@@ -183,11 +178,11 @@ def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predict
     return _finding(check, wrong, f"{len(table)} images, probabilities within {gap.max():.1e}")
 
 
-def _stressed(run: Any, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
+def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
     """The class weights again from the training labels, and the stressed validation from model and data."""
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
-    logged = {name: _number(run.data.params, name) for name in named}
+    logged = {name: run.number(name) for name in named}
     wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
     split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
     order = straight_order(split, config.batch_size)
@@ -197,6 +192,6 @@ def _stressed(run: Any, config: TrainConfig, data: Data, predictor: Predictor) -
     step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))
     counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
     for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
-        wrong += _differences(run.data.metrics, {name: again[name] for name in sorted(names)}, tolerance)
-    gap = max(abs(run.data.metrics.get(name, math.nan) - value) for name, value in again.items())
+        wrong += _differences(run.metrics, {name: again[name] for name in sorted(names)}, tolerance)
+    gap = max(abs(run.metric(name) - value) for name, value in again.items())
     return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {gap:.1e}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -33,12 +32,9 @@ from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
 from cxr.studies.family import run_family
 from cxr.tracking.nested import ending, join_parent, open_parent
-from cxr.tracking.reading import has_finished, load_table
-from cxr.tracking.store import explained, prepare
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
+from cxr.tracking.store import prepare
 from cxr.tracking.tracker import MlflowTracker
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 COST = ("parameters_trained", "total_seconds", "peak_memory_mb")
 SHOWN = (
@@ -63,7 +59,7 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
     `UserError` for bad input.
     """
     name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
-    with run_family(config.train, _members(config), name, "comparison", {}, own, say) as (parent, run_ids):
+    with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
         lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
     say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
     return lines
@@ -75,7 +71,7 @@ def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> lis
     runs = [load_run(run_id) for run_id in run_ids]
     require_same_images(runs)
     params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
-    parent = join_parent(open_parent("compare-runs", {"cxr.kind": "comparison"}, params))
+    parent = join_parent(open_parent("compare-runs", {Tag.KIND: RunKind.COMPARISON}, params))
     with ending(parent.run_id):
         lines = _publish(parent, runs, margin)
     say("\n".join([*lines, *_look(parent, run_ids)]))
@@ -93,48 +89,44 @@ def _members(config: CompareConfig) -> dict[str, TrainConfig]:
 
 
 def load_run(run_id: str) -> RunData:
-    """What a finished training run logged. Raises `UserError` when it is not there, or is no such run."""
-    import mlflow
-
-    with explained():
-        run = mlflow.get_run(run_id)
-        if not has_finished(run):
-            raise UserError(f"run {run_id} is {run.info.status}: only finished runs can be compared")
-        if "chosen_threshold" not in run.data.metrics:
-            raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
-        if "test_roc_auc" not in run.data.metrics:
-            raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
-        tables = {
-            name: load_table(run_id, f"tables/{name}.csv")
-            for name in ("val_predictions", "test_predictions", "history")
-        }
-    metrics = run.data.metrics
+    """What a finished training run logged. Raises `UserError` when there is no such run, or it is no training run."""
+    run = LoggedRun.open(run_id)
+    if not run.finished:
+        raise UserError(f"run {run_id} is {run.status}: only finished runs can be compared")
+    if np.isnan(run.threshold):
+        raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
+    if "test_roc_auc" not in run.metrics:
+        raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
+    history = run.table(Artifact.HISTORY)
     return RunData(
-        run_id,
-        run.data.tags["strategy"],
-        int(run.data.tags["seed"]),
-        metrics["chosen_threshold"],
-        tables["val_predictions"],
-        tables["test_predictions"],
-        tables["history"],
-        {
-            **{name: metrics[name] for name in COST if name in metrics},
-            "images_per_second": float(tables["history"]["images_per_second"].median()),
-            "training_seconds": float((tables["history"]["epoch_seconds"] + tables["history"]["eval_seconds"]).sum()),
-            "epochs": float(len(tables["history"])),
-            "test_uses_before": metrics.get("test_uses_before", 0.0),
-        },
-        f"data {run.data.tags.get('data_fingerprint')}, weights {run.data.tags.get('weights_used')}",
-        _settings(run),
+        run_id=run_id,
+        strategy=run.tags[Tag.STRATEGY],
+        seed=int(run.tags[Tag.SEED]),
+        threshold=run.threshold,
+        val=run.predictions("val"),
+        test=run.predictions("test"),
+        history=history,
+        cost=_cost(run, history),
+        origin=run.origin,
+        settings=_settings(run),
     )
 
 
-def _settings(run: Run) -> dict[str, str]:
-    """What decides a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
+def _cost(run: LoggedRun, history: pd.DataFrame) -> dict[str, float]:
+    return {
+        **{name: run.metrics[name] for name in COST if name in run.metrics},
+        "images_per_second": float(history["images_per_second"].median()),
+        "training_seconds": float((history["epoch_seconds"] + history["eval_seconds"]).sum()),
+        "epochs": float(len(history)),
+        "test_uses_before": run.metrics.get("test_uses_before", 0.0),
+    }
+
+
+def _settings(run: LoggedRun) -> dict[str, str]:
+    """What determines a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
     apart = NEUTRAL | {"strategy", "seed"}
-    known = {key.removeprefix("train."): value for key, value in run.data.params.items() if key.startswith("train.")}
-    known = {name: value for name, value in known.items() if name not in apart}
-    return known | {"code": run.data.tags.get("git_commit", "unknown")}
+    known = {name: value for name, value in run.train_params().items() if name not in apart}
+    return known | {"code": run.commit}
 
 
 def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
@@ -145,18 +137,18 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> l
     lines = verdict(table, pairs, margin)
     whole = table.join(stability)
     figures = _figures(runs, whole, pairs, margin)
-    parent.table(whole.reset_index(names="strategy"), "comparison/strategies.csv")
-    parent.table(pairs, "comparison/pairs.csv")
+    parent.table(whole.reset_index(names="strategy"), Artifact.STRATEGIES)
+    parent.table(pairs, Artifact.PAIRS)
     for name, figure in figures.items():
-        parent.figure(figure, f"comparison/{name}.png")
+        parent.figure(figure, plot_path(name, "comparison"))
     below = notes(runs, margin)
     head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
     tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
     tables["Cost and stability"] = stability
     title = "Fine-tuning strategies compared"
-    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), "comparison/report.html")
+    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), Artifact.COMPARISON_REPORT)
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
-    parent.tags({"verdict": lines[-1], "mlflow.note.content": "\n\n".join([*lines, *below])})
+    parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *below])})
     return lines
 
 
@@ -238,6 +230,6 @@ def _look(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
     page = where[-1].split("/#/")[0]
     experiments = json.dumps([parent.experiment_id], separators=(",", ":"))
     chosen = f"{page}/#/compare-runs?runs={ids}&experiments={experiments}"
-    report = f"report: comparison/report.html in run {parent.run_id}"
+    report = f"report: {Artifact.COMPARISON_REPORT} in run {parent.run_id}"
     others = f"strategies: {', '.join(STRATEGIES)}; `cxr compare --runs ID ID …` compares any finished runs"
     return [others, report, *(f"look: {line}" for line in [*where, chosen])]

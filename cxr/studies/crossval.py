@@ -13,7 +13,7 @@ from cxr.evaluation.report import HALF, Report, evaluate, format_interval
 from cxr.figures import single as plots
 from cxr.runs.messages import Say
 from cxr.studies.family import run_family
-from cxr.tracking.reading import load_table
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
 SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
@@ -25,9 +25,10 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
     The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
     """
     train = config.train
-    name, tags = f"crossval-{train.strategy}-{config.folds}", {"strategy": train.strategy, "seed": str(train.seed)}
+    name = f"crossval-{train.strategy}-{config.folds}"
+    tags: dict[str, str] = {Tag.STRATEGY: train.strategy, Tag.SEED: str(train.seed)}
     own = own_parameters(config)
-    with run_family(train, _members(config), name, "crossval", tags, own, say) as (parent, run_ids):
+    with run_family(train, _members(config), name, RunKind.CROSSVAL, tags, own, say) as (parent, run_ids):
         table, pooled = _gather(run_ids, train.bootstrap)
         lines = _publish(parent, config, table, pooled)
     say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
@@ -43,7 +44,7 @@ def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
 
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
     """(figures by fold, the report of all out-of-fold predictions together)."""
-    tables = [load_table(run_id, "tables/fold_predictions.csv") for run_id in run_ids]
+    tables = [LoggedRun.open(run_id).predictions("fold") for run_id in run_ids]
     reports = [evaluate(table, "fold", HALF, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
     pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="the same for all folds")
@@ -57,9 +58,9 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
     lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]
     lines.append(f"pooled: the predictions of these {config.folds} models together; the intervals are by patient alone")
-    parent.table(table, "crossval/folds.csv")
-    parent.table(pooled.table, "crossval/out_of_fold_predictions.csv")
-    parent.text(pooled.text(), "crossval/report.txt")
+    parent.table(table, Artifact.FOLDS)
+    parent.table(pooled.table, Artifact.OUT_OF_FOLD)
+    parent.text(pooled.text(), Artifact.CROSSVAL_REPORT)
     labels, probabilities, title = pooled.labels, pooled.probabilities, f"Out of fold: {name}"
     figures = {
         "folds": plots.folds(table.set_index("fold"), SHOWN, f"Folds: {name}"),
@@ -69,8 +70,8 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
         "reliability": plots.reliability_diagram(labels, probabilities, pooled.values["ece"], title),
     }
     for kind, figure in figures.items():
-        parent.figure(figure, f"crossval/{kind}.png")
+        parent.figure(figure, plot_path(kind, "crossval"))
     parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
     parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
-    parent.tags({"mlflow.note.content": "\n\n".join(lines)})
+    parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines

@@ -7,23 +7,18 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from cxr.config import TrainConfig, flatten, result_parameters
 from cxr.data.load import read_data
 from cxr.machine import ready_machine
 from cxr.network.resnet import build_model
 from cxr.runs.messages import Say
-from cxr.runs.resume import can_go_on
+from cxr.runs.resume import can_continue
 from cxr.runs.train import run_tracked
 from cxr.storage import checkpoint_folder, exclusive
 from cxr.tracking.nested import children, ending, join_parent, make_child, open_parent, unfinished_parent
-from cxr.tracking.reading import has_finished
-from cxr.tracking.store import HOST
+from cxr.tracking.reading import LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 
 @contextmanager
@@ -31,7 +26,7 @@ def run_family(
     config: TrainConfig,
     members: Mapping[str, TrainConfig],
     name: str,
-    kind: str,
+    kind: RunKind,
     tags: Mapping[str, str],
     own: Mapping[str, str],
     say: Say,
@@ -47,12 +42,12 @@ def run_family(
     ready_machine(config)
     _, weights = build_model(config.arch, config.weights, config.seed)
     key = _family_key(members.values(), data.fingerprint, weights)
-    tags = {**tags, "cxr.kind": kind, f"cxr.{kind}": key}
-    run_id = unfinished_parent(f"cxr.{kind}", key) or open_parent(name, tags, {**flatten(config), **own})
+    tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
+    run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})
     with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
         parent = join_parent(run_id)
-        parent.tags({HOST: socket.gethostname()})
-        existing = {child.data.tags.get("cxr.member", ""): child for child in children(run_id)}
+        parent.tags({Tag.HOST: socket.gethostname()})
+        existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(run_id)}
         yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
 
 
@@ -62,16 +57,21 @@ def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _run_child(parent: str, existing: Mapping[str, Run], name: str, config: TrainConfig, say: Say) -> str:
+def _run_child(parent: str, existing: Mapping[str, LoggedRun], name: str, config: TrainConfig, say: Say) -> str:
     """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
     is not finished and can be, or a new one by `config`."""
     child = existing.get(name)
-    if child is not None and has_finished(child):
-        say(f"{name}: finished before, in run {child.info.run_id}")
-        return str(child.info.run_id)
-    tags = {"cxr.kind": "member", "cxr.member": name, "strategy": config.strategy, "seed": str(config.seed)}
-    if child is not None and can_go_on(child, config):
-        run_id = str(child.info.run_id)
+    if child is not None and child.finished:
+        say(f"{name}: finished before, in run {child.run_id}")
+        return child.run_id
+    tags: dict[str, str] = {
+        Tag.KIND: RunKind.MEMBER,
+        Tag.MEMBER: name,
+        Tag.STRATEGY: config.strategy,
+        Tag.SEED: str(config.seed),
+    }
+    if child is not None and can_continue(child, config):
+        run_id = child.run_id
     else:
         run_id = make_child(parent, name, tags, flatten(config))
     say(f"{name}: run {run_id}")

@@ -39,6 +39,7 @@ from cxr.studies.search_report import best_trial, count_states, publish, summary
 from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
 from cxr.tracking.nested import children, end, ending, is_finished, join_parent, make_child, open_parent
+from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.signals import handlers
 
 
@@ -115,7 +116,11 @@ def open_worker(config: TuneConfig, say: Say) -> Worker:
 
 def _make_parent(config: TuneConfig, origin: dict[str, str]) -> str:
     train = config.train
-    tags = {"strategy": train.strategy, "data_fingerprint": origin["data"], "cxr.kind": "search"}
+    tags: dict[str, str] = {
+        Tag.STRATEGY: train.strategy,
+        Tag.DATA_FINGERPRINT: origin["data"],
+        Tag.KIND: RunKind.SEARCH,
+    }
     name = f"tune-{train.strategy}-s{train.seed}"
     return open_parent(name, tags, {**flatten(train), **own_parameters(config)})
 
@@ -124,8 +129,8 @@ def _on_stale(study: optuna.Study, trial: FrozenTrial) -> None:
     """A worker stopped sending heartbeats: its trial is queued again, and its run ended."""
     requeue(study, trial, MAX_RETRIES)
     for run in children(str(study.user_attrs[PARENT])):  # by name: a worker may die before the study knows its run
-        if run.info.run_name == run_name(trial.number) and run.info.status in ("RUNNING", "FINISHED"):
-            end(run.info.run_id, "KILLED", "its worker stopped sending heartbeats; the trial was queued again")
+        if run.name == run_name(trial.number) and run.status in ("RUNNING", "FINISHED"):
+            end(run.run_id, "KILLED", "its worker stopped sending heartbeats; the trial was queued again")
 
 
 def _refit(worker: Worker) -> RunResult | None:
@@ -155,7 +160,7 @@ def _claim_refit(worker: Worker, best: FrozenTrial, config: TrainConfig) -> str:
     with storage_errors(storage), locked(storage):
         claim = study.user_attrs.get(REFIT, {})
         if claim.get("trial") != best.number or is_lost(claim["run"], config):
-            tags = {"cxr.kind": "refit", "trial": str(best.number), "strategy": config.strategy}
+            tags: dict[str, str] = {Tag.KIND: RunKind.REFIT, Tag.TRIAL: str(best.number), Tag.STRATEGY: config.strategy}
             name = f"refit-trial-{best.number:03}"
             run_id = make_child(worker.search.parent.run_id, name, tags, flatten(config))
             claim = {"trial": best.number, "run": run_id}

@@ -11,6 +11,7 @@ from cxr.config import TuneConfig, without_password
 from cxr.evaluation.report import format_interval
 from cxr.runs.result import RunResult
 from cxr.studies.optuna_study import ERROR, OPEN, slots, study_figures, trials_table
+from cxr.tracking.reading import Artifact, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -42,16 +43,16 @@ def trial_line(study: optuna.Study, trial: FrozenTrial, config: TuneConfig) -> s
 
 def publish(study: optuna.Study, parent: MlflowTracker, config: TuneConfig) -> None:
     """Log the table of trials, Optuna's figures and the best parameters to the parent run."""
-    parent.table(trials_table(study), "search/trials.csv")
+    parent.table(trials_table(study), Artifact.TRIALS)
     for kind, figure in study_figures(study, config.objective).items():
-        parent.figure(figure, f"search/{kind}.png")
+        parent.figure(figure, plot_path(kind, "search"))
     parent.metrics({f"trials_{s.name.lower()}": sum(t.state == s for t in slots(study)) for s in TrialState})
     if best := best_trial(study):
         content = {"trial": best.number, "value": best.value, **best.params}
-        parent.text(json.dumps(content, indent=2), "search/best.json")
+        parent.text(json.dumps(content, indent=2), Artifact.BEST_PARAMETERS)
         parent.metrics({f"best_{config.objective}": best.value or 0.0})
-        parent.tags({"best_trial": str(best.number), **{f"best.{k}": repr(v) for k, v in best.params.items()}})
-    parent.tags({"mlflow.note.content": "\n\n".join(_outcome(study, config))})
+        parent.tags({Tag.BEST_TRIAL: str(best.number), **{f"best.{k}": repr(v) for k, v in best.params.items()}})
+    parent.tags({Tag.DESCRIPTION: "\n\n".join(_outcome(study, config))})
 
 
 def _outcome(study: optuna.Study, config: TuneConfig) -> list[str]:

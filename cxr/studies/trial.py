@@ -25,6 +25,7 @@ from cxr.storage import checkpoint_folder
 from cxr.studies.optuna_study import ERROR, RUN, locked, suggest, trial_config
 from cxr.tracking.lifecycle import open_run
 from cxr.tracking.nested import AGAIN, keep_only
+from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 from cxr.training.loop import EpochRecord
 
@@ -60,7 +61,7 @@ class TrialRunner:
             with open_run(run_name(trial.number), parent=search.parent.run_id, stops=False, again=AGAIN) as tracker:
                 trial.set_user_attr(RUN, tracker.run_id)
                 tracker.params(flatten(config))
-                tracker.tags({"strategy": config.strategy, "trial": str(trial.number), "cxr.kind": "trial"})
+                tracker.tags({Tag.STRATEGY: config.strategy, Tag.TRIAL: str(trial.number), Tag.KIND: RunKind.TRIAL})
                 return self._train(trial, config, tracker)
         except Pruned as error:
             raise optuna.TrialPruned(str(error)) from error

@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from cxr.errors import Pruned, Stopped, UserError
+from cxr.tracking.reading import FINISHED, LoggedRun, Tag
 from cxr.tracking.signals import _signals_ignored, stops_once
 from cxr.tracking.store import (
-    ERROR,
     EXPERIMENT,
     EXPERIMENT_KIND,
-    HOST,
-    OUTCOME,
-    explained,
     prepare,
-    store_errors_explained,
+    store_errors,
+    store_loss_errors,
 )
 from cxr.tracking.tracker import MlflowTracker
 
 
 def existing_run(resume: str | None, child: bool = False) -> str | None:
-    """The id of the run to go on with: the one to resume, else the one that `mlflow run` opened, else None.
+    """The id of the run to continue: the one to resume, else the one that `mlflow run` opened, else None.
 
-    A `child` is never the one that `mlflow run` opened: that is its parent, or its parent's helper.
+    A `child` is never the one that `mlflow run` opened: that is its parent, or a worker of its parent.
 
     Raises `UserError` when both are there and differ.
     """
@@ -64,11 +62,11 @@ def open_run(
     prepare()
     with stops_once() if stops else nullcontext():
         try:
-            with explained():
+            with store_errors():
                 run = _start(name, experiment, run_id, parent)
-            with store_errors_explained(run.info.run_id, again):
+            with store_loss_errors(run.info.run_id, again):
                 yield MlflowTracker(run)
-                mlflow.set_tag(OUTCOME, "finished")
+                mlflow.set_tag(Tag.OUTCOME, FINISHED)
         except (KeyboardInterrupt, Stopped):
             _end("KILLED", "stopped by the user")
             raise
@@ -85,18 +83,18 @@ def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -
     import mlflow
 
     if parent and not run_id:
-        mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
+        mlflow.set_experiment(experiment_id=LoggedRun.open(parent).experiment_id)
     elif not run_id:
         choose_experiment(experiment)
     with _without_opened_run(parent):
         run = mlflow.start_run(
             run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=True
         )
-    mlflow.set_tag(HOST, socket.gethostname())
-    if ERROR in run.data.tags:  # of the attempt that is resumed
-        mlflow.delete_tag(ERROR)
+    mlflow.set_tag(Tag.HOST, socket.gethostname())
+    if Tag.ERROR in run.data.tags:  # of the attempt that is resumed
+        mlflow.delete_tag(Tag.ERROR)
     if is_generated(run.info.run_name or ""):
-        mlflow.set_tag("mlflow.runName", name)
+        mlflow.set_tag(Tag.RUN_NAME, name)
     mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
     return run
 
@@ -136,8 +134,8 @@ def note_error(run_id: str, reason: str) -> None:
     import mlflow
 
     prepare()
-    with suppress(UserError), explained():
-        mlflow.MlflowClient().set_tag(run_id, ERROR, reason[:5000])
+    with suppress(UserError), store_errors():
+        mlflow.MlflowClient().set_tag(run_id, Tag.ERROR, reason[:5000])
 
 
 def _end(status: str, reason: str) -> None:
@@ -158,7 +156,7 @@ def _end_active(run_id: str, status: str) -> None:
     import mlflow
 
     try:
-        with explained():
+        with store_errors():
             mlflow.end_run(status)
     except UserError:
         warnings.warn(f"run {run_id} could not be ended in the store, which still shows it RUNNING", stacklevel=2)

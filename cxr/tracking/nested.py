@@ -7,17 +7,14 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cxr.errors import Stopped, UserError
 from cxr.tracking.lifecycle import choose_experiment, is_generated
-from cxr.tracking.reading import has_finished, require_not_elsewhere
+from cxr.tracking.reading import FINISHED, Artifact, LoggedRun, Tag
 from cxr.tracking.signals import stops_once
-from cxr.tracking.store import ERROR, EXPERIMENT_KIND, OUTCOME, explained, prepare, store_errors_explained
+from cxr.tracking.store import EXPERIMENT_KIND, prepare, store_errors, store_loss_errors
 from cxr.tracking.tracker import MlflowTracker
 
-KEPT, PACKAGE = "cxr.weights", "best_model"
-PARENT = "mlflow.parentRunId"
 AGAIN = "the same command"
 
 
@@ -26,11 +23,12 @@ def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -
     import mlflow
 
     prepare()
-    with explained():
+    with store_errors():
         client = mlflow.MlflowClient()
         if opened := os.environ.get("MLFLOW_RUN_ID"):
             generated = is_generated(client.get_run(opened).info.run_name or "")
-            for key, value in {**tags, **({"mlflow.runName": name} if generated else {})}.items():
+            named: dict[str, str] = {Tag.RUN_NAME: name} if generated else {}
+            for key, value in {**tags, **named}.items():
                 client.set_tag(opened, key, value)
             _log_params(opened, params)
             return opened
@@ -66,7 +64,7 @@ def unfinished_parent(tag: str, value: str) -> str | None:
     import mlflow
 
     prepare()
-    with explained():
+    with store_errors():
         found = mlflow.search_runs(
             search_all_experiments=True,
             filter_string=f"tags.`{tag}` = '{value}' and attributes.status != 'FINISHED'",
@@ -75,7 +73,7 @@ def unfinished_parent(tag: str, value: str) -> str | None:
             max_results=1,
         )
     for run in found:
-        require_not_elsewhere(run)
+        LoggedRun.of(run).require_not_elsewhere()
     return str(found[0].info.run_id) if found else None
 
 
@@ -88,15 +86,15 @@ def join_parent(parent: str) -> MlflowTracker:
 
     prepare()
     opened = os.environ.get("MLFLOW_RUN_ID")
-    with explained():
+    with store_errors():
         client = mlflow.MlflowClient()
         run = client.get_run(parent)
         client.update_run(parent, status="RUNNING")
         if opened and opened != parent:
-            client.set_tag(opened, PARENT, parent)
-            client.set_tag(opened, "mlflow.runName", f"worker-{socket.gethostname()}-{os.getpid()}")
-        if ERROR in run.data.tags:
-            client.delete_tag(parent, ERROR)
+            client.set_tag(opened, Tag.PARENT, parent)
+            client.set_tag(opened, Tag.RUN_NAME, f"worker-{socket.gethostname()}-{os.getpid()}")
+        if Tag.ERROR in run.data.tags:
+            client.delete_tag(parent, Tag.ERROR)
     return MlflowTracker(run)
 
 
@@ -104,7 +102,7 @@ def join_parent(parent: str) -> MlflowTracker:
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
     try:
-        with stops_once(), store_errors_explained(parent, AGAIN):
+        with stops_once(), store_loss_errors(parent, AGAIN):
             yield
         end(parent, "FINISHED")
     except (KeyboardInterrupt, Stopped):
@@ -120,16 +118,16 @@ def end(run_id: str, status: str, reason: str = "") -> None:
     import mlflow
 
     try:
-        with explained():
+        with store_errors():
             client = mlflow.MlflowClient()
             if reason:
-                client.set_tag(run_id, ERROR, reason[:5000])
-                if OUTCOME in client.get_run(run_id).data.tags:  # of an earlier attempt
-                    client.delete_tag(run_id, OUTCOME)
+                client.set_tag(run_id, Tag.ERROR, reason[:5000])
+                if Tag.OUTCOME in client.get_run(run_id).data.tags:  # of an earlier attempt
+                    client.delete_tag(run_id, Tag.OUTCOME)
             else:
-                client.set_tag(run_id, OUTCOME, "finished")
-                if ERROR in client.get_run(run_id).data.tags:  # of another worker, or an earlier attempt
-                    client.delete_tag(run_id, ERROR)
+                client.set_tag(run_id, Tag.OUTCOME, FINISHED)
+                if Tag.ERROR in client.get_run(run_id).data.tags:  # of another worker, or an earlier attempt
+                    client.delete_tag(run_id, Tag.ERROR)
             client.set_terminated(run_id, status)
     except UserError:
         if not reason:
@@ -138,32 +136,28 @@ def end(run_id: str, status: str, reason: str = "") -> None:
 
 def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
     """The id of a new child run that has its parameters and has not begun; `train.resume` of it begins it."""
-    import mlflow
 
-    with explained():
-        experiment = mlflow.get_run(parent).info.experiment_id
-        return _schedule(experiment, name, {**tags, PARENT: parent}, params)
+    with store_errors():
+        experiment = LoggedRun.open(parent).experiment_id
+        return _schedule(experiment, name, {**tags, Tag.PARENT: parent}, params)
 
 
 def is_finished(run_id: str) -> bool:
     """Whether the run ended FINISHED."""
-    import mlflow
-
-    with explained():
-        return has_finished(mlflow.get_run(run_id))
+    return LoggedRun.open(run_id).finished
 
 
-def children(parent: str) -> list[Any]:
+def children(parent: str) -> list[LoggedRun]:
     """The child runs, oldest first."""
     import mlflow
 
-    chosen = f"tags.`{PARENT}` = '{parent}'"
-    with explained():
-        experiment = mlflow.get_run(parent).info.experiment_id
-        found: list[Any] = mlflow.search_runs(
+    chosen = f"tags.`{Tag.PARENT}` = '{parent}'"
+    with store_errors():
+        experiment = LoggedRun.open(parent).experiment_id
+        found = mlflow.search_runs(
             [experiment], chosen, order_by=["start_time ASC"], output_format="list", max_results=10_000
         )
-    return found
+    return [LoggedRun.of(run) for run in found]
 
 
 def keep_only(parent: str, run_id: str, package: Path) -> None:
@@ -172,11 +166,11 @@ def keep_only(parent: str, run_id: str, package: Path) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     client = mlflow.MlflowClient()
-    with explained():
-        client.log_artifacts(run_id, str(package), PACKAGE)
-        client.set_tag(run_id, KEPT, PACKAGE)
+    with store_errors():
+        client.log_artifacts(run_id, str(package), Artifact.PACKAGE)
+        client.set_tag(run_id, Tag.PACKAGE, Artifact.PACKAGE)
         for child in children(parent):
-            if child.info.run_id != run_id and child.data.tags.get(KEPT):
-                repository = get_artifact_repository(child.info.artifact_uri)
-                repository.delete_artifacts(PACKAGE)  # type: ignore[no-untyped-call]
-                client.delete_tag(child.info.run_id, KEPT)
+            if child.run_id != run_id and child.tags.get(Tag.PACKAGE):
+                repository = get_artifact_repository(child.artifact_uri)
+                repository.delete_artifacts(Artifact.PACKAGE)  # type: ignore[no-untyped-call]
+                client.delete_tag(child.run_id, Tag.PACKAGE)

@@ -1,75 +1,248 @@
-"""What runs have logged, read back."""
+"""What runs have logged, read back: the names of tags, the paths of artifacts, and `LoggedRun`, their only reader.
+
+`runs/record.py` writes most of them. A name is never changed: it is in the stores of our users.
+"""
 
 from __future__ import annotations
 
+import math
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from io import StringIO
 from typing import Any
 
 import pandas as pd
 
+from cxr.config import TrainConfig, unflatten
 from cxr.errors import InUseError, UserError
-from cxr.tracking.store import HOST, OUTCOME, explained, prepare
+from cxr.tracking.store import prepare, store_errors
+
+FINISHED = "finished"  # the value of `Tag.OUTCOME`
 
 
-def recorded(run_id: str) -> dict[str, str]:
-    """Parameters and tags of a run that is to be gone on with.
+class Tag(StrEnum):
+    """The tags that we set on runs."""
 
-    Raises `UserError` when it is not there, finished already, or running on another machine.
+    KIND = "cxr.kind"
+    MEMBER = "cxr.member"
+    ERROR = "cxr.error"
+    OUTCOME = "cxr.outcome"
+    HOST = "cxr.host"
+    PACKAGE = "cxr.weights"
+    STRATEGY = "strategy"
+    ARCH = "arch"
+    SEED = "seed"
+    DATA = "data"
+    DATA_FINGERPRINT = "data_fingerprint"
+    TEST_SPLIT = "test_split"  # by which the uses of a test split are counted
+    WEIGHTS = "weights_used"
+    DEVICE = "device"
+    PRECISION = "precision"
+    PROCESSES = "processes"
+    COMMIT = "git_commit"
+    IMAGES_SKIPPED = "images_skipped"
+    AUDIT = "audit"
+    AUDIT_INCONCLUSIVE = "audit_untold"
+    FREEZING = "freezing"
+    BEST_EPOCH = "best_epoch"
+    BEST_TRIAL = "best_trial"
+    TRIAL = "trial"
+    CALIBRATION = "calibration"
+    REGISTERED = "registered"
+    VERDICT = "verdict"
+    DESCRIPTION = "mlflow.note.content"
+    RUN_NAME = "mlflow.runName"
+    PARENT = "mlflow.parentRunId"
+
+
+class RunKind(StrEnum):
+    """The values of `Tag.KIND`; a training run that a user started has none."""
+
+    SEARCH = "search"
+    TRIAL = "trial"
+    REFIT = "refit"
+    COMPARISON = "comparison"
+    CROSSVAL = "crossval"
+    MEMBER = "member"
+    EVALUATION = "evaluation"
+
+    @property
+    def key_tag(self) -> str:
+        """The tag of a parent that names what it runs, so that the same command finds it again."""
+        return f"cxr.{self.value}"
+
+
+class Artifact(StrEnum):
+    """The artifacts of a run, as paths."""
+
+    CONFIG = "config.json"
+    AUDIT = "data/audit.txt"
+    MANIFEST = "data/manifest.csv"
+    HISTORY = "tables/history.csv"
+    FREEZE_PROOFS = "freeze_proofs.json"
+    LEARNING_CURVES = "plots/learning_curves.png"
+    TRAIN_VIEWS = "plots/train_views.png"
+    GRADCAM = "plots/test_gradcam.png"
+    PACKAGE = "best_model"
+    TRIALS = "search/trials.csv"
+    BEST_PARAMETERS = "search/best.json"
+    STRATEGIES = "comparison/strategies.csv"
+    PAIRS = "comparison/pairs.csv"
+    COMPARISON_REPORT = "comparison/report.html"
+    FOLDS = "crossval/folds.csv"
+    OUT_OF_FOLD = "crossval/out_of_fold_predictions.csv"
+    CROSSVAL_REPORT = "crossval/report.txt"
+
+
+def predictions_path(split: str) -> str:
+    """The predictions table of a split."""
+    return f"tables/{split}_predictions.csv"
+
+
+def report_path(split: str) -> str:
+    """The classification report of a split."""
+    return f"reports/{split}.txt"
+
+
+def plot_path(name: str, folder: str = "plots") -> str:
+    """The plot of that name."""
+    return f"{folder}/{name}.png"
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRun:
+    """A run as the tracking store has it. `metrics` are the last values, `status` is MLflow's."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    artifact_uri: str
+
+    @classmethod
+    def of(cls, run: Any) -> LoggedRun:
+        """From MLflow's own `Run`."""
+        info, data = run.info, run.data
+        name, address = info.run_name or "", str(info.artifact_uri)
+        return cls(info.run_id, info.experiment_id, name, info.status, data.params, data.tags, data.metrics, address)
+
+    @classmethod
+    def open(cls, run_id: str) -> LoggedRun:
+        """Raises `UserError` when there is no such run, or no store."""
+        import mlflow
+
+        prepare()
+        with store_errors():
+            return cls.of(mlflow.get_run(run_id))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it finished, even if it was killed before its status said so."""
+        return self.status == "FINISHED" or self.tags.get(Tag.OUTCOME) == FINISHED
+
+    @property
+    def kind(self) -> RunKind | None:
+        """What kind of run it is; None for a training run that a user started."""
+        kind = self.tags.get(Tag.KIND)
+        return RunKind(kind) if kind else None
+
+    @property
+    def threshold(self) -> float:
+        """The decision threshold chosen on validation; NaN if it logged none."""
+        return self.metric("chosen_threshold")
+
+    @property
+    def origin(self) -> str:
+        """Which data and weights it began with."""
+        return f"data {self.tags.get(Tag.DATA_FINGERPRINT)}, weights {self.tags.get(Tag.WEIGHTS)}"
+
+    @property
+    def commit(self) -> str:
+        """The commit of the code that made it."""
+        return self.tags.get(Tag.COMMIT, "unknown")
+
+    def train_params(self) -> dict[str, str]:
+        """The parameters of a training run as it recorded them, by plain names; empty for other runs."""
+        return {key.removeprefix("train."): text for key, text in self.params.items() if key.startswith("train.")}
+
+    def config(self) -> TrainConfig:
+        """The configuration of a training run. Raises ValueError or `UserError` for values that cannot be read."""
+        return unflatten(self.params)
+
+    def metric(self, name: str) -> float:
+        """The last value of a metric; NaN if it logged none."""
+        return self.metrics.get(name, math.nan)
+
+    def number(self, param: str) -> float:
+        """A parameter as a number; NaN if it is missing or not a number."""
+        try:
+            return float(self.params.get(param, "nan"))
+        except ValueError:
+            return math.nan
+
+    def table(self, path: str) -> pd.DataFrame:
+        """A table (CSV) that it logged. Raises `UserError` when it is missing."""
+        import mlflow
+
+        with store_errors():
+            return pd.read_csv(StringIO(mlflow.artifacts.load_text(f"{self.artifact_uri}/{path}")))
+
+    def predictions(self, split: str) -> pd.DataFrame:
+        """The predictions table of a split. Raises `UserError` when it is missing."""
+        return self.table(predictions_path(split))
+
+    def history(self, metric: str) -> dict[int, float]:
+        """Step -> value of a metric, as `metric_history`."""
+        return metric_history(self.run_id, metric)
+
+    def require_not_elsewhere(self) -> None:
+        """Raise `InUseError` when it is RUNNING on another machine, whose lock files this one does not see."""
+        host = self.tags.get(Tag.HOST)
+        if self.status == "RUNNING" and host not in (None, socket.gethostname()):
+            raise InUseError(
+                f"run {self.run_id} is running on {host}; wait for it. If that machine is gone, end the run first: "
+                f"python -c \"import mlflow; mlflow.MlflowClient().set_terminated('{self.run_id}', 'KILLED')\""
+            )
+
+
+def unfinished_run(run_id: str) -> LoggedRun:
+    """A run that is to be continued.
+
+    Raises `UserError` when there is no such run, or it is finished or running on another machine.
     """
     import mlflow
 
-    prepare()
-    with explained():
-        run = mlflow.get_run(run_id)
-        if run.data.tags.get(OUTCOME) == "finished" and run.info.status != "FINISHED":
-            mlflow.MlflowClient().set_terminated(run_id, "FINISHED")  # it was killed on its last step
-    if has_finished(run):
+    run = LoggedRun.open(run_id)
+    if run.finished and run.status != "FINISHED":  # it was killed on its last step
+        with store_errors():
+            mlflow.MlflowClient().set_terminated(run_id, "FINISHED")
+    if run.finished:
         raise UserError(f"run {run_id} is finished: there is nothing to resume; start a new one")
-    require_not_elsewhere(run)
-    return {**run.data.params, **run.data.tags}
-
-
-def require_not_elsewhere(run: Any) -> None:
-    """Raise `InUseError` when the run is RUNNING on another machine, whose lock files this one does not see."""
-    host, run_id = run.data.tags.get(HOST), run.info.run_id
-    if run.info.status == "RUNNING" and host not in (None, socket.gethostname()):
-        raise InUseError(
-            f"run {run_id} is running on {host}; wait for it. If that machine is gone, end the run first: "
-            f"python -c \"import mlflow; mlflow.MlflowClient().set_terminated('{run_id}', 'KILLED')\""
-        )
-
-
-def has_finished(run: Any) -> bool:
-    """Also when it was killed between its last word and its end."""
-    return bool(run.info.status == "FINISHED" or run.data.tags.get(OUTCOME) == "finished")
-
-
-def load_table(run_id: str, path: str) -> pd.DataFrame:
-    """A table (CSV) that a run logged. Raises `UserError` when it is not there."""
-    import mlflow
-
-    with explained():
-        address = f"{mlflow.get_run(run_id).info.artifact_uri}/{path}"
-        return pd.read_csv(StringIO(mlflow.artifacts.load_text(address)))
+    run.require_not_elsewhere()
+    return run
 
 
 def metric_history(run_id: str, metric: str) -> dict[int, float]:
     """Step -> value of a run's metric; of a step logged more than once, the last."""
     import mlflow
 
-    with explained():
+    with store_errors():
         logged = mlflow.MlflowClient().get_metric_history(run_id, metric)
     return {each.step: each.value for each in sorted(logged, key=lambda each: (each.step, each.timestamp))}
 
 
 def source_run(uri: str) -> str | None:
-    """The id of the run that logged a model; None where the store does not say (a plain folder)."""
+    """The id of the run that logged a model; None where the store does not know (a plain folder)."""
     import mlflow
 
     prepare()
     try:
-        with explained():
+        with store_errors():
             found: str | None = mlflow.models.get_model_info(uri).run_id
     except UserError:
         return None

@@ -22,7 +22,7 @@ import cxr
 from cxr.errors import UserError
 from cxr.network.weights import StateDict
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
-from cxr.tracking.store import explained, prepare
+from cxr.tracking.store import prepare, store_errors
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
 PHANTOMS = "phantoms"  # in the tag `data` of versions that have seen no X-ray
@@ -226,7 +226,7 @@ def _explained(what: str) -> Iterator[None]:
     """MLflow's own errors as one line, its waits bounded."""
     prepare()
     try:
-        with explained():
+        with store_errors():
             yield
     except UserError as error:
         raise UserError(f"{what}: {error}; `cxr models list` shows what there is") from error

@@ -1,4 +1,4 @@
-"""The tracking store: MLflow's settings, the names of our tags, and its errors as one line."""
+"""The tracking store: MLflow's settings, and its errors as one line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from cxr.config import without_password
 from cxr.errors import MachineError
 
 EXPERIMENT = "cxr"
-ERROR, OUTCOME, HOST = "cxr.error", "cxr.outcome", "cxr.host"
-
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 _SETTINGS = {
@@ -26,7 +24,7 @@ _LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ER
 
 
 def prepare() -> None:
-    """Bound MLflow's waits and quiet its logs; what the user has set stays."""
+    """Limit how long MLflow waits and what it logs; settings of the user stay."""
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     for logger, level in _LOG_LEVELS.items():
@@ -34,8 +32,8 @@ def prepare() -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn what a tracking store raises when it cannot be used into one line."""
+def store_errors() -> Iterator[None]:
+    """Turn the errors of a tracking store that cannot be used into one line."""
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -51,8 +49,8 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def store_errors_explained(run_id: str, again: str = "") -> Iterator[None]:
-    """Turn the loss of the tracking store in mid-run into one line; the run's own errors pass."""
+def store_loss_errors(run_id: str, again: str = "") -> Iterator[None]:
+    """Turn the loss of the tracking store during a run into one line; the run's own errors pass."""
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -64,5 +62,5 @@ def store_errors_explained(run_id: str, again: str = "") -> Iterator[None]:
         reason = str(error).splitlines()[0][:200]
         raise MachineError(
             f"MLflow at {without_password(mlflow.get_tracking_uri())} failed during run {run_id}: {reason}; "
-            f"when it answers again, go on with: {again or f'cxr train --resume {run_id}'}"
+            f"when it answers again, continue with: {again or f'cxr train --resume {run_id}'}"
         ) from error

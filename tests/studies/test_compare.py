@@ -26,7 +26,7 @@ from cxr.runs.verify import verify
 from cxr.studies.compare import compare_runs, compare_tracked, load_run, notes
 from cxr.studies.crossval import crossval_tracked
 from cxr.tracking.nested import children
-from cxr.tracking.reading import load_table
+from cxr.tracking.reading import LoggedRun
 
 Finished = tuple[TrainConfig, RunResult, Run]
 
@@ -37,35 +37,33 @@ def config(in_store: str, phantoms: Path) -> CompareConfig:
     return small(CompareConfig, phantoms, bootstrap=20, register="none", strategies="frozen,partial", seeds=2)
 
 
-def newest_parent(kind: str) -> Run:
+def newest_parent(kind: str) -> LoggedRun:
     found: list[Run] = mlflow.search_runs(
         experiment_names=["cxr"],
         filter_string=f"tags.`cxr.kind` = '{kind}'",
         order_by=["start_time DESC"],
         output_format="list",
     )
-    return found[0]
+    return LoggedRun.of(found[0])
 
 
 def test_a_comparison_has_children_tables_figures_report_and_verdict(config: CompareConfig) -> None:
     said: list[str] = []
     lines = compare_tracked(config, said.append)
     parent = newest_parent("comparison")
-    runs = children(parent.info.run_id)
-    assert [run.info.run_name for run in runs] == ["frozen-s0", "partial-s0", "frozen-s1", "partial-s1"]
-    assert {run.info.status for run in [parent, *runs]} == {"FINISHED"}
-    table = pd.read_csv(f"{parent.info.artifact_uri}/comparison/strategies.csv").set_index("strategy")
-    expected = np.mean([run.data.metrics["test_roc_auc"] for run in runs if run.data.tags["strategy"] == "partial"])
+    runs = children(parent.run_id)
+    assert [run.name for run in runs] == ["frozen-s0", "partial-s0", "frozen-s1", "partial-s1"]
+    assert {run.status for run in [parent, *runs]} == {"FINISHED"}
+    table = pd.read_csv(f"{parent.artifact_uri}/comparison/strategies.csv").set_index("strategy")
+    expected = np.mean([run.metrics["test_roc_auc"] for run in runs if run.tags["strategy"] == "partial"])
     assert table.loc["partial", "roc_auc"] == pytest.approx(expected)
     assert {"parameters_trained", "total_seconds", "images_per_second", "val_test_gap"} <= set(table.columns)
-    names = {file.path.split("/")[1] for file in MlflowClient().list_artifacts(parent.info.run_id, "comparison")}
+    names = {file.path.split("/")[1] for file in MlflowClient().list_artifacts(parent.run_id, "comparison")}
     assert {"report.html", "pairs.csv", "roc.png", "cost.png", "differences.png", "confusion.png"} <= names
     assert "the claim that partial" in lines[-1]
-    assert parent.data.tags["verdict"] == lines[-1]
+    assert parent.tags["verdict"] == lines[-1]
     assert "compare-runs?runs=" in said[-1]
-    assert [run.data.metrics["test_uses_before"] for run in runs] == sorted(
-        run.data.metrics["test_uses_before"] for run in runs
-    )
+    assert [run.metrics["test_uses_before"] for run in runs] == sorted(run.metrics["test_uses_before"] for run in runs)
 
 
 def test_an_interrupted_comparison_reuses_what_is_finished(
@@ -84,12 +82,12 @@ def test_an_interrupted_comparison_reuses_what_is_finished(
         with pytest.raises(KeyboardInterrupt):
             compare_tracked(fresh, quiet)
     parent = newest_parent("comparison")
-    assert parent.info.status == "KILLED"
-    before = {run.info.run_name: run.info.run_id for run in children(parent.info.run_id)}
+    assert parent.status == "KILLED"
+    before = {run.name: run.run_id for run in children(parent.run_id)}
     said: list[str] = []
     compare_tracked(fresh, said.append)
-    after = {run.info.run_name: run.info.run_id for run in children(parent.info.run_id)}
-    assert newest_parent("comparison").info.run_id == parent.info.run_id
+    after = {run.name: run.run_id for run in children(parent.run_id)}
+    assert newest_parent("comparison").run_id == parent.run_id
     assert before.items() <= after.items()
     assert len(after) == 4
     assert any("frozen-s10: finished before" in line for line in said)
@@ -101,19 +99,19 @@ def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(co
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(UserError("disk full")))
         with pytest.raises(UserError, match="disk full"):
             compare_tracked(fresh, quiet)
-    parent = newest_parent("comparison").info.run_id
+    parent = newest_parent("comparison").run_id
     client = MlflowClient()
     client.update_run(parent, status="RUNNING")
     client.set_tag(parent, "cxr.host", "elsewhere")
     with pytest.raises(InUseError, match=rf"{parent} is running on elsewhere.*set_terminated"):
         compare_tracked(fresh, quiet)
-    assert client.get_run(parent).info.status == "RUNNING"
+    assert LoggedRun.open(parent).status == "RUNNING"
     client.set_terminated(parent, "KILLED")
     (broken_off,) = children(parent)
     compare_tracked(fresh.replace(reuse_gb=0.001), quiet)
-    assert newest_parent("comparison").info.run_id == parent
-    outcomes = {run.info.run_id: run.info.status for run in children(parent)}
-    assert outcomes.pop(broken_off.info.run_id) == "FAILED"  # it had recorded another reuse_gb
+    assert newest_parent("comparison").run_id == parent
+    outcomes = {run.run_id: run.status for run in children(parent)}
+    assert outcomes.pop(broken_off.run_id) == "FAILED"  # it had recorded another reuse_gb
     assert list(outcomes.values()) == ["FINISHED"] * 2
 
 
@@ -123,12 +121,12 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             compare_tracked(fresh, quiet)
-    parent = newest_parent("comparison").info.run_id
+    parent = newest_parent("comparison").run_id
     (gone,) = children(parent)
-    shutil.rmtree(own_cache / "runs" / gone.info.run_id)
+    shutil.rmtree(own_cache / "runs" / gone.run_id)
     compare_tracked(fresh, quiet)
-    assert newest_parent("comparison").info.status == "FINISHED"
-    assert MlflowClient().get_run(gone.info.run_id).info.status == "KILLED"
+    assert newest_parent("comparison").status == "FINISHED"
+    assert LoggedRun.open(gone.run_id).status == "KILLED"
     with pytest.raises(UserError, match=r"is a comparison, not a training run; give its `cxr compare` command again"):
         client = MlflowClient()
         client.update_run(parent, status="FAILED")
@@ -139,7 +137,7 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
 
 def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
     compare_tracked(config, quiet)
-    runs = [load_run(run.info.run_id) for run in children(newest_parent("comparison").info.run_id)]
+    runs = [load_run(run.run_id) for run in children(newest_parent("comparison").run_id)]
     assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
     odd = replace(runs[0], settings={**runs[0].settings, "arch": "resnet50"})
     told = notes([odd, *runs[1:]], 0.01)
@@ -153,7 +151,7 @@ def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
 
 def test_finished_runs_are_compared_as_they_are_and_others_refused(config: CompareConfig, finished: Finished) -> None:
     compare_tracked(config, quiet)
-    ids = [run.info.run_id for run in children(newest_parent("comparison").info.run_id)]
+    ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
     lines = compare_runs(ids, 0.01, quiet)
     assert lines == compare_runs(ids, 0.01, quiet)
     with pytest.raises(UserError, match="twice"):
@@ -199,19 +197,19 @@ def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
     folds = small(CrossvalConfig, phantoms, strategy="frozen", bootstrap=20, folds=3, val_fraction=0.3)
     table = crossval_tracked(folds, quiet)
     parent = newest_parent("crossval")
-    pooled = pd.read_csv(f"{parent.info.artifact_uri}/crossval/out_of_fold_predictions.csv")
+    pooled = pd.read_csv(f"{parent.artifact_uri}/crossval/out_of_fold_predictions.csv")
     manifest = read_data(folds.train).manifest
     assert sorted(pooled["path"]) == sorted(manifest.loc[manifest["official"] != "test", "path"])
     assert not pooled["path"].str.startswith("test/").any()
     assert len(table) == 3
-    assert parent.data.metrics["fold_roc_auc_mean"] == pytest.approx(table["roc_auc"].mean())
-    for run in children(parent.info.run_id):
-        rows = pd.read_csv(f"{run.info.artifact_uri}/data/manifest.csv")
+    assert parent.metrics["fold_roc_auc_mean"] == pytest.approx(table["roc_auc"].mean())
+    for run in children(parent.run_id):
+        rows = pd.read_csv(f"{run.artifact_uri}/data/manifest.csv")
         assert set(rows["split"]) == {"train", "val", "fold"}
         assert rows.groupby("group")["split"].nunique().max() == 1
-        assert "fold_roc_auc" in run.data.metrics
-        assert not [name for name in run.data.metrics if name.startswith("test_") and name != "test_uses_before"]
-        assert run.data.tags["registered"] == "not registered"
+        assert "fold_roc_auc" in run.metrics
+        assert not [name for name in run.metrics if name.startswith("test_") and name != "test_uses_before"]
+        assert run.tags["registered"] == "not registered"
     assert len(set(table["roc_auc"])) > 1
 
 
@@ -265,7 +263,7 @@ def test_verify_fails_on_altered_figures(
     elif altered == "threshold":
         client.log_metric(result.run_id, "chosen_threshold", 0.123, step=99)
     else:
-        table = load_table(result.run_id, "tables/test_predictions.csv")
+        table = LoggedRun.open(result.run_id).predictions("test")
         table.loc[0, ["logit_normal", "logit_pneumonia"]] = [0.0, 5.0]
         table = table.iloc[1:] if altered == "rows" else table
         client.log_text(result.run_id, table.to_csv(index=False), "tables/test_predictions.csv")

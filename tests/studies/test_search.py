@@ -32,8 +32,7 @@ from cxr.studies import trial as trial_module
 from cxr.studies.optuna_study import slots
 from cxr.studies.search import open_worker, tune_tracked
 from cxr.tracking.nested import children, make_child
-from cxr.tracking.reading import has_finished
-from cxr.tracking.store import OUTCOME
+from cxr.tracking.reading import LoggedRun, Tag
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -78,8 +77,8 @@ def load(config: TuneConfig) -> optuna.Study:
 
 def family(config: TuneConfig) -> tuple[Run, list[Run]]:
     """(parent, children) in MLflow."""
-    parent = mlflow.get_run(load(config).user_attrs["mlflow_parent"])
-    return parent, children(parent.info.run_id)
+    parent = LoggedRun.open(load(config).user_attrs["mlflow_parent"])
+    return parent, children(parent.run_id)
 
 
 def states(config: TuneConfig) -> list[str]:
@@ -92,17 +91,17 @@ def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_b
     found = load(config)
     assert states(config) == ["COMPLETE"] * 3
     assert found.trials[0].params == {"lr_head": config.train.lr_head}
-    assert [run.info.run_name for run in runs] == ["trial-000", "trial-001", "trial-002"]
-    assert {run.info.status for run in [parent, *runs]} == {"FINISHED"}
-    assert parent.data.tags["best_trial"] == str(found.best_trial.number)
-    assert float(parent.data.tags["best.lr_head"]) == found.best_params["lr_head"]
+    assert [run.name for run in runs] == ["trial-000", "trial-001", "trial-002"]
+    assert {run.status for run in [parent, *runs]} == {"FINISHED"}
+    assert parent.tags["best_trial"] == str(found.best_trial.number)
+    assert float(parent.tags["best.lr_head"]) == found.best_params["lr_head"]
     for run, trial in zip(runs, found.trials, strict=True):
-        assert run.data.params["train.lr_head"] == str(trial.params["lr_head"])
-        kept = list(Path(run.info.artifact_uri).glob("**/*.safetensors"))
+        assert run.params["train.lr_head"] == str(trial.params["lr_head"])
+        kept = list(Path(run.artifact_uri).glob("**/*.safetensors"))
         assert len(kept) == (trial.number == found.best_trial.number)
-        history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
+        history = mlflow.MlflowClient().get_metric_history(run.run_id, "val_loss")
         assert min(entry.value for entry in history) == trial.value
-    names = {path.path for path in mlflow.MlflowClient().list_artifacts(parent.info.run_id, "search")}
+    names = {path.path for path in mlflow.MlflowClient().list_artifacts(parent.run_id, "search")}
     assert {"search/trials.csv", "search/history.png", "search/slice.png", "search/best.json"} <= names
 
 
@@ -139,10 +138,10 @@ def test_a_search_never_meets_the_test_split(
 
 def test_more_trials_continue_the_same_study_and_parent(config: TuneConfig) -> None:
     tune_tracked(config, quiet)
-    before = family(config)[0].info.run_id
+    before = family(config)[0].run_id
     tune_tracked(config.replace(trials=5), quiet)
     parent, runs = family(config)
-    assert (parent.info.run_id, len(runs), states(config)) == (before, 5, ["COMPLETE"] * 5)
+    assert (parent.run_id, len(runs), states(config)) == (before, 5, ["COMPLETE"] * 5)
     assert len({trial.params["lr_head"] for trial in load(config).trials}) == 5
     tune_tracked(config.replace(trials=5), quiet)
     assert len(family(config)[1]) == 5
@@ -165,8 +164,8 @@ def test_a_pruned_trial_is_pruned_in_optuna_and_killed_in_mlflow(
     tune_tracked(config, quiet)
     assert states(config) == ["COMPLETE", "PRUNED", "COMPLETE"]
     child = family(config)[1][1]
-    assert child.info.status == "KILLED"
-    assert child.data.tags["cxr.error"].startswith("pruned by NopPruner at epoch 0: val_loss")
+    assert child.status == "KILLED"
+    assert child.tags["cxr.error"].startswith("pruned by NopPruner at epoch 0: val_loss")
     assert len(load(config).trials[1].intermediate_values) == 1
 
 
@@ -200,8 +199,8 @@ def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
     tune_tracked(config, quiet)
     assert states(config) == ["COMPLETE", "FAIL", "COMPLETE"]
     child = family(config)[1][1]
-    assert child.info.status == "FAILED"
-    assert says in child.data.tags["cxr.error"]
+    assert child.status == "FAILED"
+    assert says in child.tags["cxr.error"]
     assert says in load(config).trials[1].user_attrs["error"]
 
 
@@ -220,10 +219,10 @@ def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
         with pytest.raises(MachineError, match="disk full"):
             tune_tracked(config, quiet)
     assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE", "WAITING", "WAITING"]
-    assert family(config)[0].info.status == "FAILED"
+    assert family(config)[0].status == "FAILED"
     tune_tracked(config, quiet)
     assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
-    assert "cxr.error" not in family(config)[0].data.tags
+    assert "cxr.error" not in family(config)[0].tags
 
 
 def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, phantoms: Path, tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None
     (trial,) = load(judged).trials
     child = family(judged)[1][0]
     history = {
-        name: [entry.value for entry in mlflow.MlflowClient().get_metric_history(child.info.run_id, name)]
+        name: [entry.value for entry in mlflow.MlflowClient().get_metric_history(child.run_id, name)]
         for name in ("val_loss", "val_roc_auc")
     }
     assert trial.value == history["val_roc_auc"][int(np.argmin(history["val_loss"]))]
@@ -256,7 +255,7 @@ def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
     monkeypatch.setattr(trial_module, "train_model", fails)
     with pytest.raises(UserError, match="first 3 trials all failed, the last with: UserError: no good"):
         tune_tracked(config.replace(trials=10), quiet)
-    assert family(config)[0].info.status == "FAILED"
+    assert family(config)[0].status == "FAILED"
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -279,11 +278,11 @@ def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
         *(["COMPLETE", "WAITING"] if presses == 1 else ["FAIL", "WAITING", "WAITING"]),
     ]
     parent, runs = family(config)
-    assert parent.info.status == "KILLED"
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED" if presses == 1 else "KILLED"]
+    assert parent.status == "KILLED"
+    assert [run.status for run in runs] == ["FINISHED", "FINISHED" if presses == 1 else "KILLED"]
     tune_tracked(config, quiet)
     assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
-    assert family(config)[0].info.status == "FINISHED"
+    assert family(config)[0].status == "FINISHED"
 
 
 def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: TuneConfig) -> None:
@@ -291,10 +290,10 @@ def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: T
     result = tune_tracked(refitting, quiet)
     assert result is not None
     assert result.best.metrics["val_loss"] == load(config).best_value
-    assert mlflow.get_run(result.run_id).data.params["train.lr_head"] == str(load(config).best_params["lr_head"])
+    assert LoggedRun.open(result.run_id).params["train.lr_head"] == str(load(config).best_params["lr_head"])
     assert tune_tracked(refitting, quiet) is None
-    refits = [run for run in family(config)[1] if run.data.tags.get("cxr.kind") == "refit"]
-    assert [run.info.status for run in refits] == ["FINISHED"]
+    refits = [run for run in family(config)[1] if run.tags.get("cxr.kind") == "refit"]
+    assert [run.status for run in refits] == ["FINISHED"]
 
 
 def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +304,8 @@ def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch:
             tune_tracked(refitting, quiet)
     result = tune_tracked(refitting, quiet)
     assert result is not None
-    refits = [run for run in family(config)[1] if run.data.tags.get("cxr.kind") == "refit"]
-    assert [(run.info.run_id, run.info.status) for run in refits] == [(result.run_id, "FINISHED")]
+    refits = [run for run in family(config)[1] if run.tags.get("cxr.kind") == "refit"]
+    assert [(run.run_id, run.status) for run in refits] == [(result.run_id, "FINISHED")]
 
 
 def test_seeds_are_averaged(config: TuneConfig) -> None:
@@ -315,7 +314,7 @@ def test_seeds_are_averaged(config: TuneConfig) -> None:
     (trial,) = load(averaged).trials
     assert list(trial.intermediate_values) == [0, 1]
     assert trial.value == pytest.approx(np.mean(list(trial.intermediate_values.values())))
-    metrics = family(averaged)[1][0].data.metrics
+    metrics = family(averaged)[1][0].metrics
     assert metrics["seed1_val_loss"] != metrics["val_loss"]
 
 
@@ -415,12 +414,12 @@ def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
     assert [trial.state.name for trial in slots(found)] == ["COMPLETE"] * trials
     assert len(found.trials) == trials + lost
     parent, runs = family(config)
-    assert parent.info.status == "FINISHED"
-    outcomes = [run.info.status for run in runs if run.data.tags.get("cxr.kind") == "trial"]
+    assert parent.status == "FINISHED"
+    outcomes = [run.status for run in runs if run.tags.get("cxr.kind") == "trial"]
     assert outcomes.count("FINISHED") == trials
     assert len(outcomes) - trials <= outcomes.count("KILLED") <= lost  # a trial may be lost before it has a run
-    killed = [run for run in runs if run.info.status == "KILLED"]
-    assert all("stopped sending heartbeats" in run.data.tags["cxr.error"] for run in killed)
+    killed = [run for run in runs if run.status == "KILLED"]
+    assert all("stopped sending heartbeats" in run.tags["cxr.error"] for run in killed)
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
@@ -430,12 +429,12 @@ def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(c
         trial = worker.study.ask()
     run_id = make_child(worker.search.parent.run_id, f"trial-{trial.number:03}", {}, {})
     mlflow.MlflowClient().update_run(run_id, status=status)
-    mlflow.MlflowClient().set_tag(run_id, OUTCOME, "finished")
+    mlflow.MlflowClient().set_tag(run_id, Tag.OUTCOME, "finished")
     search._on_stale(worker.study, worker.study.trials[trial.number])
-    run = mlflow.get_run(run_id)
-    assert run.info.status == "KILLED"
-    assert "stopped sending heartbeats" in run.data.tags["cxr.error"]
-    assert not has_finished(run)
+    run = LoggedRun.open(run_id)
+    assert run.status == "KILLED"
+    assert "stopped sending heartbeats" in run.tags["cxr.error"]
+    assert not run.finished
     assert states(config).count("WAITING") == config.trials
 
 

@@ -107,7 +107,7 @@ def test_the_run_that_mlflow_opened_is_used(store: str, monkeypatch: pytest.Monk
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
     mlflow.MlflowClient().set_terminated(opened.info.run_id, "RUNNING")
-    run_id = existing_run("none")
+    run_id = existing_run(None)
     assert run_id == opened.info.run_id
     with open_run("partial-s0", run_id=run_id) as tracker:
         assert tracker.run_id == opened.info.run_id
@@ -119,7 +119,7 @@ def test_a_name_that_a_person_chose_is_kept(store: str, monkeypatch: pytest.Monk
     with mlflow.start_run(run_name="chest-xray-1") as opened:
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
-    with open_run("partial-s0", run_id=existing_run("none")):
+    with open_run("partial-s0", run_id=existing_run(None)):
         pass
     assert mlflow.get_run(opened.info.run_id).info.run_name == "chest-xray-1"
 
