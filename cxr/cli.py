@@ -230,15 +230,15 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
 @click.option("--cache-dir", default="auto", show_default=True, help="the cache folder")
 def cache_command(days: float | None, cache_dir: str) -> None:
     """List what the cache holds (decoded images, activations, checkpoints), the least recently used first."""
-    from cxr.storage import cache_folder, contents, prune
+    from cxr.storage import Cache
 
-    folder = cache_folder(cache_dir)
-    removed = prune(folder, days) if days is not None else []
+    cache = Cache.open(cache_dir)
+    removed = cache.prune(days) if days is not None else []
     for kept in removed:
         click.echo(f"removed {kept.line()}")
-    for kept in contents(folder):
+    for kept in cache.contents():
         click.echo(kept.line())
-    click.echo(f"{sum(kept.size for kept in contents(folder)) / 1e9:.2f} GB in {folder}")
+    click.echo(f"{sum(kept.size for kept in cache.contents()) / 1e9:.2f} GB in {cache.root}")
 
 
 @data.command("fetch")

@@ -1,42 +1,123 @@
-"""The cache folder: where it is, atomic writes, locks, what it holds and what may be pruned."""
+"""The cache folder: its layout, atomic writes, locks, what it holds and what may be pruned."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO, Self
 
-from cxr.config import TrainConfig
+from filelock import FileLock, Timeout
+
 from cxr.errors import InUseError, MachineError, UserError
 
+_LOCK = ".lock"
+# Kind of content -> where its folders are.
+_KINDS = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
 
-def checkpoint_folder(config: TrainConfig, run_id: str) -> Path:
-    """Where the run's checkpoints are."""
-    return cache_folder(config.cache_dir) / "runs" / run_id
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A folder in the cache: its kind, path, bytes on disk, and when it was last used (seconds since 1970)."""
+
+    kind: str
+    path: Path
+    size: int
+    used: float
+
+    @property
+    def days(self) -> float:
+        """Days since it was last used."""
+        return (time.time() - self.used) / 86400
+
+    def line(self) -> str:
+        """`12.3 MB  1.5 days ago  activations  PATH`."""
+        return f"{self.size / 1e6:9.1f} MB  {self.days:6.1f} days ago  {self.kind:14}  {self.path}"
 
 
-def cache_folder(cache_dir: str = "auto") -> Path:
-    """The folder for decoded images, phantoms and checkpoints, made if absent.
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The cache folder. Its layout is an interface: what earlier versions wrote is found and used."""
 
-    `auto` is `$CXR_CACHE`, else `$XDG_CACHE_HOME/cxr`, else `~/.cache/cxr`. Raises `UserError` when it
-    cannot be made.
-    """
-    if cache_dir == "auto":
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        cache_dir = os.environ.get("CXR_CACHE") or f"{base}/cxr"
-    try:
-        path = Path(cache_dir).expanduser().absolute()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: `~` where no home folder is known
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--cache-dir {cache_dir}: cannot be made ({reason}); name another folder") from error
-    return path
+    root: Path
+
+    @classmethod
+    def open(cls, cache_dir: str = "auto") -> Self:
+        """Make the folder if it is missing.
+
+        `auto` is `$CXR_CACHE`, else `$XDG_CACHE_HOME/cxr`, else `~/.cache/cxr`. Raises `UserError` when it cannot be
+        made.
+        """
+        if cache_dir == "auto":
+            base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            cache_dir = os.environ.get("CXR_CACHE") or f"{base}/cxr"
+        try:
+            path = Path(cache_dir).expanduser().absolute()
+            path.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: `~` without a known home folder
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--cache-dir {cache_dir}: cannot be made ({reason}); name another folder") from error
+        return cls(path)
+
+    @property
+    def activations(self) -> Path:
+        """The folder with the outputs of frozen prefixes."""
+        return self.root / "activations"
+
+    def checkpoints(self, run_id: str) -> Path:
+        """The folder with a run's checkpoints."""
+        return self.root / "runs" / run_id
+
+    def decoded(self, size: int, resize: str) -> Path:
+        """The folder with the stores of images decoded to one size."""
+        return self.root / "store" / f"{size}-{resize}"
+
+    def phantoms(self, version: object) -> Path:
+        """The folder with the phantoms of one version of their generator."""
+        return self.root / f"synthetic-{version}"
+
+    def audit(self, key: str) -> Path:
+        """The file with an audit's findings."""
+        return self.root / "audits" / f"{key}.json"
+
+    def contents(self, kinds: Iterable[str] = tuple(_KINDS)) -> list[Entry]:
+        """What the cache holds of these kinds, the least recently used first."""
+        found = [
+            Entry(kind, path, _size(path), _last_used(path))
+            for kind in kinds
+            for path in self.root.glob(_KINDS[kind])
+            if path.is_dir()
+        ]
+        return sorted(found, key=lambda entry: entry.used)
+
+    def prune(self, days: float) -> list[Entry]:
+        """Remove what was not used for so many days, and return it; checkpoints of a live run stay.
+
+        An interrupted run cannot be resumed once its checkpoints are pruned.
+        """
+        removed = [entry for entry in self.contents() if entry.days >= days and not _in_use(entry)]
+        for entry in removed:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        return removed
+
+    def make_room(self, need: float, budget: float, keep: set[Path]) -> None:
+        """Remove the least recently used activations, but not `keep`, until `need` bytes more fit into `budget`.
+
+        A file that another run has mapped stays readable to it.
+        """
+        entries = [entry for entry in self.contents(["activations"]) if entry.path not in keep]
+        total = sum(entry.size for entry in entries) + need
+        for entry in entries:
+            if total <= budget:
+                return
+            shutil.rmtree(entry.path, ignore_errors=True)
+            total -= entry.size
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -63,87 +144,99 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which it becomes at the end of the block.
+
+    If another process made `folder` meanwhile, that one stays. Half-made folders of dead processes of this machine are
+    removed. Raises `OSError` when it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    work = _work_folder(folder.parent)
+    try:
+        yield work
+        work.chmod(0o755)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # whatever ended it, Ctrl-C too; after the rename it is gone
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that other processes may be looking for, or removing, too.
+
+    Renamed first, so that nobody finds half of it.
+    """
+    work = _work_folder(folder.parent)
+    with suppress(FileNotFoundError):
+        folder.rename(work / "removed")
+    shutil.rmtree(work)
+
+
+def _building() -> str:
+    return f".building-{socket.gethostname()}"
+
+
+def _work_folder(parent: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{_building()}-{os.getpid()}-", dir=parent))
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the half-made folders of processes of this machine that have ended."""
+    for work in parent.glob(f"{_building()}-*"):
+        start, pid, _ = work.name.rsplit("-", 2)
+        if start == _building() and not _alive(int(pid)):  # not of a host whose name only starts like ours
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the lock falls with the process, however it ends.
+    """Hold a run's folder for this process; the lock is released when the process ends, however it ends.
 
     Raises `UserError` when another process of this machine trains the same run, or nothing can be locked there.
     """
-    lock = folder / ".lock"
-    file = _lock(lock)
+    lock = _locked(folder / _LOCK)
     try:
         yield
     finally:
-        with file, suppress(OSError):  # a run that failed before its first checkpoint leaves nothing
-            lock.unlink()
+        with suppress(OSError):  # a run that failed before its first checkpoint leaves nothing
+            (folder / _LOCK).unlink(missing_ok=True)
             folder.rmdir()
+        lock.release()
 
 
-def _lock(path: Path) -> IO[str]:
+def _locked(path: Path) -> FileLock:
+    lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise
-    except BlockingIOError as error:
+        lock.acquire(blocking=False)
+    except Timeout as error:
         name = path.parent.name
-        raise InUseError(f"--resume {name}: another process is at work on this run; wait or stop it") from error
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be locked ({error.strerror}); name another --cache-dir") from error
-    return file
+        raise InUseError(f"--resume {name}: another process is running it; wait for it or stop it") from error
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MachineError(f"{path}: cannot be locked ({reason}); name another --cache-dir") from error
+    return lock
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Something in the cache folder: its kind, path, bytes on disk, and when it was last used (seconds since 1970)."""
-
-    kind: str
-    path: Path
-    size: int
-    used: float
-
-    @property
-    def days(self) -> float:
-        """Days since it was last used."""
-        return (time.time() - self.used) / 86400
-
-    def line(self) -> str:
-        """For people."""
-        return f"{self.size / 1e6:9.1f} MB  {self.days:6.1f} days ago  {self.kind:14}  {self.path}"
-
-
-_KINDS = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
-
-
-def contents(cache: Path, kinds: Iterable[str] = tuple(_KINDS)) -> list[Kept]:
-    """What the cache folder holds of these kinds, the least recently used first."""
-    found = [
-        Kept(kind, path, _size(path), _last_used(path))
-        for kind in kinds
-        for path in cache.glob(_KINDS[kind])
-        if path.is_dir()
-    ]
-    return sorted(found, key=lambda kept: kept.used)
-
-
-def prune(cache: Path, days: float) -> list[Kept]:
-    """Remove what was not used for so many days, and return it. Checkpoints of a run that goes on are left alone.
-
-    Checkpoints of an interrupted run are gone with this: it can no longer be resumed.
-    """
-    removed = [kept for kept in contents(cache) if kept.days >= days and not _in_use(kept)]
-    for kept in removed:
-        shutil.rmtree(kept.path, ignore_errors=True)
-    return removed
-
-
-def _in_use(kept: Kept) -> bool:
-    if kept.kind != "checkpoints" or not (kept.path / ".lock").exists():
+def _in_use(entry: Entry) -> bool:
+    if entry.kind != "checkpoints" or not (entry.path / _LOCK).exists():
         return False
     try:
-        with exclusive(kept.path):
+        with exclusive(entry.path):
             return False
     except UserError:
         return True
@@ -165,18 +258,3 @@ def _stats(folder: Path) -> list[os.stat_result]:
             with suppress(FileNotFoundError):
                 found.append(path.stat())
     return found
-
-
-def make_room(folder: Path, need: float, budget: float, keep: set[Path]) -> None:
-    """Remove the least recently used files of a shelf until `need` bytes more fit into `budget`.
-
-    A file that another run has mapped stays readable to it.
-    """
-    files = [kept for kept in contents(folder.parent, ["activations"]) if kept.path.parent == folder]
-    files = [kept for kept in files if kept.path not in keep]
-    total = sum(kept.size for kept in files) + need
-    for kept in files:
-        if total <= budget:
-            return
-        shutil.rmtree(kept.path, ignore_errors=True)
-        total -= kept.size

@@ -33,7 +33,7 @@ import torch
 from cxr.config import TuneConfig, configure
 from cxr.machine import peak_memory, reset_peak_memory, resolve_device
 from cxr.network.resnet import build_model
-from cxr.storage import contents
+from cxr.storage import Cache
 from cxr.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def study(config: TuneConfig, tables: Path) -> Cost:
         started = time.perf_counter()
         tune_tracked(config, lambda line: None)
         seconds, peak = time.perf_counter() - started, peak_memory(CPU)
-        shelf = sum(kept.size for kept in contents(work / "cache", ["activations"]))
+        shelf = sum(kept.size for kept in Cache(work / "cache").contents(["activations"]))
         trials = optuna.load_study(study_name=study_name(config), storage=config.storage).trials
         durations = [trial.duration.total_seconds() for trial in trials if trial.duration]
         return Cost(seconds, statistics.median(durations), peak, shelf)

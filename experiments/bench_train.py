@@ -53,7 +53,7 @@ from cxr.data.splits import OFFICIAL, assign_splits
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD
 from cxr.errors import UserError
 from cxr.machine import describe, peak_memory, ready_machine, reset_peak_memory
-from cxr.network.freezing import obey
+from cxr.network.freezing import apply_phase
 from cxr.network.resnet import build_model
 from cxr.runs.train import train_model
 from cxr.strategies import STRATEGIES
@@ -187,7 +187,7 @@ def trainable(task: Task, model: ResNet) -> list[nn.Parameter]:
     All in train mode, as notebooks do: BatchNorm of the frozen part trains on.
     """
     as_torch_comes(task.device)
-    parameters = obey(model.to(task.device), task.config.phases[0])
+    parameters = apply_phase(model.to(task.device), task.config.phases[0])
     model.train()
     return parameters
 
@@ -389,7 +389,7 @@ def training_step(task: Task) -> Callable[[], None]:
     machine, config, phase = ready_machine(task.config), task.config, task.config.phases[0]
     model, _ = build_model(config.arch, "random", 0)
     model.to(device=machine.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(obey(model, phase), config.rates()[0], fused=True)
+    optimizer = torch.optim.Adam(apply_phase(model, phase), config.rates()[0], fused=True)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     before, after = cut(model, phase.first)
     images = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=machine.device)

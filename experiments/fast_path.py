@@ -21,7 +21,7 @@ import pandas as pd
 from cxr.config import TrainConfig
 from cxr.runs.result import RunResult
 from cxr.runs.train import run
-from cxr.storage import contents
+from cxr.storage import Cache
 from cxr.tracking.tracker import NullTracker
 
 
@@ -70,7 +70,7 @@ def main(
                     cache_dir=cache,
                 )
                 pair = [one(replace(config, reuse_gb=reuse)) for reuse in (0.0, 4.0)]
-                kept = sum(each.size for each in contents(Path(cache), ["activations"])) / 1e6
+                kept = sum(each.size for each in Cache(Path(cache)).contents(["activations"])) / 1e6
             gap = float(np.abs(pair[0].test.probabilities - pair[1].test.probabilities).max())
             for name, result in zip(("off", "on"), pair, strict=True):
                 told = {"kept_mb": kept * (name == "on"), **row(result), "largest_gap": gap}

@@ -24,6 +24,7 @@ from cxr.data.phantoms import write_synthetic
 from cxr.data.splits import assign_splits
 from cxr.data.store import open_store
 from cxr.data.views import to_input
+from cxr.storage import Cache
 from cxr.training import frozen_prefix as prefix
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and most tests need none
@@ -60,7 +61,7 @@ def splits(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sp
     """(train, val) of the phantoms at 32 pixels; neither is a multiple of a batch of 8."""
     table = assign_splits(index_folder(phantoms), "grouped", 0.25, seed=0)
     files = [phantoms / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), 32, "squash", tmp_path_factory.mktemp("store"))
+    store = open_store(files, list(table["digest"]), 32, "squash", Cache(tmp_path_factory.mktemp("store")))
     train, val = make_split(table, store, "train"), make_split(table, store, "val")
     assert len(train) % 8 > 1
     assert len(val) % 8 > 1

@@ -9,7 +9,7 @@ import torch
 
 from cxr.errors import UserError
 from cxr.machine import cpu_has_bf16, describe, resolve_device, resolve_precision, seed_everything
-from cxr.storage import cache_folder
+from cxr.storage import Cache
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -61,24 +61,24 @@ def test_the_cache_folder_is_asked_for_in_order(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("CXR_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder(str(tmp_path / "named")) == tmp_path / "named"
-    assert cache_folder() == tmp_path / "own"
+    assert Cache.open(str(tmp_path / "named")).root == tmp_path / "named"
+    assert Cache.open().root == tmp_path / "own"
     monkeypatch.delenv("CXR_CACHE")
-    assert cache_folder() == tmp_path / "xdg" / "cxr"
+    assert Cache.open().root == tmp_path / "xdg" / "cxr"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder() == tmp_path / "home" / ".cache" / "cxr"
+    assert Cache.open().root == tmp_path / "home" / ".cache" / "cxr"
     assert (tmp_path / "home" / ".cache" / "cxr").is_dir()
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache-dir .*file/cache: cannot be made \(Not a directory\)"):
-        cache_folder(str(tmp_path / "file" / "cache"))
+        Cache.open(str(tmp_path / "file" / "cache"))
 
 
 def test_the_home_of_nobody_is_no_cache_folder() -> None:
     with pytest.raises(UserError, match="--cache-dir ~no-such-user/cache: cannot be made"):
-        cache_folder("~no-such-user/cache")
+        Cache.open("~no-such-user/cache")
 
 
 def test_a_named_cache_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_a_named_cache_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setenv("CXR_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    assert Cache.open().root == tmp_path / "own"
 
 
 def test_the_same_seed_gives_the_same_numbers_everywhere() -> None:

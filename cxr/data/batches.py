@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cxr.data.store import Store
-from cxr.data.views import augment, image_key, stress_parameters, to_input, view_parameters
+from cxr.data.views import PLAIN, Batch, View, augment, image_key, to_input
 
 Item = tuple[Tensor, Tensor, Tensor]
 MAKING = threading.Lock()  # held while a batch is made ahead: pinning memory would spoil a CUDA graph's recording
@@ -94,8 +94,8 @@ def straight_order(split: Split, batch_size: int) -> list[Tensor]:
     return list(torch.split(torch.arange(len(split)), batch_size))
 
 
-def brought(order: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The batches of an order on a device, by one transfer: one for each would hold a GPU up in every step."""
+def to_device(order: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The batches of an order on a device, by one transfer: one for each batch would stall a GPU in every step."""
     if device.type == "cpu" or not order:
         return order
     return list(torch.split(torch.cat(order).to(device), [len(batch) for batch in order]))
@@ -122,7 +122,7 @@ def fits_on(device: torch.device, split: Split) -> bool:
 def _resident_items(split: Split, order: list[Tensor], device: torch.device) -> Iterator[Item]:
     """As `_load`, from the device's own memory."""
     images, labels = split.dataset.resident(device)
-    for index in brought(order, device):
+    for index in to_device(order, device):
         yield images[index], labels[index], index
 
 
@@ -130,23 +130,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def view_batches(
-    split: Split, order: list[Tensor], seed: int, view: int | str | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs float32 [b, 3, s, s], labels int64 [b]) on `device`, in the given order.
-
-    The images are seen through the given view, or under the stress of that name; None: as they are.
-    """
+def view_batches(split: Split, order: list[Tensor], seed: int, view: View, device: torch.device) -> Iterator[Batch]:
+    """(inputs float32 [b, 3, s, s], labels int64 [b]) of one view on `device`, in the given order."""
     for images, labels in grey_batches(split, order, seed, view, device):
         yield to_input(images), labels
 
 
-def grey_batches(
-    split: Split, order: list[Tensor], seed: int, view: int | str | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def grey_batches(split: Split, order: list[Tensor], seed: int, view: View, device: torch.device) -> Iterator[Batch]:
     """As `view_batches`, before normalisation: whole grey levels [b, s, s], uint8 or float32."""
-    table = _parameters(split, seed, view)
-    parameters = None if table is None else table.to(device)
+    table = view.parameters(seed, split.keys)
+    parameters = None if table is None else torch.from_numpy(table).to(device)
     for images, labels, positions in _items(split, order, device):
         images = images.to(device, non_blocking=True)
         seen = images if parameters is None else augment(images, parameters[positions.to(device, non_blocking=True)])
@@ -175,16 +168,6 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
             yield item
 
 
-def _parameters(split: Split, seed: int, view: int | str | None) -> Tensor | None:
-    if view is None:
-        return None
-    table = stress_parameters(len(split), view) if isinstance(view, str) else view_parameters(seed, split.keys, view)
-    return torch.from_numpy(table)
-
-
-def eval_batches(split: Split, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(split: Split, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """(inputs, labels) as in `view_batches`: every image once, in order, without augmentation."""
-    return view_batches(split, straight_order(split, batch_size), 0, None, device)
-
-
-Batch = tuple[Tensor, Tensor]
+    return view_batches(split, straight_order(split, batch_size), 0, PLAIN, device)

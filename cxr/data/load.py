@@ -13,7 +13,7 @@ from cxr.data.phantoms import VERSION, write_synthetic
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
-from cxr.storage import cache_folder
+from cxr.storage import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Data:
 
 def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
-    cache = cache_folder(config.cache_dir)
+    cache = Cache.open(config.cache_dir)
     synthetic = config.data_dir == SYNTHETIC
-    root = find_root(write_synthetic(cache / f"synthetic-{VERSION}") if synthetic else config.data_dir)
+    root = find_root(write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
     table = index_folder(root)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
@@ -74,6 +74,6 @@ def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str) -
     """
     if bad and on_bad_image == "stop":
         raise UserError(
-            f"{len(bad)} unreadable image(s): {list_bad(bad)}; mend or remove them, or use --on-bad-image skip"
+            f"{len(bad)} unreadable image(s): {list_bad(bad)}; fix or remove them, or use --on-bad-image skip"
         )
     return manifest[~manifest["path"].isin(bad)].reset_index(drop=True)

@@ -7,13 +7,9 @@ renamed: two runs may build the same one, the first to finish wins and the other
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import socket
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +24,9 @@ from tqdm import tqdm
 from cxr.data.decode import ImageError, UInt8, decode_gray
 from cxr.data.kaggle import UNREADABLE
 from cxr.errors import UserError
+from cxr.storage import Cache, new_folder, remove_folder
 
 _FORMAT = f"2-pillow{PIL.__version__}"  # rows decoded by another Pillow are not taken over
-_BUILDING = f".building-{socket.gethostname()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +41,18 @@ class Store:
     key: str
 
 
-def open_store(paths: list[Path], digests: list[str], size: int, resize: str, cache: Path) -> Store:
+def open_store(paths: list[Path], digests: list[str], size: int, resize: str, cache: Cache) -> Store:
     """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
 
     Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the cache cannot be
     written (a full disk) or a file is no longer what its digest says.
     """
     files = dict(zip(digests, paths, strict=True))
-    folder = cache / "store" / f"{size}-{resize}" / f"{_FORMAT}-{_key(sorted(files))}"
+    folder = cache.decoded(size, resize) / f"{_FORMAT}-{_key(sorted(files))}"
     try:
-        for _ in range(3):  # again if another run, which saw the same damage, has dropped the one just built
+        for _ in range(3):  # again if another run, which saw the same damage, has removed the new one
             if (store := _read(folder)) is not None:
                 return store
-            _remove_abandoned(folder.parent)
             _build(folder, files, size, resize)
     except OSError as error:
         raise UserError(
@@ -82,7 +77,7 @@ def _read(folder: Path) -> Store | None:
         intact = False
     if not intact:
         warnings.warn(f"{folder}: the decoded images were damaged; decoding them again", stacklevel=3)
-        _drop(folder)
+        remove_folder(folder)
         return None
     shape = (len(meta["digests"]), meta["size"], meta["size"])
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if shape[0] else np.zeros(shape, np.uint8)
@@ -99,35 +94,14 @@ def _checksum(images: Path, meta: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _drop(folder: Path) -> None:
-    """Renamed first: a folder half removed must not be found, and another run may be dropping it, too."""
-    work = _work_folder(folder.parent)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(work / "damaged")
-    shutil.rmtree(work)
-
-
-def _work_folder(parent: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{_BUILDING}-{os.getpid()}-", dir=parent))
-
-
 def _build(folder: Path, files: dict[str, Path], size: int, resize: str) -> None:
-    """Decode `files` into a temporary folder beside `folder` and rename it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Decode `files` into a new `folder`."""
     known = _nearest(folder.parent, set(files))
-    work = _work_folder(folder.parent)
-    try:
+    with new_folder(folder) as work:
         # Here and not around each decoding: the filters belong to the process, threads would restore each other's.
         with warnings.catch_warnings(action="ignore"):
             meta = _write_rows(work / "images.u8", size, _decode_all(files, size, resize, known))
         (work / "meta.json").write_text(json.dumps(meta))
-        work.chmod(0o755)
-        work.rename(folder)
-    except OSError:
-        if not (folder / "meta.json").exists():  # else another run was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # whatever ended it, Ctrl-C too; after the rename it is gone
 
 
 _Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
@@ -195,21 +169,3 @@ def _nearest(parent: Path, digests: set[str]) -> Store | None:
     stores = [store for path in parent.glob(f"{_FORMAT}-*/meta.json") if (store := _read(path.parent)) is not None]
     best = max(stores, key=lambda store: len(digests & store.rows.keys()), default=None)
     return best if best and digests & best.rows.keys() else None
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Drop the half-built folders of processes of this machine that are no more."""
-    for work in parent.glob(f"{_BUILDING}-*"):
-        start, pid, _ = work.name.rsplit("-", 2)
-        if start == _BUILDING and not _alive(int(pid)):  # not those of a host whose name merely starts like ours
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +49,35 @@ STRESSES: dict[str, dict[str, float]] = {
     "blurred": {"blur": 1.5},
     "compressed": {"quality": 20.0},
 }
+Batch = tuple[Tensor, Tensor]  # (what enters a stage [b, ...], labels int64 [b])
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLUR_RADIUS = 3
+_PLAIN_KEY = -1  # in the names of cached files, which earlier versions made too
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How images are shown: as stored, augmented as view `number`, or under the stress of that name."""
+
+    number: int | None = None
+    stress: str | None = None
+
+    def parameters(self, seed: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32] | None:
+        """The parameters [n, 8] of `augment` for images with these keys [n]; None where nothing is to be done."""
+        if self.stress is not None:
+            return stress_parameters(len(keys), self.stress)
+        return None if self.number is None else view_parameters(seed, keys, self.number)
+
+    def key(self, seed: int) -> tuple[int | str, ...]:
+        """What names this view in a cache: the seed matters only where it draws the parameters."""
+        if self.number is not None:
+            return seed, self.number
+        return (_PLAIN_KEY,) if self.stress is None else (self.stress,)
+
+
+PLAIN = View()
+STRESSED = tuple(View(stress=name) for name in STRESSES)
 
 
 def image_key(digest: str) -> int:

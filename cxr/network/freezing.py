@@ -15,8 +15,8 @@ from cxr.network.weights import StateDict
 from cxr.strategies import STAGES, Phase
 
 
-def obey(model: ResNet, phase: Phase) -> list[nn.Parameter]:
-    """Freeze the prefix (no gradients, eval mode, so that BatchNorm's buffers stay) and ready the suffix.
+def apply_phase(model: ResNet, phase: Phase) -> list[nn.Parameter]:
+    """Freeze the prefix (no gradients; eval mode, so that BatchNorm's buffers stay) and make the suffix trainable.
 
     Returns the parameters to optimise.
     """
@@ -55,7 +55,7 @@ def bit_sums(model: ResNet, stages: Iterable[str]) -> list[int]:
 
 
 def count_parameters(model: ResNet, stages: Iterable[str] = STAGES) -> int:
-    """How many numbers the stages learn."""
+    """The number of parameters of the stages."""
     return sum(p.numel() for s in stages for m in stage_modules(model, s) for p in m.parameters())
 
 

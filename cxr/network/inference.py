@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
-from cxr.data.batches import Batch
+from cxr.data.views import Batch
 from cxr.network.resnet import run_stages
 from cxr.strategies import STAGES
 

@@ -1,4 +1,4 @@
-"""A torchvision ResNet with two classes: its stages, its weights, obeying a phase, and the proof of freezing."""
+"""A torchvision ResNet with two classes: how it is built, and its stages."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from cxr.config import TrainConfig
 from cxr.data.load import Data
 from cxr.errors import UserError
 from cxr.network.freezing import checksum
-from cxr.storage import cache_folder, write_atomically
+from cxr.storage import Cache, write_atomically
 from cxr.strategies import HEAD
 from cxr.training.batch_source import pooled_features
 
@@ -29,7 +29,7 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
     names = data.manifest[["path", "group"]].to_csv(index=False)  # the fingerprint does not know them
     about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root))
     text = repr((*about, prefix, config.image_size, config.resize))
-    file = cache_folder(config.cache_dir) / "audits" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    file = Cache.open(config.cache_dir).audit(hashlib.sha256(text.encode()).hexdigest()[:24])
     findings = _kept(file)
     if findings is None:
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
@@ -39,7 +39,7 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):
         told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)
-        raise UserError(f"{data.root}: leaks across splits ({told}); mend the folders, or use --strict false")
+        raise UserError(f"{data.root}: leaks across splits ({told}); fix the folders, or use --strict false")
     return findings
 
 

@@ -17,7 +17,7 @@ from cxr.evaluation.report import Report, arrays_of, evaluate, format_interval, 
 from cxr.network.inference import infer
 from cxr.runs.messages import Say
 from cxr.runs.record import log_report
-from cxr.storage import cache_folder
+from cxr.storage import Cache
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import open_run
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, source_run
@@ -33,9 +33,9 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     card = predictor.card
     root, table, split = index_for_evaluation(data_dir)
     files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache_folder(cache_dir))
+    store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(cache_dir))
     if bad := bad_paths(table, store):
-        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; mend or remove them")
+        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
     table = table.assign(split=split)
     images = fingerprint(table)
     logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))

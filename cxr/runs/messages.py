@@ -13,13 +13,14 @@ from cxr.strategies import STRATEGIES
 from cxr.tracking import registry
 from cxr.tracking.tracker import Tracker
 from cxr.training.loop import EpochRecord
+from cxr.training.reuse import ReusePlan
 
 SPLIT_NAMES = {"val": "Validation", "test": "Test", "fold": "Held-out fold", "external": "External data"}
 Say = Callable[[str], object]
 
 
 def epoch_line(record: EpochRecord) -> str:
-    """An epoch for people; the star marks the best so far."""
+    """An epoch as one line; the star marks the best so far."""
     m = record.metrics
     line = (
         f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
@@ -29,13 +30,23 @@ def epoch_line(record: EpochRecord) -> str:
     return line + ("  *" if record.improved else "")
 
 
+def reuse_lines(plan: ReusePlan) -> list[str]:
+    """What is kept of each phase's frozen stages, a line per phase; the views that are kept, if any."""
+    lines = []
+    for each in plan.phases:
+        size = f" ({each.bytes / 1e6:.0f} MB)" if each.bytes else ""
+        base = f", from the outputs of phase {each.base}" if each.base else ""
+        lines.append(f"reuse, phase {each.phase}: {each.decision}{size}{base}")
+    return [*lines, *(["reuse: augmented images are kept in memory"] if plan.keeps_views else [])]
+
+
 def _proof_words(proof: FreezeProof) -> str:
     stages = ", ".join(proof.stages)
     return f"phase {proof.phase}: {stages} unchanged" if stages else f"phase {proof.phase}: nothing was frozen"
 
 
 def data_words(data: Data) -> str:
-    """What the images are and how many in each split, for people."""
+    """What the images are and how many are in each split."""
     counts = data.manifest["split"].value_counts()
     skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
     sizes = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", data.held_out))
@@ -47,7 +58,7 @@ def _kind_words(data: Data) -> str:
 
 
 def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
-    """Lines for a person: what came out, on what, where to look, what to run next."""
+    """The final lines of a run: the result, the data and weights, where to look, what to run next."""
     best, test, weights = result.best, result.test, result.weights
     name, ece = test.split, (test.before["ece"], test.values["ece"])
     shown = ("accuracy", "roc_auc", "recall", "specificity")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cxr.config import TrainConfig, flatten, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
-from cxr.storage import checkpoint_folder
+from cxr.storage import Cache
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
 
@@ -19,9 +21,14 @@ NO_TRAINING_RUNS = {
 }
 
 
+def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
+    """The folder with the checkpoints of a run that has this configuration."""
+    return Cache.open(config.cache_dir).checkpoints(run_id)
+
+
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is on this machine."""
-    folder = checkpoint_folder(config, run.run_id)
+    folder = checkpoints_of(config, run.run_id)
     same = all(run.params.get(key) == value for key, value in flatten(config).items())
     return same and ("val_loss" not in run.metrics or (folder / LAST).exists())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from cxr.config import TrainConfig, flatten
 from cxr.data.batches import eval_batches, make_split
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
-from cxr.data.views import STRESSES
+from cxr.data.views import STRESSES, Batch
 from cxr.errors import UserError
 from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
 from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_figures
@@ -27,16 +27,16 @@ from cxr.machine import Machine, cpu_has_bf16, describe, memory_explained, peak_
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
-from cxr.runs.messages import Say, data_words, epoch_line, summary
+from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.result import RunResult
-from cxr.runs.resume import recorded_config
-from cxr.storage import cache_folder, checkpoint_folder, exclusive
+from cxr.runs.resume import checkpoints_of, recorded_config
+from cxr.storage import Cache, exclusive
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.reading import Artifact, Tag
 from cxr.tracking.tracker import NullTracker, Tracker
 from cxr.training import distributed as parallel
-from cxr.training.batch_source import Activations
+from cxr.training.batch_source import BatchSource, SourceSettings
 from cxr.training.checkpoint import LAST, Checkpoints
 from cxr.training.loop import EpochRecord, Schedule, class_weights, fit
 
@@ -87,13 +87,13 @@ def run_tracked(
     with ExitStack() as stack:
         stack.enter_context(memory_explained())
         if existing:  # before it is opened: a run that another process trains must not be touched
-            stack.enter_context(exclusive(checkpoint_folder(config, existing)))
+            stack.enter_context(exclusive(checkpoints_of(config, existing)))
         tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=existing, parent=parent))
         if not existing:
-            stack.enter_context(exclusive(checkpoint_folder(config, tracker.run_id)))
+            stack.enter_context(exclusive(checkpoints_of(config, tracker.run_id)))
         result = run(config, tracker, say)
         lines = [*summary(config, tracker, result), result.registered]
-    shutil.rmtree(checkpoint_folder(config, tracker.run_id))
+    shutil.rmtree(checkpoints_of(config, tracker.run_id))
     say("\n" + "\n".join(lines))
     return result
 
@@ -128,7 +128,7 @@ def train_model(
     watch: Callable[[EpochRecord], object] = lambda record: None,
     label: str = "",
     runs: int = 1,
-) -> tuple[list[EpochRecord], Activations]:
+) -> tuple[list[EpochRecord], BatchSource]:
     """Run the loop and log each epoch, its metrics' names after `label`; returns the records and the batches' source.
 
     `watch` sees each record once it is logged, and may raise to end the run. `runs` like this one share activations.
@@ -139,25 +139,16 @@ def train_model(
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")
     records, logged = [], tracker.logged(f"{label}val_loss")
-    checkpoints = Checkpoints(checkpoint_folder(config, tracker.run_id) / label, parallel.rank() == 0)
+    checkpoints = Checkpoints(checkpoints_of(config, tracker.run_id) / label, parallel.rank() == 0)
     if logged and not (checkpoints.folder / LAST).exists():
         raise UserError(
             f"--resume {tracker.run_id}: {checkpoints.folder} holds no checkpoint of its {len(logged)} epochs; "
             "resume on the machine and with the --cache-dir that it had, or start a new run"
         )
-    schedule = Schedule(
-        config.epochs,
-        config.weight_decay,
-        config.step_size,
-        config.gamma,
-        config.patience,
-        machine.precision,
-        config.compile,
-    )
-    batches = source.train_batches, source.val_batches
-    stressed = source.stressed_batches if config.select == "stressed_val_loss" else None
+    for line in reuse_lines(source.plan):
+        say(line)
     with checkpoints:
-        for record in fit(model, config.phases, config.rates(), schedule, weights, *batches, checkpoints, stressed):
+        for record in fit(model, _schedule(config, machine), weights, source, checkpoints):
             records.append(record)
             # One that was logged and not yet saved when a run was broken off has been trained again; a GPU may differ.
             if logged.get(record.epoch) != record.metrics["val_loss"]:
@@ -168,31 +159,45 @@ def train_model(
     return records, source
 
 
+def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
+    return Schedule(
+        config.phases,
+        config.rates(),
+        config.epochs,
+        config.weight_decay,
+        config.step_size,
+        config.gamma,
+        config.patience,
+        machine.precision,
+        config.select,
+        config.compile,
+    )
+
+
 def _source(
     config: TrainConfig, data: Data, machine: Machine, model: ResNet, runs: int
-) -> tuple[Activations, torch.Tensor]:
-    """(the batches, the class weights [2]) of a training run, of which so many will share activations."""
+) -> tuple[BatchSource, torch.Tensor]:
+    """(the batches, the class weights [2]) of a training run; `runs` is the number of runs that share activations."""
     fold = config.fold_numbers()
     train, val = (make_split(data.manifest, data.store, name) for name in ("train", "val"))
-    source = Activations(
-        model,
-        train,
-        val,
+    settings = SourceSettings(
         config.batch_size,
         config.seed,
-        min(config.views, config.epochs * len(config.phases)),  # no more will be shown
+        min(config.views, config.epochs * len(config.phases)),  # no more are shown
         machine.precision,
         config.reuse_gb * 1e9,
-        lambda batches, total: tqdm(
-            batches, total=total, unit="step", leave=False, disable=True if parallel.rank() else None
-        ),
-        cache_folder(config.cache_dir) / "activations",
+        config.phases,
+        Cache.open(config.cache_dir),
         stressed=True,
         epochs=config.epochs,
         runs=max(runs, fold[1] if fold else 1),
-        phases=config.phases,
+        progress=_progress,
     )
-    return source, class_weights(train.labels)
+    return BatchSource(model, train, val, settings), class_weights(train.labels)
+
+
+def _progress(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
+    return tqdm(batches, total=total, unit="step", leave=False, disable=True if parallel.rank() else None)
 
 
 def _logits(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Float32:
@@ -222,10 +227,10 @@ def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -
 
 
 def _stressed(
-    config: TrainConfig, machine: Machine, model: ResNet, source: Activations, data: Data
+    config: TrainConfig, machine: Machine, model: ResNet, source: BatchSource, data: Data
 ) -> dict[str, float]:
     """The figures of the validation images under `STRESSES`: overall, and the loss under each."""
     phase = config.phases[-1]
-    logits, labels = infer(model, source.stressed_batches(phase), machine.precision, phase.trainable)
+    logits, labels = infer(model, source.stressed(phase), machine.precision, phase.trainable)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     return stressed_figures(logits, labels, weights, tuple(STRESSES))

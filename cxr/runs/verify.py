@@ -16,7 +16,7 @@ from cxr.config import TrainConfig
 from cxr.data.batches import make_split, straight_order, view_batches
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES
-from cxr.data.views import STRESSES
+from cxr.data.views import STRESSED, STRESSES
 from cxr.errors import UserError
 from cxr.evaluation.calibration import fit_calibration, margins_of
 from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, stressed_figures, weighted_loss
@@ -186,7 +186,7 @@ def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predic
     wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
     split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
     order = straight_order(split, config.batch_size)
-    seen = (batch for stress in STRESSES for batch in view_batches(split, order, 0, stress, device))
+    seen = (batch for view in STRESSED for batch in view_batches(split, order, 0, view, device))
     again = stressed_figures(*infer(predictor.model, seen), weights, tuple(STRESSES))
     # One image that falls on the other side moves a count, be the tolerance what it may.
     step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))

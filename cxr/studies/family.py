@@ -13,9 +13,9 @@ from cxr.data.load import read_data
 from cxr.machine import ready_machine
 from cxr.network.resnet import build_model
 from cxr.runs.messages import Say
-from cxr.runs.resume import can_continue
+from cxr.runs.resume import can_continue, checkpoints_of
 from cxr.runs.train import run_tracked
-from cxr.storage import checkpoint_folder, exclusive
+from cxr.storage import exclusive
 from cxr.tracking.nested import children, ending, join_parent, make_child, open_parent, unfinished_parent
 from cxr.tracking.reading import LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
@@ -44,7 +44,7 @@ def run_family(
     key = _family_key(members.values(), data.fingerprint, weights)
     tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
     run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})
-    with exclusive(checkpoint_folder(config, run_id)), ending(run_id):
+    with exclusive(checkpoints_of(config, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})
         existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(run_id)}

@@ -19,9 +19,9 @@ from cxr.errors import Pruned, Stopped
 from cxr.machine import Machine, memory_explained, seed_everything
 from cxr.network.resnet import build_model
 from cxr.runs.record import card_of
+from cxr.runs.resume import checkpoints_of
 from cxr.runs.train import train_model
 from cxr.serving.predictor import save_package
-from cxr.storage import checkpoint_folder
 from cxr.studies.optuna_study import ERROR, RUN, locked, suggest, trial_config
 from cxr.tracking.lifecycle import open_run
 from cxr.tracking.nested import AGAIN, keep_only
@@ -90,7 +90,7 @@ class TrialRunner:
                         wilcoxon = self.search.config.pruner == "WilcoxonPruner"
                         self._report(trial, values[-1] if wilcoxon else float(np.mean(values)), number, "seed")
         finally:
-            shutil.rmtree(checkpoint_folder(config, tracker.run_id), ignore_errors=True)
+            shutil.rmtree(checkpoints_of(config, tracker.run_id), ignore_errors=True)
         mean = float(np.mean(values))
         tracker.metrics({"objective": mean})
         return mean

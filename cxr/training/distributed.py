@@ -1,9 +1,8 @@
 """Several processes that train one model together (DistributedDataParallel), as torchrun starts them.
 
 Each takes its share of every batch; gradients, BatchNorm's statistics and the epoch's sums are those of the whole
-batch, so that the numbers are those of one process up to rounding (an epoch's last batch of fewer images than
-processes is left out). The first process (rank 0) alone logs and writes. In
-a process that is on its own, everything here does nothing.
+batch, so the numbers are those of one process up to rounding (an epoch's last batch is skipped if it has fewer images
+than processes). Only the first process (rank 0) logs and writes. In a single process, nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ PATIENCE = timedelta(hours=2)  # while the first process decodes and audits, the
 
 @contextmanager
 def joined(device_name: str) -> Iterator[None]:
-    """Within the block, this process is one of those that torchrun started; alone, it stays alone.
+    """Within the block, this process is a member of the group that torchrun started, if it started one.
 
-    An error leaves the group as it is: leaving it in order would wait for the others.
+    An error leaves the group open: leaving it in order would wait for the others.
     """
     if processes() == 1:
         yield
@@ -43,12 +42,12 @@ def joined(device_name: str) -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -68,7 +67,7 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def same(values: Tensor) -> Tensor:
+def broadcast(values: Tensor) -> Tensor:
     """The first process's values, in all of them; they must have one shape."""
     if size() > 1:
         values = values.contiguous()
@@ -77,23 +76,23 @@ def same(values: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if size() > 1:
         dist.barrier()
 
 
 def shares(order: list[Tensor]) -> list[Tensor]:
-    """This process's part of each batch of an epoch; a last batch with fewer images than processes is left out."""
+    """This process's part of each batch of an epoch; a last batch with fewer images than processes is skipped."""
     if size() == 1:
         return order
     return [torch.tensor_split(batch, size())[rank()] for batch in order if len(batch) >= size()]
 
 
-def together(module: nn.Module) -> nn.Module:
+def data_parallel(module: nn.Module) -> nn.Module:
     """The module, its gradients averaged over the processes."""
     if size() == 1:
         return module
-    # The buffers are equal as it is, as `share_batchnorm` sees to; torch 2.13 has given the option another name.
+    # `share_batchnorm` keeps the buffers equal; torch 2.13 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(module, **{option: False})  # type: ignore[arg-type]

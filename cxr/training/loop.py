@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.models import ResNet
 
-from cxr.data.batches import Batch
+from cxr.data.views import Batch
 from cxr.errors import FreezeError, UserError
-from cxr.network.freezing import FreezeProof, bit_sums, checksum, obey, stage_state
+from cxr.network.freezing import FreezeProof, apply_phase, bit_sums, checksum, stage_state
 from cxr.network.inference import autocast, infer
 from cxr.network.resnet import stage_modules
 from cxr.strategies import STAGES, Phase
@@ -28,9 +28,9 @@ from cxr.training.faster import Fast, Suffix
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One epoch. `epoch` counts on from 0 across phases; `proof` is there on a phase's last epoch.
+    """One epoch. `epoch` counts from 0 across phases; `proof` is set on a phase's last epoch.
 
-    `restored` is one of an earlier attempt, read from its checkpoint.
+    `restored` marks one that an earlier attempt trained, read from its checkpoint.
     """
 
     epoch: int
@@ -46,30 +46,56 @@ class EpochRecord:
         return {"epoch": self.epoch, "phase": self.phase, "improved": self.improved, **self.metrics}
 
 
+class Batches(Protocol):
+    """What `fit` trains and validates on: (features, labels) on the model's device.
+
+    Features are what enters the phase's first trainable stage. `enter` is called when a phase begins or is resumed.
+    """
+
+    def enter(self, phase: Phase) -> None:
+        """Prepare for a phase."""
+
+    def train(self, phase: Phase, epoch: int) -> Iterable[Batch]:
+        """One epoch of training batches."""
+
+    def val(self, phase: Phase) -> Iterable[Batch]:
+        """The validation split."""
+
+    def stressed(self, phase: Phase) -> Iterable[Batch]:
+        """The stressed validation split; asked for only where it selects."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How every phase trains: limits, Adam's L2 penalty, StepLR, the arithmetic (fp32, bf16, fp16), and what
-    makes its steps faster (`Fast`)."""
+    """How a run trains.
 
+    `phases` and the learning rate of each, in order; the maximum of epochs per phase; Adam's L2 penalty; StepLR; epochs
+    without improvement before a phase stops; precision (fp32, bf16, fp16); `select`, the validation metric that picks
+    the best epoch; `compile`, what makes steps faster (`Fast`).
+    """
+
+    phases: tuple[Phase, ...]
+    rates: tuple[float, ...]
     epochs: int
     weight_decay: float
     step_size: int
     gamma: float
     patience: int
     precision: str
+    select: str = "val_loss"
     compile: str = "none"
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where the loop is; together with tensors, optimizer and generators it is the complete state."""
+    """Where the loop is; with tensors, optimizer and generators it is the complete state."""
 
     phase: int = 0
     phase_epoch: int = 0
     epoch: int = 0
     phase_best: float = math.inf
     stale: int = 0
-    best_loss: float = math.inf  # or whatever else selects
+    best_loss: float = math.inf  # of the metric that selects
     best_epoch: int = -1
     best_files: list[str] = field(default_factory=list)
     base: str = ""
@@ -77,83 +103,124 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class PhaseTrainer:
+    """What trains one phase: optimizer, scheduler and scaler over what the phase trains, and the trainable stages."""
+
+    def __init__(self, model: ResNet, phase: Phase, rate: float, schedule: Schedule):
+        device = next(model.parameters()).device
+        trained = [module for stage in phase.trainable for module in stage_modules(model, stage)]
+        parallel.share_batchnorm([model] if phase.first == "stem" else trained, device)
+        parameters, decay = apply_phase(model, phase), schedule.weight_decay
+        self.optimizer = torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
+        self.frozen_bits = bit_sums(model, phase.frozen)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
+        suffix = Suffix(model, phase.trainable)
+        compiled = suffix if schedule.compile == "none" else Fast(suffix, schedule.compile)
+        self.suffix = parallel.data_parallel(compiled)
+
+    def state(self) -> dict[str, Any]:
+        """The state of optimizer, scheduler and scaler."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
 class Loop:
-    """What changes while a phase runs: model, optimizer, scheduler, scaler and progress."""
+    """The state of training: the model, where it is (`progress`), and what trains the phase under way (`trainer`).
+
+    Made at the start of the phase that `progress` names, with the model as it is then.
+    """
 
     def __init__(
         self,
         model: ResNet,
-        phases: tuple[Phase, ...],
-        rates: tuple[float, ...],
         schedule: Schedule,
         class_weights: Tensor,
+        data: Batches,
         checkpoints: Checkpoints,
-        select: str,
+        progress: Progress,
     ):
-        self.select = select
-        self.model, self.phases, self.rates = model, phases, rates
-        self.schedule, self.checkpoints = schedule, checkpoints
+        self.model, self.schedule, self.data, self.checkpoints = model, schedule, data, checkpoints
         self.device = next(model.parameters()).device
         self.class_weights = class_weights.to(self.device)
-        self.progress = Progress()
+        self.progress = progress
+        self.trainer = self._trainer()
 
     @property
     def phase(self) -> Phase:
         """The phase under way."""
-        return self.phases[self.progress.phase]
+        return self.schedule.phases[self.progress.phase]
 
-    def begin_phase(self) -> None:
-        """A new optimizer, scheduler and scaler over what the phase trains."""
-        schedule = self.schedule
-        trained = [module for stage in self.phase.trainable for module in stage_modules(self.model, stage)]
-        parallel.share_batchnorm([self.model] if self.phase.first == "stem" else trained, self.device)
-        self.optimizer = torch.optim.Adam(
-            obey(self.model, self.phase),
-            self.rates[self.progress.phase],
-            weight_decay=schedule.weight_decay,
-            fused=True,
-        )
-        self.bits = bit_sums(self.model, self.phase.frozen)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
-        suffix = Suffix(self.model, self.phase.trainable)
-        self.suffix = parallel.together(Fast(suffix, schedule.compile) if schedule.compile != "none" else suffix)
+    def _trainer(self) -> PhaseTrainer:
+        self.data.enter(self.phase)
+        return PhaseTrainer(self.model, self.phase, self.schedule.rates[self.progress.phase], self.schedule)
 
     def phase_is_over(self) -> bool:
         """Whether the epoch limit is reached or the patience is spent."""
         progress, schedule = self.progress, self.schedule
         return progress.phase_epoch >= schedule.epochs or progress.stale >= schedule.patience
 
-    def load(self, files: list[str]) -> None:
-        """Put saved tensors into the model."""
-        self.checkpoints.flush()
-        parallel.wait()  # for the first process's files
-        self.model.load_state_dict(self.checkpoints.load_tensors(files), strict=False)
+    def begin_phase(self, index: int) -> None:
+        """Begin a phase from the best checkpoint so far, and note what must not change."""
+        load_tensors(self.model, self.checkpoints, self.progress.best_files)
+        _begin(self.progress, index, self.model, self.phases[index], self.checkpoints)
+        self.trainer = self._trainer()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases, in order."""
+        return self.schedule.phases
 
     def save(self) -> None:
         """Write the complete state, while the next epoch trains."""
         state = {
             "progress": asdict(self.progress),
             "tensors": stage_state(self.model, self.phase.trainable),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.trainer.state(),
             "generators": _generators(self.device),
         }
         self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a state that `save` wrote."""
-        self.progress = Progress(**state["progress"])
-        self.load([self.progress.base])
-        self.model.load_state_dict(state["tensors"], strict=False)
-        self.begin_phase()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["generators"]["cpu"])
-        if "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+def load_tensors(model: ResNet, checkpoints: Checkpoints, files: list[str]) -> None:
+    """Load saved tensors into the model."""
+    checkpoints.flush()
+    parallel.wait()  # for the files of the first process
+    model.load_state_dict(checkpoints.load_tensors(files), strict=False)
+
+
+def _begin(progress: Progress, index: int, model: ResNet, phase: Phase, checkpoints: Checkpoints) -> None:
+    """Set `progress` to the start of a phase with the model as it is."""
+    progress.phase, progress.phase_epoch, progress.stale, progress.phase_best = index, 0, 0, math.inf
+    progress.base = checkpoints.save_tensors(f"base-{index}", stage_state(model, STAGES))
+    progress.before = checksum(model, phase.frozen)
+
+
+def _start(model: ResNet, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints) -> Loop:
+    """The loop at its start, or where the checkpoint that `Loop.save` wrote says."""
+    state = checkpoints.load()
+    if state is None:
+        progress = Progress()
+        _begin(progress, 0, model, schedule.phases[0], checkpoints)
+        return Loop(model, schedule, class_weights, data, checkpoints, progress)
+    progress = Progress(**state["progress"])
+    load_tensors(model, checkpoints, [progress.base])
+    model.load_state_dict(state["tensors"], strict=False)
+    loop = Loop(model, schedule, class_weights, data, checkpoints, progress)
+    loop.trainer.load(state)
+    torch.set_rng_state(state["generators"]["cpu"])
+    if "cuda" in state["generators"]:
+        torch.cuda.set_rng_state(state["generators"]["cuda"], loop.device)
+    return loop
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -164,41 +231,25 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def fit(
-    model: ResNet,
-    phases: tuple[Phase, ...],
-    rates: tuple[float, ...],
-    schedule: Schedule,
-    class_weights: Tensor,
-    train_data: Callable[[Phase, int], Iterable[Batch]],
-    val_data: Callable[[Phase], Iterable[Batch]],
-    checkpoints: Checkpoints,
-    stressed_data: Callable[[Phase], Iterable[Batch]] | None = None,
+    model: ResNet, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints
 ) -> Iterator[EpochRecord]:
-    """Train through all phases and leave the best checkpoint (lowest validation loss) in the model.
+    """Train through all phases and leave the best checkpoint (lowest `schedule.select`) in the model.
 
-    With `stressed_data`, the loss over that, `stressed_val_loss`, selects in its place, and stops a phase early.
-
-    `train_data(phase, epoch)` and `val_data(phase)` give (features, labels) on the model's device; features are what
-    enters the phase's first trainable stage. A folder with a checkpoint is taken up where it stopped: the records it
-    already gave are given again, then the loop goes on. A record is given while its checkpoint is written; the one of
-    the record before is there (`Checkpoints`). Raises `FreezeError` when something frozen moved, `UserError` when the
-    loss is no longer finite or a checkpoint cannot be written.
+    If the checkpoint folder holds a state, training resumes from it: the records up to there are yielded again first. A
+    record is yielded while its checkpoint is written; that of the record before is complete (`Checkpoints`). Raises
+    `FreezeError` when a frozen stage changed, `UserError` when the loss is not finite or a checkpoint cannot be
+    written.
     """
-    select = "stressed_val_loss" if stressed_data else "val_loss"
-    loop = Loop(model, phases, rates, schedule, class_weights, checkpoints, select)
-    if state := checkpoints.load():
-        loop.restore(state)
-        yield from (_record_from(row) for row in loop.progress.history)
-    else:
-        _enter_phase(loop, 0)
+    loop = _start(model, schedule, class_weights, data, checkpoints)
+    yield from (_record_from(row) for row in loop.progress.history)
     while True:
         while not loop.phase_is_over():
-            yield _epoch(loop, train_data, val_data, stressed_data)
-        if loop.progress.phase + 1 == len(phases):
+            yield _epoch(loop)
+        if loop.progress.phase + 1 == len(loop.phases):
             break
-        _enter_phase(loop, loop.progress.phase + 1)
-    loop.load(loop.progress.best_files)
-    parallel.wait()  # whoever removes the files next
+        loop.begin_phase(loop.progress.phase + 1)
+    load_tensors(model, checkpoints, loop.progress.best_files)
+    parallel.wait()  # the files may be removed now
     model.eval()
 
 
@@ -207,32 +258,17 @@ def _record_from(row: dict[str, Any]) -> EpochRecord:
     return EpochRecord(**{**row, "proof": FreezeProof(**proof) if proof else None, "restored": True})
 
 
-def _enter_phase(loop: Loop, index: int) -> None:
-    """Start from the best so far, and note what must not change."""
-    progress = loop.progress
-    if progress.best_files:
-        loop.load(progress.best_files)
-    progress.phase, progress.phase_epoch, progress.stale, progress.phase_best = index, 0, 0, math.inf
-    progress.base = loop.checkpoints.save_tensors(f"base-{index}", stage_state(loop.model, STAGES))
-    progress.before = checksum(loop.model, loop.phase.frozen)
-    loop.begin_phase()
-
-
-def _epoch(
-    loop: Loop,
-    train_data: Callable[[Phase, int], Iterable[Batch]],
-    val_data: Callable[[Phase], Iterable[Batch]],
-    stressed_data: Callable[[Phase], Iterable[Batch]] | None,
-) -> EpochRecord:
-    progress = loop.progress
+def _epoch(loop: Loop) -> EpochRecord:
+    progress, data = loop.progress, loop.data
     started = time.perf_counter()
-    rate = loop.optimizer.param_groups[0]["lr"]
-    train_loss, train_accuracy, images = _train(loop, train_data(loop.phase, progress.epoch))
+    rate = loop.trainer.optimizer.param_groups[0]["lr"]
+    train_loss, train_accuracy, images = _train(loop, data.train(loop.phase, progress.epoch))
     trained = time.perf_counter()
-    val_loss, val_accuracy, val_roc_auc = _validate(loop, val_data(loop.phase))
-    stressed = {"stressed_val_loss": _validate(loop, stressed_data(loop.phase))[0]} if stressed_data else {}
+    val_loss, val_accuracy, val_roc_auc = _validate(loop, data.val(loop.phase))
+    selects_stressed = loop.schedule.select == "stressed_val_loss"
+    stressed = {"stressed_val_loss": _validate(loop, data.stressed(loop.phase))[0]} if selects_stressed else {}
     evaluated = time.perf_counter()
-    loop.scheduler.step()
+    loop.trainer.scheduler.step()
     metrics = {
         "train_loss": train_loss,
         "val_loss": val_loss,
@@ -250,7 +286,7 @@ def _epoch(
 
 
 def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
-    if not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss", loop.select)):
+    if not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss", loop.schedule.select)):
         option = f"--{loop.phase.lr.replace('_', '-')}"
         raise UserError(
             f"training diverged in phase {loop.phase.name}, epoch {loop.progress.epoch}: the loss is not finite; "
@@ -259,12 +295,12 @@ def _require_finite(metrics: dict[str, float], loop: Loop) -> None:
 
 
 def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
-    """Prove the freezing, judge the epoch, keep what is best, save, and report."""
+    """Prove the freezing, compare the epoch with the best so far, save, and return its record."""
     progress = loop.progress
     loop.checkpoints.flush()  # of the epoch before: no more than one may wait
-    # In every epoch, so that nothing is saved of a network whose frozen part moved.
-    _require_frozen(loop, bit_sums(loop.model, loop.phase.frozen) == loop.bits)
-    judged = metrics[loop.select]
+    # In every epoch, so that a network whose frozen part changed is never saved.
+    _require_frozen(loop, bit_sums(loop.model, loop.phase.frozen) == loop.trainer.frozen_bits)
+    judged = metrics[loop.schedule.select]
     improved = judged < progress.best_loss
     if improved:
         progress.best_loss, progress.best_epoch = judged, progress.epoch
@@ -291,25 +327,25 @@ def _require_frozen(loop: Loop, unmoved: bool) -> None:
     if not unmoved:
         raise FreezeError(
             f"phase {loop.phase.name}: a frozen stage ({', '.join(loop.phase.frozen)}) changed while it trained; "
-            "the run's result is void"
+            "the result of this run is invalid"
         )
 
 
 def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     """One pass. Returns (weighted loss, accuracy, images); the sums stay on the device until the end."""
-    obey(loop.model, loop.phase)
-    sums = torch.zeros(3, device=loop.device)  # of losses, class weights, right answers
-    images = 0
+    apply_phase(loop.model, loop.phase)
+    sums = torch.zeros(3, device=loop.device)  # of losses, class weights, correct predictions
+    images, trainer = 0, loop.trainer
     for features, labels in batches:
         with autocast(loop.device, loop.schedule.precision):
-            logits = loop.suffix(features).float()
+            logits = trainer.suffix(features).float()
         losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
         weight = loop.class_weights[labels].sum()
         share = parallel.summed(weight.clone()) / parallel.size()  # gradients are averaged over the processes
-        loop.optimizer.zero_grad()
-        loop.scaler.scale(losses.sum() / share).backward()  # type: ignore[no-untyped-call]
-        loop.scaler.step(loop.optimizer)
-        loop.scaler.update()
+        trainer.optimizer.zero_grad()
+        trainer.scaler.scale(losses.sum() / share).backward()  # type: ignore[no-untyped-call]
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
         right = (logits.detach().argmax(1) == labels).sum()
         sums += torch.stack([losses.detach().sum(), weight, right])
         images += len(labels)
@@ -320,7 +356,7 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
 def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float]:
     """(weighted loss, accuracy, ROC-AUC) in eval mode."""
     logits, labels = infer(loop.model, batches, loop.schedule.precision, loop.phase.trainable)
-    logits = parallel.same(logits.to(loop.device)).cpu()  # what follows from them must follow in every process
+    logits = parallel.broadcast(logits.to(loop.device)).cpu()  # every process must decide alike
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()

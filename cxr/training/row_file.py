@@ -1,6 +1,6 @@
-"""What a frozen prefix gave for each image, kept in files of the cache folder and shared by runs, trials and folds.
+"""The outputs of a frozen prefix for each image, in files of the cache folder that runs, trials and folds share.
 
-A file holds one prefix's output for one view, a row for each image of the store, filled as they are needed. A row's
+A file holds one prefix's output for one view, a row for each image of the store, filled as needed. A row's
 value is a function of the file's key alone, so that processes may fill the same file at the same time.
 """
 
@@ -26,8 +26,8 @@ _FILLED = 1 << 32  # a row's check is this and the crc32 of its bytes; 0 for a r
 _SAME_SIZE = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def shelf_key(*parts: object) -> str:
-    """A folder's name from all that the rows depend on."""
+def row_file_name(*parts: object) -> str:
+    """The name of a row file's folder, from all that the rows depend on."""
     return hashlib.sha256(repr((VERSION, torch.__version__, *parts)).encode()).hexdigest()[:24]
 
 
@@ -38,7 +38,7 @@ class RowFile:
         channels, height, width = shape
         self.folder, self.stored, self.dtype = folder, (rows, height, width, channels), dtype
         self.size = channels * height * width * dtype.itemsize
-        self._known = np.zeros(rows, bool)  # rows whose checksum this process has seen to hold
+        self._known = np.zeros(rows, bool)  # rows whose checksum this process has verified
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, length in ((_VALUES, rows * self.size), (_CHECKS, rows * 8)):
@@ -55,7 +55,7 @@ class RowFile:
         self.values = torch.from_numpy(values).view(dtype).permute(0, 3, 1, 2)
 
     def missing(self, wanted: Rows) -> Rows:
-        """Those of the rows that are not there, or damaged."""
+        """Those of the rows that are missing or damaged."""
         unseen = wanted[~self._known[wanted]]
         if not len(unseen):
             return unseen

@@ -16,7 +16,8 @@ from cxr.data.batches import Split, XrayDataset, epoch_order, eval_batches, make
 from cxr.data.kaggle import index_folder
 from cxr.data.splits import assign_splits
 from cxr.data.store import Store, open_store
-from cxr.data.views import augment, image_key, to_input, view_parameters
+from cxr.data.views import PLAIN, View, augment, image_key, to_input, view_parameters
+from cxr.storage import Cache
 
 CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def test_an_item_and_a_batch_give_image_label_and_position() -> None:
 def test_batches_are_in_the_given_order_and_not_augmented_without_a_view() -> None:
     split = make(6)
     order = [torch.tensor([5, 0]), torch.tensor([3])]
-    batches = list(view_batches(split, order, 0, None, CPU))
+    batches = list(view_batches(split, order, 0, PLAIN, CPU))
     assert [labels.tolist() for _, labels in batches] == [[1, 0], [1]]
     for (inputs, _), positions in zip(batches, order, strict=True):
         stored = torch.from_numpy(split.dataset.images[split.dataset.rows[positions.numpy()]])
@@ -80,15 +81,15 @@ def test_batches_are_in_the_given_order_and_not_augmented_without_a_view() -> No
 
 def test_an_image_looks_the_same_in_any_order_and_batch() -> None:
     split = make(6)
-    straight = torch.cat([x for x, _ in view_batches(split, straight_order(split, 6), 1, 2, CPU)])
+    straight = torch.cat([x for x, _ in view_batches(split, straight_order(split, 6), 1, View(2), CPU)])
     order = [torch.tensor([5, 0, 3, 1]), torch.tensor([2, 4])]
-    shuffled = torch.cat([x for x, _ in view_batches(split, order, 1, 2, CPU)])
+    shuffled = torch.cat([x for x, _ in view_batches(split, order, 1, View(2), CPU)])
     assert torch.equal(shuffled, straight[torch.cat(order)])
 
 
 def test_a_view_is_that_of_the_images_own_key() -> None:
     split = make(3)
-    ((inputs, _),) = view_batches(split, straight_order(split, 3), 7, 1, CPU)
+    ((inputs, _),) = view_batches(split, straight_order(split, 3), 7, View(1), CPU)
     stored = torch.from_numpy(split.dataset.images[split.dataset.rows])
     expected = to_input(augment(stored, torch.from_numpy(view_parameters(7, split.keys, 1))))
     assert torch.equal(inputs, expected)
@@ -97,8 +98,8 @@ def test_a_view_is_that_of_the_images_own_key() -> None:
 @pytest.mark.parametrize(("seed", "view"), [(1, 0), (0, 1)])
 def test_another_seed_or_view_looks_different(seed: int, view: int) -> None:
     split = make(2)
-    ((first, _),) = view_batches(split, straight_order(split, 2), 0, 0, CPU)
-    ((other, _),) = view_batches(split, straight_order(split, 2), seed, view, CPU)
+    ((first, _),) = view_batches(split, straight_order(split, 2), 0, View(0), CPU)
+    ((other, _),) = view_batches(split, straight_order(split, 2), seed, View(view), CPU)
     assert not torch.equal(first, other)
 
 
@@ -114,7 +115,7 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
 def real(phantoms: Path, own_cache: Path) -> tuple[pd.DataFrame, Store]:
     table = assign_splits(index_folder(phantoms), "grouped", 0.2, 0)
     files = [phantoms / path for path in table["path"]]
-    return table, open_store(files, list(table["digest"]), 32, "squash", own_cache)
+    return table, open_store(files, list(table["digest"]), 32, "squash", Cache(own_cache))
 
 
 def test_the_splits_of_a_folder_hold_its_images_in_the_manifests_order(real: tuple[pd.DataFrame, Store]) -> None:
@@ -148,10 +149,10 @@ def test_batches_from_the_devices_own_memory_are_the_same(
     """What a GPU does, on the CPU."""
     train, cpu = splits[0], torch.device("cpu")
     order = epoch_order(len(train), 8, 3, 0)
-    loaded = list(view_batches(train, order, 3, 1, cpu))
+    loaded = list(view_batches(train, order, 3, View(1), cpu))
     monkeypatch.setattr(dataset, "fits_on", lambda device, split: True)
     monkeypatch.setattr(dataset, "_load", lambda *arguments: pytest.fail("went through the loader"))
-    for (images, labels), (others, again) in zip(loaded, view_batches(train, order, 3, 1, cpu), strict=True):
+    for (images, labels), (others, again) in zip(loaded, view_batches(train, order, 3, View(1), cpu), strict=True):
         assert torch.equal(images, others)
         assert torch.equal(labels, again)
 

@@ -28,6 +28,7 @@ from cxr.data.decode import ImageError, check_shape, decode_gray
 from cxr.data.kaggle import digest_files
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
+from cxr.storage import Cache, remove_folder
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -212,7 +213,7 @@ def make_files(folder: Path, count: int, start: int = 0) -> list[Path]:
 
 
 def build(paths: list[Path], cache: Path) -> Store:
-    return open_store(paths, digest_files(paths), 32, "squash", cache)
+    return open_store(paths, digest_files(paths), 32, "squash", Cache(cache))
 
 
 def folder_of(cache: Path) -> Path:
@@ -283,7 +284,7 @@ def test_another_size_or_resize_is_another_store(tmp_path: Path, own_cache: Path
     paths = make_files(tmp_path / "data", 1)
     digests = digest_files(paths)
     for size, resize in ((32, "squash"), (48, "squash"), (32, "crop"), (32, "pad")):
-        images = open_store(paths, digests, size, resize, own_cache).images
+        images = open_store(paths, digests, size, resize, Cache(own_cache)).images
         np.testing.assert_array_equal(images[0], decode(paths[0].read_bytes(), size, resize))
     assert len(list(own_cache.glob("store/*/*/images.u8"))) == 4
 
@@ -348,10 +349,10 @@ def test_a_file_changed_while_we_looked_is_refused_and_nothing_is_kept(tmp_path:
     for change in (lambda: paths[0].write_bytes(encode(noise(40, 48, seed=7))), paths[0].unlink):
         change()
         with pytest.raises(UserError, match=f"{paths[0]}: changed or vanished"):
-            open_store(paths, digests, 32, "squash", own_cache)
+            open_store(paths, digests, 32, "squash", Cache(own_cache))
         assert not list(own_cache.glob("store/*/*"))
     paths[0].write_bytes(original)
-    assert_right(open_store(paths, digests, 32, "squash", own_cache), paths)
+    assert_right(open_store(paths, digests, 32, "squash", Cache(own_cache)), paths)
 
 
 def flip(path: Path, at: int) -> None:
@@ -411,7 +412,7 @@ def test_a_store_that_another_run_drops_is_built_once_more(
         original(folder, *args)
         if drops:
             drops.pop()
-            module._drop(folder)
+            remove_folder(folder)
 
     monkeypatch.setattr(module, "_build", build_and_lose)
     assert_right(build(paths, own_cache), paths)
@@ -419,7 +420,7 @@ def test_a_store_that_another_run_drops_is_built_once_more(
 
 
 def test_dropping_what_another_run_has_dropped_is_no_error(tmp_path: Path) -> None:
-    module._drop(tmp_path / "gone")
+    remove_folder(tmp_path / "gone")
     assert not list(tmp_path.iterdir())
 
 
@@ -504,7 +505,7 @@ def test_a_full_disk_is_said_and_nothing_is_left_behind(
     else:
         monkeypatch.setattr(*((os, "fsync", full) if step == "fsync" else (Path, "write_text", full)))
     with pytest.raises(UserError, match=rf"{own_cache}.*No space left on device.*--cache-dir"):
-        open_store(paths, digests, 32, "squash", own_cache)
+        open_store(paths, digests, 32, "squash", Cache(own_cache))
     monkeypatch.undo()
     assert not list(own_cache.glob("store/*/*"))
     assert_right(build(paths, own_cache), paths)

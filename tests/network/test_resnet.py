@@ -19,7 +19,7 @@ from torchvision.models import ResNet
 
 from cxr.config import ARCHS
 from cxr.errors import UserError
-from cxr.network.freezing import bit_sums, checksum, count_parameters, obey, stage_state
+from cxr.network.freezing import apply_phase, bit_sums, checksum, count_parameters, stage_state
 from cxr.network.inference import autocast, folded
 from cxr.network.resnet import build_model, run_stages, stage_modules
 from cxr.network.weights import fit_weights
@@ -222,9 +222,9 @@ def test_downloaded_weights_are_used_without_running_code_and_with_a_timeout(
 
 
 @pytest.mark.parametrize("phase", [HEAD, TOP, ALL])
-def test_obey_freezes_the_prefix_and_readies_the_suffix(tiny: ResNet, phase: Phase) -> None:
-    parameters = obey(tiny, ALL)
-    parameters = obey(tiny, phase)
+def test_applying_a_phase_freezes_the_prefix_and_readies_the_suffix(tiny: ResNet, phase: Phase) -> None:
+    parameters = apply_phase(tiny, ALL)
+    parameters = apply_phase(tiny, phase)
     assert sum(p.numel() for p in parameters) == count_parameters(tiny, phase.trainable)
     for stage in STAGES:
         trains = stage in phase.trainable
@@ -235,7 +235,7 @@ def test_obey_freezes_the_prefix_and_readies_the_suffix(tiny: ResNet, phase: Pha
 
 @pytest.mark.parametrize("phase", [HEAD, TOP, ALL])
 def test_a_training_step_moves_the_suffix_alone(tiny: ResNet, phase: Phase) -> None:
-    optimizer = torch.optim.SGD(obey(tiny, phase), 0.1)
+    optimizer = torch.optim.SGD(apply_phase(tiny, phase), 0.1)
     before = {stage: checksum(tiny, [stage]) for stage in STAGES}
     nn.functional.cross_entropy(tiny(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 0, 1])).backward()
     optimizer.step()

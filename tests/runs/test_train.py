@@ -61,16 +61,16 @@ def test_the_cache_changes_no_number(tiny: TrainConfig, own_cache: Path) -> None
 def test_a_run_whose_freezing_is_broken_fails(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from cxr.training import loop as train
 
-    obey = train.obey
+    apply_phase = train.apply_phase
 
     def thaw_batchnorm(model: train.ResNet, phase: train.Phase) -> list[train.torch.nn.Parameter]:
-        parameters = obey(model, phase)
+        parameters = apply_phase(model, phase)
         model.bn1.train()  # and, unlike our own loop, send images through the whole model
         with train.torch.no_grad():
             model(train.torch.ones(2, 3, 64, 64))
         return parameters
 
-    monkeypatch.setattr(train, "obey", thaw_batchnorm)
+    monkeypatch.setattr(train, "apply_phase", thaw_batchnorm)
     with pytest.raises(FreezeError, match="stem"):
         run(replace(tiny, reuse_gb=0), NullTracker(), say=lambda line: None)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,27 +11,34 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr.data.batches import Split, epoch_order
-from cxr.network.freezing import obey
+from cxr.network.freezing import apply_phase
 from cxr.strategies import ALL, HEAD, TOP, Phase
-from cxr.training.batch_source import Activations
+from cxr.training import batch_source
+from cxr.training.batch_source import BatchSource, SourceSettings
+from cxr.training.reuse import Decision, PhaseReuse
 
 Splits = tuple[Split, Split]
 Batches = list[tuple[Tensor, Tensor]]
 BATCH, AMPLE = 8, 1e9
+NOT_KEPT = PhaseReuse("top", Decision.CHEAPER_AGAIN)
 
 
-def source(model: ResNet, splits: Splits, budget: float = AMPLE, views: int = 2, **options: Any) -> Activations:
-    return Activations(model, *splits, BATCH, 5, views, options.pop("precision", "fp32"), budget, **options)
+def source(model: ResNet, splits: Splits, budget: float = AMPLE, views: int = 2, **options: Any) -> BatchSource:
+    phases = options.pop("phases", (ALL, TOP, HEAD))  # in this order no phase starts from a later one
+    precision = options.pop("precision", "fp32")
+    return BatchSource(model, *splits, SourceSettings(BATCH, 5, views, precision, budget, phases, **options))
 
 
-def one_epoch(data: Activations, phase: Phase, epoch: int) -> Batches:
-    obey(data.model, phase)
-    return list(data.train_batches(phase, epoch))
+def one_epoch(data: BatchSource, phase: Phase, epoch: int) -> Batches:
+    apply_phase(data.model, phase)
+    data.enter(phase)
+    return list(data.train(phase, epoch))
 
 
-def validation(data: Activations, phase: Phase) -> Batches:
-    obey(data.model, phase)
-    return list(data.val_batches(phase))
+def validation(data: BatchSource, phase: Phase) -> Batches:
+    apply_phase(data.model, phase)
+    data.enter(phase)
+    return list(data.val(phase))
 
 
 def same(left: Batches, right: Batches) -> bool:
@@ -83,7 +91,7 @@ def test_labels_stay_with_their_images(tiny: ResNet, splits: Splits, budget: flo
 
 def test_a_view_seen_before_costs_nothing(tiny: ResNet, splits: Splits, seen: list[int]) -> None:
     data, (train, val) = source(tiny, splits, AMPLE), splits
-    for epoch, cost in enumerate([1 + len(train), len(train), 0, 0]):  # one image tells the size
+    for epoch, cost in enumerate([len(train), len(train), 0, 0]):
         seen.clear()
         one_epoch(data, TOP, epoch)
         assert sum(seen) == cost
@@ -142,7 +150,7 @@ def test_progress_is_shown_over_all_batches(tiny: ResNet, splits: Splits, budget
         shown.append((len(whole := list(batches)), total))
         return whole
 
-    one_epoch(source(tiny, splits, budget, wrap=wrap), HEAD, 0)
+    one_epoch(source(tiny, splits, budget, progress=wrap), HEAD, 0)
     assert shown
     assert all(count == total == -(-len(splits[0]) // BATCH) for count, total in shown)
 
@@ -165,8 +173,7 @@ def test_a_later_phase_is_not_kept_for_an_earlier_one_where_only_one_fits(tiny: 
     need = 4 * FEATURES * (2 * len(splits[0]) + len(splits[1]))  # of HEAD; TOP takes twice as much
     data = source(tiny, splits, need, phases=(HEAD, TOP))
     assert same(one_epoch(data, HEAD, 0), one_epoch(source(tiny, splits, 0), HEAD, 0))
-    assert data.prefixes["head"].kept
-    assert not data.prefixes["top"].kept
+    assert [each.decision for each in data.plan.phases] == [Decision.KEPT_IN_MEMORY, Decision.TOO_LARGE]
     assert data.prefixes["head"].base is None
 
 
@@ -175,9 +182,9 @@ def test_views_that_are_kept_are_the_same(
     tiny: ResNet, splits: Splits, views: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, afresh = source(tiny, splits, AMPLE, views, phases=(ALL,)), source(tiny, splits, 0, views)
-    assert (kept.keeps_views, afresh.keeps_views) == (True, False)
+    assert (kept.plan.keeps_views, afresh.plan.keeps_views) == (True, False)
     assert all(same(one_epoch(kept, ALL, epoch), one_epoch(afresh, ALL, epoch)) for epoch in range(2))
-    assert same(list(kept.stressed_batches(ALL)), list(afresh.stressed_batches(ALL)))
+    assert same(list(kept.stressed(ALL)), list(afresh.stressed(ALL)))
     monkeypatch.setattr("cxr.training.batch_source.grey_batches", None)
     assert same(one_epoch(kept, ALL, 2), one_epoch(afresh, ALL, 2))
 
@@ -185,11 +192,12 @@ def test_views_that_are_kept_are_the_same(
 def test_a_prefix_that_is_not_kept_sees_views_that_are(
     tiny: ResNet, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Activations, "pays", lambda self, prefix, need: False)
-    data, afresh = source(tiny, splits, AMPLE), source(tiny, splits, 0)
+    planned = batch_source.plan_reuse
+    monkeypatch.setattr(batch_source, "plan_reuse", lambda *about: replace(planned(*about), phases=(NOT_KEPT,)))
+    data, afresh = source(tiny, splits, AMPLE, phases=(TOP,)), source(tiny, splits, 0, phases=(TOP,))
     assert all(same(one_epoch(data, TOP, epoch), one_epoch(afresh, TOP, epoch)) for epoch in range(2))
     assert same(validation(data, TOP), validation(afresh, TOP))
-    assert not data.prefixes["top"].kept
+    assert not data.prefixes["top"].values
     monkeypatch.setattr("cxr.training.batch_source.grey_batches", None)
     assert same(one_epoch(data, TOP, 2), one_epoch(afresh, TOP, 2))
     assert same(validation(data, TOP), validation(afresh, TOP))

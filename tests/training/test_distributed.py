@@ -32,7 +32,7 @@ def images() -> torch.Tensor:
 def one_step(net: nn.Sequential, shown: torch.Tensor) -> dict[str, torch.Tensor]:
     """State and gradients after a forward and a backward pass; the loss is a sum over the images."""
     net.train()
-    wrapped = parallel.together(net)  # held: the gradients are averaged as long as it lives
+    wrapped = parallel.data_parallel(net)  # held: the gradients are averaged as long as it lives
     wrapped(shown).pow(2).sum().backward()
     found = {name: value.detach().clone() for name, value in net.state_dict().items()}
     return found | {f"grad.{name}": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -45,7 +45,7 @@ def half_a_step(rank: int, meeting: str, out: str) -> None:
     parallel.share_batchnorm([net], torch.device("cpu"))
     (mine,) = parallel.shares([torch.arange(7)])
     found = one_step(net, images()[mine])
-    found["rank 0's"] = parallel.same(torch.tensor([float(rank)]))
+    found["rank 0's"] = parallel.broadcast(torch.tensor([float(rank)]))
     found["sum"] = parallel.summed(torch.tensor([1.0 + rank]))
     found["agreed"] = torch.tensor(parallel.agreed([rank]))
     found["images"] = mine
@@ -69,7 +69,7 @@ def test_two_processes_take_the_step_that_one_takes(tmp_path: Path) -> None:
 def test_alone_nothing_is_shared_out_or_wrapped() -> None:
     order, net = epoch_order(10, 4, 0, 0), network()
     assert parallel.shares(order) is order
-    assert parallel.together(net) is net
+    assert parallel.data_parallel(net) is net
     parallel.share_batchnorm([net], torch.device("cpu"))
     assert type(net[1]) is nn.BatchNorm2d
     with parallel.joined("cpu"):

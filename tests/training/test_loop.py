@@ -22,13 +22,13 @@ from torchvision.models import ResNet
 
 from cxr.data.batches import Split, XrayDataset, eval_batches
 from cxr.errors import FreezeError, UserError
-from cxr.network.freezing import checksum, obey, stage_state
+from cxr.network.freezing import apply_phase, checksum, stage_state
 from cxr.network.inference import infer
 from cxr.network.resnet import run_stages
 from cxr.network.weights import StateDict
 from cxr.strategies import HEAD, STAGES, STRATEGIES, TOP, Phase
 from cxr.training import loop as train_module
-from cxr.training.batch_source import Activations
+from cxr.training.batch_source import BatchSource, SourceSettings
 from cxr.training.checkpoint import LAST, Checkpoints
 from cxr.training.faster import Fast, Suffix
 from cxr.training.loop import EpochRecord, Schedule, class_weights, fit
@@ -37,9 +37,9 @@ Splits = tuple[Split, Split]
 Batch = tuple[Tensor, Tensor]
 TrainData = Callable[[Phase, int], Iterable[Batch]]
 ValData = Callable[[Phase], Iterable[Batch]]
-SCHEDULE = Schedule(epochs=2, weight_decay=0.0, step_size=1, gamma=0.5, patience=5, precision="fp32")
 GRADUAL = STRATEGIES["gradual"]
 RATES = {"head": 1e-2, "top": 3e-3, "all": 1e-3}
+SCHEDULE = Schedule(GRADUAL, tuple(RATES.values()), 2, 0.0, step_size=1, gamma=0.5, patience=5, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +68,12 @@ def start(
     **changes: Any,
 ) -> Iterator[EpochRecord]:
     """`fit` as the pipeline calls it, in batches of four and with two views."""
-    schedule = replace(SCHEDULE, **changes)
-    source = Activations(model, *data, 4, 0, 2, schedule.precision, budget)
+    schedule = replace(SCHEDULE, phases=phases, rates=tuple(rates[phase.name] for phase in phases), **changes)
+    source = BatchSource(model, *data, SourceSettings(4, 0, 2, schedule.precision, budget, phases))
+    source.train = wrap_train(source.train)  # type: ignore[method-assign]
+    source.val = wrap_val(source.val)  # type: ignore[method-assign]
     with Checkpoints(folder) as checkpoints:
-        yield from fit(
-            model,
-            phases,
-            tuple(rates[phase.name] for phase in phases),
-            schedule,
-            class_weights(data[0].labels),
-            wrap_train(source.train_batches),
-            wrap_val(source.val_batches),
-            checkpoints,
-        )
+        yield from fit(model, schedule, class_weights(data[0].labels), source, checkpoints)
 
 
 def clone(state: StateDict) -> StateDict:
@@ -162,12 +155,12 @@ def test_batchnorm_left_in_train_mode_is_found_out(
     tiny: ResNet, few: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def careless(model: ResNet, phase: Phase) -> list[torch.nn.Parameter]:
-        parameters = obey(model, phase)
+        parameters = apply_phase(model, phase)
         model.train()  # what others do: no gradients, but BatchNorm goes on counting
         model(torch.ones(2, 3, 32, 32))
         return parameters
 
-    monkeypatch.setattr(train_module, "obey", careless)
+    monkeypatch.setattr(train_module, "apply_phase", careless)
     with pytest.raises(FreezeError, match=r"phase top: .*stem, layer1, layer2, layer3"):
         list(start(tiny, few, tmp_path, (TOP,), budget=0))
 
@@ -189,9 +182,9 @@ def test_a_frozen_number_that_moves_ends_the_run_in_that_epoch(
     records = start(tiny, few, tmp_path, (TOP,), wrap_train=perturb, epochs=5)
     next(records)
     saved = (tmp_path / LAST).read_bytes()
-    with pytest.raises(FreezeError, match="void"):
+    with pytest.raises(FreezeError, match="invalid"):
         next(records)
-    assert (tmp_path / LAST).read_bytes() == saved  # nothing was kept of what is void
+    assert (tmp_path / LAST).read_bytes() == saved  # nothing of the invalid state was saved
 
 
 @pytest.fixture(scope="module")
@@ -286,8 +279,9 @@ def test_class_weights_are_balanced(normal: int, pneumonia: int) -> None:
 def test_the_losses_are_weighted_means_over_all_images(tiny: ResNet, few: Splits, tmp_path: Path) -> None:
     initial = copy.deepcopy(tiny).eval()
     (record,) = start(tiny, few, tmp_path, (HEAD,), rates={"head": 1e-12}, epochs=1)
-    source = Activations(initial, *few, 4, 0, 2, "fp32", 0)
-    for name, batches in (("train", source.train_batches(HEAD, 0)), ("val", source.val_batches(HEAD))):
+    source = BatchSource(initial, *few, SourceSettings(4, 0, 2, "fp32", 0, (HEAD,)))
+    source.enter(HEAD)
+    for name, batches in (("train", source.train(HEAD, 0)), ("val", source.val(HEAD))):
         logits, labels = infer(initial, batches, "fp32", ["fc"])
         expected = F.cross_entropy(logits, labels, class_weights(few[0].labels)).item()
         assert record.metrics[f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
@@ -485,7 +479,7 @@ def test_recorded_steps_leave_batchnorm_as_it_was(tiny: ResNet, monkeypatch: pyt
         return lambda features: torch.full((len(features), 2), 7.0)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    obey(tiny, TOP)
+    apply_phase(tiny, TOP)
     before = clone(tiny.state_dict())
     fast = Fast(Suffix(tiny, TOP.trainable), "graphs")
     features = torch.randn(4, FEATURES // 2, 2, 2)

@@ -14,12 +14,12 @@ from torchvision.models import ResNet
 
 from cxr.data.batches import Split
 from cxr.errors import UserError
-from cxr.network.freezing import obey
-from cxr.storage import contents, exclusive, make_room
+from cxr.network.freezing import apply_phase
+from cxr.storage import Cache, exclusive
 from cxr.strategies import HEAD, TOP, Phase
-from cxr.training import batch_source as activations
-from cxr.training.batch_source import Activations
-from cxr.training.row_file import RowFile, shelf_key
+from cxr.training import reuse
+from cxr.training.batch_source import BatchSource, SourceSettings
+from cxr.training.row_file import RowFile, row_file_name
 
 Splits = tuple[Split, Split]
 SHAPE = (3, 2, 2)
@@ -69,7 +69,7 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_key_tells_its_parts_apart() -> None:
-    assert len({shelf_key("a", 1), shelf_key("a", 2), shelf_key("a1"), shelf_key("a", "1")}) == 4
+    assert len({row_file_name("a", 1), row_file_name("a", 2), row_file_name("a1"), row_file_name("a", "1")}) == 4
 
 
 def test_the_least_recently_used_go_first_and_what_is_wanted_stays(tmp_path: Path) -> None:
@@ -78,23 +78,33 @@ def test_the_least_recently_used_go_first_and_what_is_wanted_stays(tmp_path: Pat
         RowFile(folder / name, 100, (64, 4, 4), torch.float32).write(np.arange(100), torch.zeros(100, 64, 4, 4))
         for path in [*(folder / name).iterdir(), folder / name]:
             os.utime(path, (1e9 - age, 1e9 - age))
-    assert [kept.path.name for kept in contents(tmp_path)] == ["wanted", "old", "new"]
-    make_room(folder, 200_000, 700_000, {folder / "wanted"})
+    assert [kept.path.name for kept in Cache(tmp_path).contents()] == ["wanted", "old", "new"]
+    Cache(tmp_path).make_room(200_000, 700_000, {folder / "wanted"})
     assert {path.name for path in folder.iterdir()} == {"new", "wanted"}
 
 
-def epochs(model: ResNet, splits: Splits, phase: Phase, shelf: Path | None, seed: int = 5) -> list[Tensor]:
-    data = Activations(model, *splits, 8, seed, 2, "fp32", 1e9, shelf=shelf)
-    obey(model, phase)
-    return [x for epoch in range(3) for x, _ in [*data.train_batches(phase, epoch), *data.val_batches(phase)]]
+def epochs(model: ResNet, splits: Splits, phase: Phase, root: Path | None, seed: int = 5) -> list[Tensor]:
+    data = source(model, splits, phase, root, seed=seed)
+    return [x for epoch in range(3) for x, _ in [*data.train(phase, epoch), *data.val(phase)]]
+
+
+def source(
+    model: ResNet, splits: Splits, phase: Phase, root: Path | None, budget: float = 1e9, **options: int
+) -> BatchSource:
+    """A source of two views whose phase has begun; `root` is the cache folder, None keeps in memory."""
+    cache, seed = Cache(root) if root else None, options.pop("seed", 5)
+    data = BatchSource(model, *splits, SourceSettings(8, seed, 2, "fp32", budget, (phase,), cache, **options))
+    apply_phase(model, phase)
+    data.enter(phase)
+    return data
 
 
 @pytest.mark.parametrize("phase", [HEAD, TOP])
-def test_a_shelf_changes_no_number_and_a_second_run_computes_nothing(
+def test_shared_files_change_no_number_and_a_second_run_computes_nothing(
     tiny: ResNet, splits: Splits, phase: Phase, tmp_path: Path, seen: list[int]
 ) -> None:
     expected = epochs(tiny, splits, phase, None)
-    for computed in (2 * len(splits[0]) + len(splits[1]) + 1, 1):  # one image tells the size
+    for computed in (2 * len(splits[0]) + len(splits[1]) + 2, 2):  # two for the size of an output
         seen.clear()
         got = epochs(tiny, splits, phase, tmp_path)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
@@ -114,20 +124,18 @@ def test_activations_are_kept_where_that_pays(
     disk: float,
     kept: bool,
 ) -> None:
-    monkeypatch.setattr(activations, "DISK", disk)
-    data = Activations(tiny, *splits, 8, 5, 2, "fp32", 1e9, shelf=tmp_path, epochs=epochs, runs=runs)
-    obey(tiny, TOP)
-    got = [x for x, _ in data.train_batches(TOP, 0)]
-    assert bool(list(tmp_path.iterdir())) is kept
-    afresh = Activations(tiny, *splits, 8, 5, 2, "fp32", 0).train_batches(TOP, 0)
+    monkeypatch.setattr(reuse, "DISK", disk)
+    got = [x for x, _ in source(tiny, splits, TOP, tmp_path, epochs=epochs, runs=runs).train(TOP, 0)]
+    assert (tmp_path / "activations").exists() is kept
+    afresh = source(tiny, splits, TOP, None, budget=0).train(TOP, 0)
     assert all(torch.equal(x, y) for x, (y, _) in zip(got, afresh, strict=True))
 
 
 def test_other_weights_or_views_are_other_files(tiny: ResNet, splits: Splits, tmp_path: Path) -> None:
     epochs(tiny, splits, HEAD, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list((tmp_path / "activations").iterdir())) == 3
     epochs(tiny, splits, HEAD, tmp_path, seed=6)  # shares what is not augmented
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list((tmp_path / "activations").iterdir())) == 5
     with torch.no_grad():
         tiny.layer1[0].bn1.bias += 0.5
     got, expected = epochs(tiny, splits, HEAD, tmp_path), epochs(tiny, splits, HEAD, None)
@@ -135,13 +143,12 @@ def test_other_weights_or_views_are_other_files(tiny: ResNet, splits: Splits, tm
 
 
 def test_a_file_removed_under_a_running_epoch_stays_readable(tiny: ResNet, splits: Splits, tmp_path: Path) -> None:
-    data = Activations(tiny, *splits, 8, 5, 2, "fp32", 1e9, shelf=tmp_path)
-    obey(tiny, HEAD)
-    before = [x for x, _ in data.train_batches(HEAD, 0)]
-    again = data.train_batches(HEAD, 0)
+    data = source(tiny, splits, HEAD, tmp_path)
+    before = [x for x, _ in data.train(HEAD, 0)]
+    again = data.train(HEAD, 0)
     shutil.rmtree(tmp_path)
     assert all(torch.equal(x, y) for x, (y, _) in zip(before, again, strict=True))
-    assert all(torch.equal(x, y) for x, (y, _) in zip(before, data.train_batches(HEAD, 0), strict=True))
+    assert all(torch.equal(x, y) for x, (y, _) in zip(before, data.train(HEAD, 0), strict=True))
 
 
 def test_prune_removes_what_is_old_and_leaves_a_running_run_alone(
