@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,8 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.report import arrays_of
-from cxr.evaluation.verdict import verdict
+from cxr.evaluation.verdict import Verdict, decide
+from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
 from cxr.figures.html import html_report
 from cxr.runs.messages import Say
@@ -52,20 +53,20 @@ BARS = ("roc_auc", "accuracy", "recall", "specificity")
 RESAMPLES = 2000
 
 
-def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
-    """Run every strategy with every seed and compare; returns the verdict's sentences.
+def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
+    """Run every strategy with every seed and compare.
 
     The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
     `UserError` for bad input.
     """
     name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
     with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
-        lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
-    say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
-    return lines
+        verdict = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
+    say("\n" + "\n".join([*sentences(verdict), *_look(parent, run_ids)]))
+    return verdict
 
 
-def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> list[str]:
+def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> Verdict:
     """The same of finished runs, in a run of its own. Raises `UserError` for runs that cannot be compared."""
     prepare()
     runs = [load_run(run_id) for run_id in run_ids]
@@ -73,9 +74,9 @@ def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> lis
     params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
     parent = join_parent(open_parent("compare-runs", {Tag.KIND: RunKind.COMPARISON}, params))
     with ending(parent.run_id):
-        lines = _publish(parent, runs, margin)
-    say("\n".join([*lines, *_look(parent, run_ids)]))
-    return lines
+        verdict = _publish(parent, runs, margin)
+    say("\n".join([*sentences(verdict), *_look(parent, run_ids)]))
+    return verdict
 
 
 def _members(config: CompareConfig) -> dict[str, TrainConfig]:
@@ -129,27 +130,36 @@ def _settings(run: LoggedRun) -> dict[str, str]:
     return known | {"code": run.commit}
 
 
-def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
-    """Tables, figures, report and verdict in the parent run; returns the verdict."""
+def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> Verdict:
+    """Log tables, figures, report and verdict in the parent run."""
     require_same_images(runs)
     replicates = replicate(runs, RESAMPLES)
     table, pairs, stability = strategy_table(replicates), paired_table(runs, replicates), stability_table(runs)
-    lines = verdict(table, pairs, margin)
+    verdict = decide(table, pairs, margin)
     whole = table.join(stability)
     figures = _figures(runs, whole, pairs, margin)
     parent.table(whole.reset_index(names="strategy"), Artifact.STRATEGIES)
     parent.table(pairs, Artifact.PAIRS)
     for name, figure in figures.items():
         parent.figure(figure, plot_path(name, "comparison"))
-    below = notes(runs, margin)
-    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
-    tables["Cost and stability"] = stability
-    title = "Fine-tuning strategies compared"
-    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), Artifact.COMPARISON_REPORT)
+    tables = {
+        "Test figures (mean over seeds)": _readable(table),
+        "Pairs (test ROC-AUC)": pairs,
+        "Cost and stability": stability,
+    }
+    lines, below = sentences(verdict), notes(runs, margin)
+    parent.text(_page(lines, below, tables, figures), Artifact.COMPARISON_REPORT)
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
     parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *below])})
-    return lines
+    return verdict
+
+
+def _page(
+    lines: Sequence[str], below: Sequence[str], tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure]
+) -> str:
+    """The report: the verdict's first and last sentence lead, the others are the first notes."""
+    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+    return html_report("Fine-tuning strategies compared", head, [*lines[1:-1], *below], tables, figures)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
