@@ -143,7 +143,8 @@ def test_metric_names_are_unique() -> None:
     assert len(set(METRICS)) == len(METRICS) == 11
 
 
-def test_every_experiment_builds_valid_configurations() -> None:
+def test_every_experiment_builds_valid_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "experiments")  # as when Python runs one of the scripts
     found = 0
     for path in sorted((ROOT / "experiments").glob("*.py")):
         space = runpy.run_path(str(path), run_name="contract")

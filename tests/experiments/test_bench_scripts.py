@@ -24,7 +24,8 @@ def run(folder: Path, *command: str) -> tuple[str, pd.DataFrame]:
     """(what it printed, its table) of a script that runs in an empty folder, and leaves nothing else there."""
     folder.mkdir()
     out = folder.parent / "table.csv"
-    one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXPERIMENTS)}  # as the tests beside it
+    paths = os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])  # the script's own folder, and this cxr
+    one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}  # as the tests beside it
     done = subprocess.run(
         [sys.executable, *command, "--workers", "0", "--device", "cpu", "--out", str(out)],
         cwd=folder,
