@@ -130,16 +130,16 @@ def kept_jobs(bench: Bench, split: Split, strategy: str) -> dict[str, Job]:
         file.write(some, torch.rand(len(some), *shape).to(dtype))
     values = file.values.to(bench.device)
 
-    def opened(repeat: int) -> int:
+    def open_rows(repeat: int) -> int:
         missing = RowFile(bench.work / strategy, len(rows), shape, dtype).missing(rows)
         return len(rows) - len(missing)
 
-    def looked_up(repeat: int) -> int:
+    def look_up_rows(repeat: int) -> int:
         order = epoch_order(len(rows), bench.batch_size, 0, repeat)
         return count(look_up(values, torch.from_numpy(rows), split, order), bench.device)
 
-    shelf = {f"cxr, each run: opening kept activations, {strategy}": opened} if bench.device.type == "cpu" else {}
-    return {**shelf, f"cxr, epoch: kept activations, {strategy} {'x'.join(map(str, shape))}": looked_up}
+    opening = {f"cxr, each run: opening kept activations, {strategy}": open_rows} if bench.device.type == "cpu" else {}
+    return {**opening, f"cxr, epoch: kept activations, {strategy} {'x'.join(map(str, shape))}": look_up_rows}
 
 
 def shape_of(strategy: str, size: int) -> tuple[int, ...]:

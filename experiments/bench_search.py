@@ -70,7 +70,7 @@ class Baseline:
 def alone(work: Callable[..., Result], *arguments: object) -> Result:
     """Call `work` in a new process, so that earlier memory and results do not count."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks before any thread is started
-    context.set_forkserver_preload(["cxr.search", "optuna.visualization.matplotlib"])
+    context.set_forkserver_preload(["cxr.studies.search", "optuna.visualization.matplotlib"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -145,7 +145,7 @@ def row(what: str, config: TuneConfig, baseline: Baseline, times: int = 1) -> Ro
         "epochs/trial": a_trial / baseline.epoch,
         "ms/image-trial": 1000 * a_trial / images,
         "peak RSS MB": cost.peak,
-        "shelf MB": cost.stored / 1e6,
+        "activations MB": cost.stored / 1e6,
     }
 
 
