@@ -59,8 +59,8 @@ def html_report(
 ) -> str:
     """One self-contained page: the verdict, notes, tables, and figures as PNG data.
 
-    The keys of ``tables`` and ``figures`` are their captions. All texts are plain: markup in them is shown as text.
-    A table's index is shown unless it only counts the rows; numbers have about `DIGITS` digits, NaN is "n/a".
+    The keys of ``tables`` and ``figures`` are their captions. All texts are plain: markup in them is shown as text. A
+    table's index is shown unless it only counts the rows; numbers have about `DIGITS` significant digits; NaN is "n/a".
     """
     return (
         _environment()
@@ -119,7 +119,7 @@ def _texts(values: Sequence[Any]) -> list[str | None]:
     numbers = [float(value) for value in values if _is_number(value) and np.isfinite(value)]
     places = [_decimals(number) for number in numbers]
     whole = all(number.is_integer() for number in numbers)
-    # One number of decimals aligns the column's points, unless the magnitudes are too far apart for one to suit all.
+    # With the same number of decimals the points align; magnitudes too far apart get their own.
     common = 0 if whole else min(places) if max(places) - min(places) <= 2 else None
     return [_text(value, common) for value in values]
 
@@ -140,7 +140,7 @@ def _rounded(number: float, decimals: int | None) -> str:
     if decimals is None:
         decimals = 0 if number.is_integer() else _decimals(number)
     smallest = 10.0**-decimals
-    if 0 < abs(number) < smallest / 2:  # a tiny p-value is not 0
+    if 0 < abs(number) < smallest / 2:  # a tiny p value is not 0
         return f"{'<' if number > 0 else '>-'}{smallest:.{decimals}f}"
     return f"{number:,.{decimals}f}"
 

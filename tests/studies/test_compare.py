@@ -137,13 +137,13 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
     MlflowClient().set_terminated(parent, "FINISHED")
 
 
-def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
+def test_runs_of_a_strategy_that_differ_in_more_than_the_seed_are_named(config: CompareConfig) -> None:
     compare_tracked(config, quiet)
     runs = [load_run(run.run_id) for run in children(newest_parent("comparison").run_id)]
     assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
     odd = replace(runs[0], settings={**runs[0].settings, "arch": "resnet50"})
-    told = notes([odd, *runs[1:]], 0.01)
-    assert any(f"WARNING: the runs of {odd.strategy} are no mere seeds, they differ in arch" in line for line in told)
+    remarks = notes([odd, *runs[1:]], 0.01)
+    assert any(f"WARNING: the runs of {odd.strategy} differ not only in the seed: arch" in line for line in remarks)
     longer = [replace(r, settings={**r.settings, "epochs": "7"}) if r.strategy == "frozen" else r for r in runs]
     assert any(line.startswith("epochs: frozen 7, ") for line in notes(longer, 0.01))
     assert "evaluated 0 times" in " ".join(
@@ -151,7 +151,7 @@ def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
     )
 
 
-def test_finished_runs_are_compared_as_they_are_and_others_refused(config: CompareConfig, finished: Finished) -> None:
+def test_finished_runs_are_compared_and_others_refused(config: CompareConfig, finished: Finished) -> None:
     compare_tracked(config, quiet)
     ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
     verdict = compare_runs(ids, 0.01, quiet)
