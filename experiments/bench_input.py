@@ -1,12 +1,14 @@
-"""What it costs to bring images to the network, in images/s: a notebook's way and `cxr`'s, one after the other.
+"""How fast images reach the network, in images/s: as a notebook reads them and as `cxr` does.
 
     uv run python experiments/bench_input.py --data-dir FOLDER --images 2000
 
-Every way takes its turn in each of the `--repeats`, so that a machine that slows down slows all of them; medians.
+Result in LOG.md: "2026-11-22: speed on a CPU, against a notebook's loop, Lightning and timm's loop", Input.
+
+All ways take turns, `--repeats` times, so that a machine that slows down slows all of them; the table holds medians.
 The ratio is the rate over that of a notebook without workers, which decodes and augments each image in every epoch.
-Indexing has read all files before the first turn, so that they come from the page cache. The workers of the DataLoader
-stay alive between its turns. Kept activations are random numbers of the right shape, of resnet18 in the precision
-that `cxr` takes by default; on a GPU they lie, as the images do, in its memory.
+Indexing reads all files before the first turn, so they come from the page cache. DataLoader workers stay alive between
+turns. Stored activations are random numbers of the right shape, of ResNet18 in the default precision of `cxr`; on a GPU
+they are in its memory, as the images are.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import click
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common import AT_LEAST_1, Batch, report
 from cxr.data.batches import Split, epoch_order, eval_batches, make_split, view_batches
 from cxr.data.kaggle import digest_files, find_root, index_folder
 from cxr.data.store import Store, open_store
@@ -34,15 +36,16 @@ from cxr.network.resnet import build_model, run_stages
 from cxr.strategies import STRATEGIES
 from cxr.training.frozen_prefix import look_up
 from cxr.training.row_file import RowFile
+from peers import Files
 
-Batch = tuple[Tensor, Tensor]
-Job = Callable[[int], int]  # number of the repeat -> images that were brought
+Job = Callable[[int], int]  # number of the repeat -> number of images that were read
+DECIMALS = {"median s": 4, "min s": 4, "max s": 4, "images/s": 1, "ratio": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The images, and how they are to be brought; `work` is a folder to fill."""
+    """The images and the settings of the measurement; `work` is an empty folder for the store and the activations."""
 
     root: Path
     table: pd.DataFrame
@@ -58,25 +61,24 @@ class Bench:
         return [self.root / path for path in self.table["path"]]
 
     def store(self, cache: Path) -> Store:
-        """The decoded images, from that cache folder or built into it."""
+        """The decoded images: opened in that cache folder, or decoded into it."""
         return open_store(self.paths, list(self.table["digest"]), self.size, "squash", cache)
 
 
 def choose(table: pd.DataFrame, most: int | None) -> pd.DataFrame:
-    """At most so many different images, spread evenly over the folder: the classes lie one after the other."""
+    """At most `most` different images, spread evenly over the table, which is sorted by class."""
     table = table.drop_duplicates("digest")
     rows = np.linspace(0, len(table) - 1, min(most or len(table), len(table))).astype(int)
     return table.iloc[rows].assign(split="all")
 
 
 def count(batches: Iterable[Batch], device: torch.device) -> int:
-    """Take the batches to the device; how many images there were."""
+    """Move the batches to the device; returns the number of images."""
     return sum(len(inputs.to(device, non_blocking=True)) for inputs, _ in batches)
 
 
 def notebook_jobs(bench: Bench) -> dict[str, Job]:
-    """What a notebook does; the first is the baseline."""
-    from bench_train import Files
+    """Reading as in a notebook; the first job is the baseline."""
 
     def job(training: bool, workers: int) -> Job:
         files = Files(bench.root, bench.table, bench.size, training)
@@ -94,7 +96,7 @@ def notebook_jobs(bench: Bench) -> dict[str, Job]:
 
 
 def store_jobs(bench: Bench) -> dict[str, Job]:
-    """What a run of `cxr` does before its first epoch."""
+    """What `cxr` does before the first epoch."""
 
     def build(repeat: int) -> int:
         return len(bench.store(bench.work / f"fresh-{repeat}").images)
@@ -120,7 +122,7 @@ def batch_jobs(bench: Bench, split: Split) -> dict[str, Job]:
 
 
 def kept_jobs(bench: Bench, split: Split, strategy: str) -> dict[str, Job]:
-    """What `cxr` does in an epoch with reuse, and when a run opens what another has kept."""
+    """What `cxr` does in an epoch with reuse, and when a run opens activations that another has stored."""
     shape, dtype = shape_of(strategy, bench.size), DTYPES[resolve_precision("auto", bench.device)]
     rows = np.arange(len(split))
     file = RowFile(bench.work / strategy, len(rows), shape, dtype)
@@ -128,20 +130,20 @@ def kept_jobs(bench: Bench, split: Split, strategy: str) -> dict[str, Job]:
         file.write(some, torch.rand(len(some), *shape).to(dtype))
     values = file.values.to(bench.device)
 
-    def opened(repeat: int) -> int:
+    def open_rows(repeat: int) -> int:
         missing = RowFile(bench.work / strategy, len(rows), shape, dtype).missing(rows)
         return len(rows) - len(missing)
 
-    def looked_up(repeat: int) -> int:
+    def look_up_rows(repeat: int) -> int:
         order = epoch_order(len(rows), bench.batch_size, 0, repeat)
         return count(look_up(values, torch.from_numpy(rows), split, order), bench.device)
 
-    shelf = {f"cxr, each run: opening kept activations, {strategy}": opened} if bench.device.type == "cpu" else {}
-    return {**shelf, f"cxr, epoch: kept activations, {strategy} {'x'.join(map(str, shape))}": looked_up}
+    opening = {f"cxr, each run: opening kept activations, {strategy}": open_rows} if bench.device.type == "cpu" else {}
+    return {**opening, f"cxr, epoch: kept activations, {strategy} {'x'.join(map(str, shape))}": look_up_rows}
 
 
 def shape_of(strategy: str, size: int) -> tuple[int, ...]:
-    """The shape [c, h, w] that a strategy keeps of an image."""
+    """The shape [c, h, w] of the activations that a strategy stores for an image."""
     model, _ = build_model("resnet18", "random", 0)
     phase = STRATEGIES[strategy][0]
     with torch.no_grad():
@@ -150,7 +152,7 @@ def shape_of(strategy: str, size: int) -> tuple[int, ...]:
 
 
 def measure(jobs: dict[str, Job], repeats: int, device: torch.device) -> pd.DataFrame:
-    """A row for each job: its seconds, its rate, and the ratio to the rate of the first."""
+    """A row for each job: its seconds, its rate in images/s, and the ratio to the rate of the first job."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     images: dict[str, int] = {}
     for repeat in range(repeats):
@@ -173,14 +175,8 @@ def measure(jobs: dict[str, Job], repeats: int, device: torch.device) -> pd.Data
     return pd.DataFrame({name: list(column) for name, column in rows.items()})
 
 
-def show(table: pd.DataFrame) -> str:
-    """For people."""
-    formats = dict.fromkeys(("median s", "min s", "max s"), "{:.4f}".format)
-    return table.to_string(index=False, formatters={**formats, "images/s": "{:.1f}".format, "ratio": "{:.2f}".format})
-
-
 def run(bench: Bench, repeats: int) -> pd.DataFrame:
-    """All jobs on these images."""
+    """The table of all jobs on these images."""
     store = bench.store(bench.work)
     if store.bad:
         raise click.ClickException(f"{len(store.bad)} images cannot be decoded: {'; '.join(set(store.bad.values()))}")
@@ -195,11 +191,11 @@ def run(bench: Bench, repeats: int) -> pd.DataFrame:
 @click.option("--data-dir", required=True)
 @click.option("--image-size", default=224, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
-@click.option("--images", type=click.IntRange(2), help="at most so many; all by default")
+@click.option("--images", type=click.IntRange(2), help="at most this many; all by default")
 @click.option("--workers", default=os.cpu_count() or 1, show_default="cores", help="of the notebook's DataLoader")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="write the table there, as CSV")
+@click.option("--repeats", type=AT_LEAST_1, default=5, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="also write the table there as CSV")
 def main(
     data_dir: str,
     image_size: int,
@@ -212,16 +208,14 @@ def main(
 ) -> None:
     """Run the benchmark and print its table."""
     root, where = find_root(data_dir), resolve_device(device)
-    seed_everything(0, where)  # as in training, with the kernels that this chooses
+    seed_everything(0, where)  # as in training; this also selects deterministic kernels
     whole = index_folder(root)
     table = choose(whole, images)
     click.echo(f"{describe(where)}, torch {torch.__version__}, {os.cpu_count()} cores")
     click.echo(f"{len(table)} of {len(whole)} images at {image_size} pixels, batches of {batch_size}")
-    with tempfile.TemporaryDirectory() as work:  # nothing is there before
+    with tempfile.TemporaryDirectory() as work:
         rows = run(Bench(root, table, image_size, batch_size, workers, where, Path(work)), repeats)
-    click.echo(show(rows))
-    if out:
-        rows.to_csv(out, index=False)
+    report(rows, out, DECIMALS)
 
 
 if __name__ == "__main__":

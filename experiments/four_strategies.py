@@ -2,7 +2,7 @@
 
     uv run python experiments/four_strategies.py --data-dir FOLDER --weights FILE --precision bf16
 
-Result, 2026-11-21, in LOG.md: see the entry "four strategies, one seed".
+Result in LOG.md: "2026-11-21: four strategies, one seed, real X-rays".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import click
 from cxr.config import TrainConfig
 from cxr.runs.train import run_tracked
 
-# On a CPU a pass of `full` costs 1.5 to 6 minutes, so its phases are kept short here.
+# On a CPU an epoch of `full` takes 1.5 to 6 minutes, so its phases are kept short here.
 EPOCHS = {"frozen": 10, "partial": 10, "full": 3, "gradual": 2}
 
 

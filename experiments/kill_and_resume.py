@@ -1,10 +1,13 @@
-"""Kill a run with SIGKILL at random moments, resume it, and compare it with one that was left alone.
+"""Kill a run with SIGKILL at random moments, resume it, and compare it with a run that was not disturbed.
 
     uv run python experiments/kill_and_resume.py --kills 20
 
-Prints a table: when each attempt was killed, at what (the last line it printed), what it had logged by then, and
-whether the resumed run's history and test probabilities equal the undisturbed run's, bit for bit, with no step logged
-twice. A kill that comes when the run is over does not count, and is repeated earlier.
+Result in LOG.md: "2026-11-22: kill -9 and resume, 20 kills inside the run", "2026-11-21: kill -9 and resume, 20 times",
+and under "2026-11-22: checkpoints written while the next epoch trains".
+
+Prints a table: when each attempt was killed, the last line that it had printed, how many epochs it had logged, and
+whether history and test probabilities of the resumed run equal the undisturbed run's, bit for bit, with no step logged
+twice. A kill that comes after the end of a run does not count and is repeated with another delay.
 """
 
 from __future__ import annotations
@@ -54,13 +57,13 @@ def train(folder: Path, cache: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def last_line(folder: Path) -> str:
-    """What the killed process was at, as far as it said."""
+    """The beginning of the last line that the killed process printed."""
     lines = (folder / "output.txt").read_text().splitlines()
     return " ".join(lines[-1].split()[:3]) if lines else "(nothing yet)"
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """What the store holds of its newest run."""
+    """What the store holds about its newest run."""
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
@@ -80,7 +83,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 def probabilities(run: Run) -> list[float]:
-    """The test probabilities that the run kept."""
+    """The test probabilities that the run logged."""
     file = Path(run.info.artifact_uri) / "tables" / "test_predictions.csv"
     return list(pd.read_csv(file)["probability"])
 
@@ -94,7 +97,7 @@ def main(kills: int, seed: int) -> None:
     data = write_synthetic(work / "phantoms", seed=1, train_patients=24, test_patients=10, size=64)
     options = ["--strategy", "gradual", "--data-dir", str(data), "--weights", "random", "--image-size", "64"]
     options += ["--epochs", EPOCHS, "--bootstrap", "50"]
-    # MLflow's own first minute: a kill while it makes a SQLite store leaves one that it cannot open again.
+    # Not part of the test: a kill while MLflow creates a SQLite store leaves one that it cannot open again.
     store = new_store(work)
     shutil.copytree(store, work / "whole")
     started = time.perf_counter()
@@ -119,12 +122,12 @@ def main(kills: int, seed: int) -> None:
         rows.append(row)
         click.echo(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1))
     good = sum(bool(row["same"]) for row in rows)
-    click.echo(f"{good} of {kills} ended as the undisturbed run did ({seconds:.0f} s)")
+    click.echo(f"{good} of {kills} ended like the undisturbed run ({seconds:.0f} s)")
     sys.exit(0 if good == kills else 1)
 
 
 def resumed(folder: Path, cache: Path, options: list[str], whole: dict[str, object]) -> dict[str, object]:
-    """Resume what the kill left, and compare."""
+    """Resume the killed run and compare it with the undisturbed one, `whole`."""
     try:
         before = outcome(folder)
     except IndexError:  # killed before the run was opened: there is nothing to resume

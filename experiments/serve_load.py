@@ -1,9 +1,11 @@
-"""Serve a registered model on loopback and send it requests, a tenth of them garbage.
+"""Serve a registered model on localhost and send it requests, a tenth of them invalid.
 
     MLFLOW_TRACKING_URI=sqlite:////…/mlflow.db uv run python experiments/serve_load.py --requests 1000 --clients 8
 
-Prints how many good ones were answered with the right probability, how many bad ones with 400, the rate, and the
-server's memory before and after each 500 requests.
+Result in LOG.md: "2026-11-21: serving under load" and "2026-11-22: serving under a longer load".
+
+Prints how many valid requests were answered with the right probability and how many invalid ones with status 400, the
+rate, and the server's memory before and after each 500 requests.
 """
 
 from __future__ import annotations
@@ -41,17 +43,17 @@ def png(size: int) -> bytes:
     return buffer.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG that says it has 400 million pixels."""
+def huge_header() -> bytes:
+    """A PNG whose header claims 400 million pixels."""
     data = bytearray(png(64))
     data[16:24] = (20000).to_bytes(4, "big") * 2
     return bytes(data)
 
 
-def garbage() -> list[object]:
-    """What must be answered with 400."""
+def invalid() -> list[object]:
+    """Inputs that must be answered with status 400."""
     text = [Path("/etc/passwd").as_posix(), "file:///etc/passwd", "http://127.0.0.1/film.png", "", "%%%"]
-    encoded = [base64.b64encode(data).decode() for data in (b"no image", png(64)[:200], bomb())]
+    encoded = [base64.b64encode(data).decode() for data in (b"no image", png(64)[:200], huge_header())]
     return [*text, *encoded, 7, None]
 
 
@@ -67,7 +69,7 @@ def post(image: object) -> tuple[int, str]:
 
 
 def memory(pid: int) -> float:
-    """The resident memory of a process and its children, in MB."""
+    """The resident memory of a process and its descendants in MB."""
     parent = psutil.Process(pid)
     return sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)]) / 1e6
 
@@ -87,7 +89,7 @@ def serve(uri: str) -> subprocess.Popen[bytes]:
             return process
         except OSError:
             continue
-    raise TimeoutError("the server does not answer")
+    raise TimeoutError("the server did not answer within 2 minutes")
 
 
 @click.command()
@@ -95,10 +97,10 @@ def serve(uri: str) -> subprocess.Popen[bytes]:
 @click.option("--requests", default=1000, show_default=True)
 @click.option("--clients", default=8, show_default=True)
 def main(model: str, requests: int, clients: int) -> None:
-    """Run the load and print the figures."""
+    """Send the requests and print the results."""
     predictor, data = load(model), png(224)
     right = float(predictor.predict([predictor.prepare(data)])["probability"][0])
-    bad = itertools.cycle(garbage())
+    bad = itertools.cycle(invalid())
     good = base64.b64encode(data).decode()
     jobs: list[object] = [next(bad) if number % 10 == 9 else good for number in range(requests)]
     process = serve(model)
@@ -118,7 +120,7 @@ def main(model: str, requests: int, clients: int) -> None:
 
 
 def report(jobs: list[object], answers: list[tuple[int, str]], good: str, right: float) -> None:
-    """Count what was answered rightly; exit code 1 when anything was not."""
+    """Print how many answers were right; exit code 1 if any was wrong."""
     wrong = []
     for job, (status, body) in zip(jobs, answers, strict=True):
         if job == good:
@@ -128,7 +130,7 @@ def report(jobs: list[object], answers: list[tuple[int, str]], good: str, right:
         if not fine:
             wrong.append((str(job)[:40], status, body[:200]))
     goods = sum(job == good for job in jobs)
-    click.echo(f"{goods} good and {len(jobs) - goods} bad requests; {len(wrong)} answered wrongly {wrong[:3]}")
+    click.echo(f"{goods} valid and {len(jobs) - goods} invalid requests; {len(wrong)} wrong answers {wrong[:3]}")
     if wrong:
         sys.exit(1)
 

@@ -40,6 +40,7 @@ HOMES = {  # the only places that may import a package
     "mlflow": ("tracking", "runs", "studies", "serving.pyfunc_model"),
     "optuna": tuple(f"studies.{name}" for name in ("search", "search_report", "trial", "trial_queue", "optuna_study")),
     "click": ("cli", "options"),
+    "jinja2": ("figures.html",),
 }
 
 
@@ -142,7 +143,8 @@ def test_metric_names_are_unique() -> None:
     assert len(set(METRICS)) == len(METRICS) == 11
 
 
-def test_every_experiment_builds_valid_configurations() -> None:
+def test_every_experiment_builds_valid_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "experiments")  # as when Python runs one of the scripts
     found = 0
     for path in sorted((ROOT / "experiments").glob("*.py")):
         space = runpy.run_path(str(path), run_name="contract")
@@ -184,6 +186,19 @@ def test_everything_imported_is_declared() -> None:
     used -= {*sys.stdlib_module_names, "cxr"}
     assert len(used) > 12
     assert {names.get(name, name) for name in used} <= declared
+
+
+def test_files_that_are_not_python_are_installed_with_the_package() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for name, globs in declared.items()
+        for glob in globs
+        for path in (ROOT / name.replace(".", "/")).glob(glob)
+    }
+    files = {path for path in (ROOT / "cxr").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files
+    assert files == installed
 
 
 def test_the_lock_names_hashes_and_no_address() -> None:

@@ -1,79 +1,53 @@
-"""A report as one HTML page that needs nothing else: no script, no font, no file, no network."""
+"""A report as one HTML page that needs no other file, no script and no network."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from string import Template
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 DIGITS = 4
 LONG = 40  # characters
 WARNING = "Not for clinical use"
+TEMPLATE = "report.html.jinja"
 
-# The colours are fixed, as the viewer around the page may be dark. A wide table scrolls in a frame of its own,
-# as MLflow shows the page in a frame of about 900 px; on paper, where nothing scrolls, it gets smaller letters.
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light">
-<title>$title</title>
-<style>
-body { margin: 0 auto; max-width: 884px; padding: 20px 10px 32px; box-sizing: border-box; background: #fff;
-  color: #1c1c1c; font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 10px; }
-h2 { font-size: 18px; margin: 30px 0 10px; padding-bottom: 4px; border-bottom: 1px solid #ccc; }
-h1, p, li, figcaption, caption { overflow-wrap: anywhere; }
-.verdict { margin: 0 0 10px; padding: 12px 16px; border-left: 5px solid #0072b2; background: #eef5fa;
-  font-size: 17px; white-space: pre-line; }
-.warning { margin: 0; font-weight: 600; color: #8a3b00; }
-ul { padding-left: 22px; margin: 0; }
-li { margin: 4px 0; }
-.scroll { overflow-x: auto; margin: 0 0 22px; }
-table { border-collapse: collapse; font-size: 13.5px; }
-caption { text-align: left; font-weight: 600; font-size: 15px; padding: 4px 0 6px; }
-th, td { padding: 5px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd; }
-td.long { white-space: normal; min-width: 18em; }
-thead th { white-space: normal; border-bottom: 2px solid #555; vertical-align: bottom; }
-tbody th { font-weight: 600; }
-tbody tr:nth-child(even) { background: #f6f6f6; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.missing { color: #6a6a6a; }
-figure { margin: 0 0 26px; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-top: 6px; font-size: 14px; color: #333; }
-@media print {
-  @page { margin: 14mm; }
-  body { max-width: none; padding: 0; font-size: 11pt; }
-  .scroll { overflow: visible; }
-  table { font-size: 7.5pt; }
-  th, td { padding: 2px 4px; }
-  figure, tr, .verdict { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-}
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="verdict">$verdict</p>
-<p class="warning">$warning.</p>
-</header>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column with its cells as text, `None` where a value is missing; its cells may be the headings of the rows."""
+
+    name: str
+    css_class: str
+    heads_rows: bool
+    texts: list[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    caption: str
+    columns: list[_Column]
+
+    def rows(self) -> Iterator[list[tuple[_Column, str | None]]]:
+        """Each row as (column, text) pairs."""
+        for texts in zip(*(column.texts for column in self.columns), strict=True):
+            yield list(zip(self.columns, texts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """A figure as base64 of its PNG; `width` in px."""
+
+    caption: str
+    png: str
+    width: int
 
 
 def html_report(
@@ -85,86 +59,67 @@ def html_report(
 ) -> str:
     """One self-contained page: the verdict, notes, tables, and figures as PNG data.
 
-    The keys of ``tables`` and ``figures`` are their captions. All texts are plain: markup in them is shown as such.
-    A table's index is shown unless it only counts the rows; numbers have about `DIGITS` digits, NaN is "n/a".
+    The keys of ``tables`` and ``figures`` are their captions. All texts are plain: markup in them is shown as text. A
+    table's index is shown unless it only counts the rows; numbers have about `DIGITS` significant digits; NaN is "n/a".
     """
-    sections = {
-        "Notes": [_notes(notes)] if notes else [],
-        "Tables": [_table(caption, table) for caption, table in tables.items()],
-        "Figures": [_figure(i, caption, figure) for i, (caption, figure) in enumerate(figures.items(), start=1)],
-    }
-    body = "\n".join(_section(name, parts) for name, parts in sections.items() if parts)
-    return _PAGE.substitute(title=escape(title), verdict=escape(verdict), warning=WARNING, body=body)
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            verdict=verdict,
+            warning=WARNING,
+            notes=list(notes),
+            tables=[_table(caption, table) for caption, table in tables.items()],
+            figures=[_image(caption, figure) for caption, figure in figures.items()],
+        )
+    )
 
 
-def _section(name: str, parts: Sequence[str]) -> str:
-    return f"<section>\n<h2>{name}</h2>\n{_lines(parts)}\n</section>"
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("cxr.figures"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
-def _lines(parts: Sequence[str]) -> str:
-    return "\n".join(parts)
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return f"<ul>\n{_lines([f'<li>{escape(note)}</li>' for note in notes])}\n</ul>"
-
-
-def _figure(number: int, caption: str, figure: Figure) -> str:
+def _image(caption: str, figure: Figure) -> _Image:
     buffer = io.BytesIO()
-    # Matplotlib would sign the image with its version and address; without it, equal figures give equal pages.
+    # Without this, Matplotlib writes its version and address into the file, and equal figures give unequal pages.
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    width = round(figure.get_figwidth() * figure.dpi)
-    image = f'<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(caption)}">'
-    return f"<figure>\n{image}\n<figcaption>Figure {number}. {escape(caption)}</figcaption>\n</figure>"
+    png = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _Image(caption, png, round(figure.get_figwidth() * figure.dpi))
 
 
-def _table(caption: str, table: pd.DataFrame) -> str:
-    columns = _columns(table)
-    head = "".join(f'<th scope="col"{_class(values)}>{_breakable(name)}</th>' for name, values, _ in columns)
-    cells = [_cells(values, header) for _, values, header in columns]
-    rows = [f"<tr>{''.join(row)}</tr>" for row in zip(*cells, strict=True)]
-    # Focusable, so that the keys scroll it too.
-    start = f'<div class="scroll" tabindex="0">\n<table>\n<caption>{escape(caption)}</caption>'
-    return _lines([start, f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>\n</table>\n</div>"])
-
-
-def _breakable(name: str) -> str:
-    """A heading that may go on in the next line after each "_", as a long one would make its column too wide."""
-    return escape(name).replace("_", "_<wbr>")
-
-
-def _columns(table: pd.DataFrame) -> list[tuple[str, list[Any], bool]]:
-    """The name, the values and whether they head the rows, for each index level that says something and column."""
+def _table(caption: str, table: pd.DataFrame) -> _Table:
     index = table.index
-    counted = isinstance(index, pd.RangeIndex) and index.name is None
-    levels = range(0 if counted else index.nlevels)
-    heads = [(str(index.names[i] or ""), list(index.get_level_values(i)), True) for i in levels]
-    return heads + [(str(name), list(table.iloc[:, i]), False) for i, name in enumerate(table.columns)]
+    only_counts = isinstance(index, pd.RangeIndex) and index.name is None
+    levels = range(0 if only_counts else index.nlevels)
+    heads = [_column(str(index.names[i] or ""), list(index.get_level_values(i)), True) for i in levels]
+    columns = [_column(str(name), list(table.iloc[:, i]), False) for i, name in enumerate(table.columns)]
+    return _Table(caption, heads + columns)
 
 
-def _cells(values: Sequence[Any], header: bool) -> list[str]:
-    start, end = ('<th scope="row"', "</th>") if header else ("<td", "</td>")
-    kind = _class(values)
-    texts = _texts(values)
-    return [
-        f'{start}{kind}><span class="missing">n/a</span>{end}' if text is None else f"{start}{kind}>{escape(text)}{end}"
-        for text in texts
-    ]
+def _column(name: str, values: Sequence[Any], heads_rows: bool) -> _Column:
+    return _Column(name, _css_class(values), heads_rows, _texts(values))
 
 
-def _class(values: Sequence[Any]) -> str:
-    """Numbers are set to the right; long texts wrap, and short ones do not."""
+def _css_class(values: Sequence[Any]) -> str:
+    """Numbers are aligned right; long texts wrap, short ones do not."""
     if _numeric(values):
-        return ' class="number"'
-    return ' class="long"' if any(isinstance(value, str) and len(value) > LONG for value in values) else ""
+        return "number"
+    return "long" if any(isinstance(value, str) and len(value) > LONG for value in values) else ""
 
 
 def _texts(values: Sequence[Any]) -> list[str | None]:
     numbers = [float(value) for value in values if _is_number(value) and np.isfinite(value)]
     places = [_decimals(number) for number in numbers]
     whole = all(number.is_integer() for number in numbers)
-    # One number of decimals aligns the column's points, unless the magnitudes are too far apart for one to suit all.
+    # With the same number of decimals the points align; magnitudes too far apart get their own.
     common = 0 if whole else min(places) if max(places) - min(places) <= 2 else None
     return [_text(value, common) for value in values]
 
@@ -185,7 +140,7 @@ def _rounded(number: float, decimals: int | None) -> str:
     if decimals is None:
         decimals = 0 if number.is_integer() else _decimals(number)
     smallest = 10.0**-decimals
-    if 0 < abs(number) < smallest / 2:  # a tiny p-value is not 0
+    if 0 < abs(number) < smallest / 2:  # a tiny p value is not 0
         return f"{'<' if number > 0 else '>-'}{smallest:.{decimals}f}"
     return f"{number:,.{decimals}f}"
 

@@ -1,9 +1,9 @@
-"""Strategies x seeds as child runs of one parent, and what they say together; the same of runs that exist."""
+"""Comparing strategies: from new runs, one for each strategy and seed, or from finished ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,8 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.report import arrays_of
-from cxr.evaluation.verdict import verdict
+from cxr.evaluation.verdict import Verdict, decide
+from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
 from cxr.figures.html import html_report
 from cxr.runs.messages import Say
@@ -52,34 +53,34 @@ BARS = ("roc_auc", "accuracy", "recall", "specificity")
 RESAMPLES = 2000
 
 
-def compare_tracked(config: CompareConfig, say: Say = print) -> list[str]:
-    """Run every strategy with every seed and compare; returns the verdict's sentences.
+def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
+    """Run every strategy with every seed and compare.
 
-    The same call after an interruption goes on: finished children are taken as they are, others are resumed. Raises
+    The same call after an interruption continues: finished child runs are reused, the others resumed. Raises
     `UserError` for bad input.
     """
     name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
     with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
-        lines = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
-    say("\n" + "\n".join([*lines, *_look(parent, run_ids)]))
-    return lines
+        verdict = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
+    say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids)]))
+    return verdict
 
 
-def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> list[str]:
-    """The same of finished runs, in a run of its own. Raises `UserError` for runs that cannot be compared."""
+def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> Verdict:
+    """Compare finished runs; the result is logged in a new run. Raises `UserError` for runs that cannot be compared."""
     prepare()
     runs = [load_run(run_id) for run_id in run_ids]
     require_same_images(runs)
     params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
     parent = join_parent(open_parent("compare-runs", {Tag.KIND: RunKind.COMPARISON}, params))
     with ending(parent.run_id):
-        lines = _publish(parent, runs, margin)
-    say("\n".join([*lines, *_look(parent, run_ids)]))
-    return lines
+        verdict = _publish(parent, runs, margin)
+    say("\n".join([*sentences(verdict), *_links(parent, run_ids)]))
+    return verdict
 
 
 def _members(config: CompareConfig) -> dict[str, TrainConfig]:
-    """Seed by seed, so that an early end has whole rounds."""
+    """Run name -> configuration, seed by seed: an interrupted comparison has all strategies for the first seeds."""
     epochs = config.epochs_of()
     return {
         f"{strategy}-s{seed}": replace(config.train, strategy=strategy, seed=seed, epochs=epochs[strategy])
@@ -89,14 +90,14 @@ def _members(config: CompareConfig) -> dict[str, TrainConfig]:
 
 
 def load_run(run_id: str) -> RunData:
-    """What a finished training run logged. Raises `UserError` when there is no such run, or it is no training run."""
+    """What a finished training run logged. Raises `UserError` for an unknown run, or one that is no training run."""
     run = LoggedRun.open(run_id)
     if not run.finished:
         raise UserError(f"run {run_id} is {run.status}: only finished runs can be compared")
     if np.isnan(run.threshold):
         raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
     if "test_roc_auc" not in run.metrics:
-        raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold, or no training run")
+        raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold or not a training run")
     history = run.table(Artifact.HISTORY)
     return RunData(
         run_id=run_id,
@@ -123,37 +124,46 @@ def _cost(run: LoggedRun, history: pd.DataFrame) -> dict[str, float]:
 
 
 def _settings(run: LoggedRun) -> dict[str, str]:
-    """What determines a run's numbers beside strategy, seed, data and weights: parameters, and the code."""
-    apart = NEUTRAL | {"strategy", "seed"}
-    known = {name: value for name, value in run.train_params().items() if name not in apart}
+    """What determines a run's numbers besides strategy, seed, data and weights: parameters and the git commit."""
+    excluded = NEUTRAL | {"strategy", "seed"}
+    known = {name: value for name, value in run.train_params().items() if name not in excluded}
     return known | {"code": run.commit}
 
 
-def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> list[str]:
-    """Tables, figures, report and verdict in the parent run; returns the verdict."""
+def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> Verdict:
+    """Log tables, figures, report and verdict in the parent run."""
     require_same_images(runs)
     replicates = replicate(runs, RESAMPLES)
     table, pairs, stability = strategy_table(replicates), paired_table(runs, replicates), stability_table(runs)
-    lines = verdict(table, pairs, margin)
+    verdict = decide(table, pairs, margin)
     whole = table.join(stability)
     figures = _figures(runs, whole, pairs, margin)
     parent.table(whole.reset_index(names="strategy"), Artifact.STRATEGIES)
     parent.table(pairs, Artifact.PAIRS)
     for name, figure in figures.items():
         parent.figure(figure, plot_path(name, "comparison"))
-    below = notes(runs, margin)
-    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    tables = {"Test figures (mean over seeds)": _readable(table), "Pairs (test ROC-AUC)": pairs}
-    tables["Cost and stability"] = stability
-    title = "Fine-tuning strategies compared"
-    parent.text(html_report(title, head, [*lines[1:-1], *below], tables, figures), Artifact.COMPARISON_REPORT)
+    tables = {
+        "Test metrics (mean over seeds)": _readable(table),
+        "Pairs (test ROC-AUC)": pairs,
+        "Cost and stability": stability,
+    }
+    lines, remarks = sentences(verdict), notes(runs, margin)
+    parent.text(_page(lines, remarks, tables, figures), Artifact.COMPARISON_REPORT)
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
-    parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *below])})
-    return lines
+    parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *remarks])})
+    return verdict
+
+
+def _page(
+    lines: Sequence[str], remarks: Sequence[str], tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure]
+) -> str:
+    """The HTML report: the first and last sentence of the verdict on top, the others before the notes."""
+    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+    return html_report("Fine-tuning strategies compared", head, [*lines[1:-1], *remarks], tables, figures)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    """`0.9700 [0.9551, 0.9812], sd 0.0021` in each cell."""
+    """The table's metrics as text, such as `0.9700 [0.9551, 0.9812], sd 0.0021`."""
     return pd.DataFrame(
         {
             name: [
@@ -168,39 +178,40 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def notes(runs: Sequence[RunData], margin: float) -> list[str]:
-    """What a reader of the comparison must know beside the verdict."""
+    """What a reader needs to know besides the verdict: images, statistics, uses of the test split, unequal settings."""
     uses = max(0, int(max(run.cost["test_uses_before"] for run in runs)) - (len(runs) - 1))
     seeds = {strategy: sum(run.strategy == strategy for run in runs) for strategy in strategies_of(runs)}
     return [
         f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
         + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
-        f"intervals: Student's t, of the variance over {RESAMPLES} resamples of patients and that over seeds, pooled "
-        f"over the strategies; p by Holm over all pairs; margin {margin:g}; McNemar's p takes images for independent "
-        "and judges the seeds' mean probabilities",
-        f"beside these runs, this test split was evaluated {uses} times in this store"
-        + (": what was chosen after looking is no longer a test" if uses else ""),
-        "training seconds are those of the epochs, where activations that an earlier run kept cost nothing",
-        *_mixed(runs),
+        f"intervals: Student's t with the sum of two variances, over {RESAMPLES} resamples of patients and over seeds "
+        f"(pooled over the strategies); p corrected by Holm over all pairs; margin {margin:g}; McNemar's test treats "
+        "images as independent and uses the mean probabilities over seeds",
+        f"apart from these runs, this test split was evaluated {uses} times in this store"
+        + ("; for anything chosen after seeing those results, it is no longer a test" if uses else ""),
+        "training seconds are those of the epochs; activations stored by an earlier run cost nothing there",
+        *_unequal(runs),
     ]
 
 
-def _mixed(runs: Sequence[RunData]) -> list[str]:
-    """What the runs do not have in common: a warning within a strategy, whose seeds are to be alike."""
+def _unequal(runs: Sequence[RunData]) -> list[str]:
+    """Notes on what the runs do not share; a warning where runs of one strategy differ in more than the seed."""
     origins = sorted({run.origin for run in runs})
-    words = [f"WARNING: these runs began from different data or weights: {'; '.join(origins)}"] if origins[1:] else []
-    found = {strategy: _settings_of(runs, strategy) for strategy in strategies_of(runs)}
-    for strategy, settings in found.items():
-        unlike = [f"{name} ({', '.join(values)})" for name, values in settings.items() if len(values) > 1]
-        if unlike:
-            words.append(f"WARNING: the runs of {strategy} are no mere seeds, they differ in {'; '.join(unlike)}")
-    for name in sorted({name for settings in found.values() for name in settings}):
-        values = {strategy: "/".join(settings.get(name, ["unknown"])) for strategy, settings in found.items()}
+    found = [f"WARNING: these runs use different data or initial weights: {'; '.join(origins)}"] if origins[1:] else []
+    by_strategy = {strategy: _settings_of(runs, strategy) for strategy in strategies_of(runs)}
+    for strategy, settings in by_strategy.items():
+        unequal = [f"{name} ({', '.join(values)})" for name, values in settings.items() if len(values) > 1]
+        if unequal:
+            found.append(f"WARNING: the runs of {strategy} differ not only in the seed: {'; '.join(unequal)}")
+    for name in sorted({name for settings in by_strategy.values() for name in settings}):
+        values = {strategy: "/".join(settings.get(name, ["unknown"])) for strategy, settings in by_strategy.items()}
         if len(set(values.values())) > 1:
-            words.append(f"{name}: " + ", ".join(f"{strategy} {value}" for strategy, value in values.items()))
-    return words
+            found.append(f"{name}: " + ", ".join(f"{strategy} {value}" for strategy, value in values.items()))
+    return found
 
 
 def _settings_of(runs: Sequence[RunData], strategy: str) -> dict[str, list[str]]:
+    """Setting -> its different values among the runs of a strategy."""
     own = [run.settings for run in runs if run.strategy == strategy]
     names = sorted({name for settings in own for name in settings})
     return {name: sorted({settings.get(name, "unknown") for settings in own}) for name in names}
@@ -224,7 +235,8 @@ def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, 
     return figures
 
 
-def _look(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
+def _links(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
+    """Lines that say where the report is, and link to the runs side by side in MLflow."""
     ids = json.dumps(list(run_ids), separators=(",", ":"))
     where = parent.where()
     page = where[-1].split("/#/")[0]

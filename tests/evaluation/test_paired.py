@@ -22,8 +22,10 @@ from cxr.evaluation.paired import (
     stability_table,
     strategy_table,
 )
-from cxr.evaluation.verdict import variance_test, verdict
+from cxr.evaluation.verdict import Claim, ClaimOutcome, PairOutcome, Reason, Verdict, decide, variance_test
 
+SUPPORTED = Claim(ClaimOutcome.SUPPORTED, Reason.VARIES_LEAST)
+FEW_SEEDS = Claim(ClaimOutcome.NOT_DECIDED, Reason.FEW_SEEDS)
 LABELS = np.repeat([0, 1], [120, 180])
 
 
@@ -46,15 +48,19 @@ def run(strategy: str, seed: int = 0, signal: float = 2.0, noise: float = 0.2) -
     return RunData(f"{strategy}{seed}", strategy, seed, 0.4, table, table, history, {"total_seconds": 10.0})
 
 
-def judged(runs: list[RunData], margin: float = 0.02) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+def tables(runs: list[RunData]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(a row for each strategy, a row for each pair)."""
     replicates = replicate(runs, 400)
-    table, pairs = strategy_table(replicates), paired_table(runs, replicates)
-    return table, pairs, verdict(table, pairs, margin)
+    return strategy_table(replicates), paired_table(runs, replicates)
+
+
+def judged(runs: list[RunData], margin: float = 0.02) -> Verdict:
+    return decide(*tables(runs), margin)
 
 
 def test_the_table_holds_means_and_spreads_over_seeds() -> None:
     runs = [run("frozen", s, noise=2) for s in range(3)] + [run("full")]
-    table, _, _ = judged(runs)
+    table, _ = tables(runs)
     aucs = [roc_auc_score(LABELS, r.test["probability"]) for r in runs[:3]]
     assert table.loc["frozen", "roc_auc"] == pytest.approx(np.mean(aucs))
     assert table.loc["frozen", "roc_auc_sd"] == pytest.approx(np.std(aucs, ddof=1))
@@ -68,7 +74,7 @@ def test_the_table_holds_means_and_spreads_over_seeds() -> None:
 def test_pairing_tells_apart_what_separate_intervals_do_not() -> None:
     runs = [run("frozen", s, signal=1.3, noise=0.1) for s in range(3)]
     runs += [run("partial", s, signal=1.6, noise=0.1) for s in range(3)]
-    table, pairs, _ = judged(runs)
+    table, pairs = tables(runs)
     assert table.loc["frozen", "roc_auc_high"] > table.loc["partial", "roc_auc_low"]
     (row,) = pairs.to_dict("records")
     assert row["high"] < 0
@@ -76,9 +82,9 @@ def test_pairing_tells_apart_what_separate_intervals_do_not() -> None:
 
 
 def test_equal_strategies_are_not_distinguishable() -> None:
-    _, pairs, words = judged([run(s, seed) for s in ("frozen", "partial", "full") for seed in range(3)])
-    assert (pairs["p_holm"] > 0.05).all()
-    assert sum("not distinguishable from" in line for line in words) == 2
+    runs = [run(s, seed) for s in ("frozen", "partial", "full") for seed in range(3)]
+    assert (tables(runs)[1]["p_holm"] > 0.05).all()
+    assert [pair.outcome for pair in judged(runs).pairs] == [PairOutcome.NOT_DISTINGUISHABLE] * 2
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -98,58 +104,58 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "seeds", "outcome"),
+    ("signals", "seeds", "claim"),
     [
-        ({"frozen": 1.0, "partial": 2.0, "full": 2.0, "gradual": 2.0}, 5, "is supported"),
+        ({"frozen": 1.0, "partial": 2.0, "full": 2.0, "gradual": 2.0}, 5, SUPPORTED),
         (
             {"frozen": 1.0, "partial": 2.0, "full": 2.0},
             5,
-            "holds among those compared, but is not decided: gradual",
+            Claim(ClaimOutcome.NOT_DECIDED, Reason.OTHERS_NOT_RUN, ("gradual",)),
         ),
-        ({"frozen": 1.0, "partial": 1.2, "full": 2.5}, 3, "is not supported: partial is worse than full"),
-        ({"frozen": 1.0, "partial": 1.2, "full": 2.5}, 1, "is not decided: that takes 3 seeds"),
-        ({"frozen": 1.0, "partial": 2.0, "full": 2.0}, 2, "is not decided: that takes 3 seeds"),
-        ({"frozen": 1.0, "full": 2.0}, 3, "was not tested"),
+        (
+            {"frozen": 1.0, "partial": 1.2, "full": 2.5},
+            3,
+            Claim(ClaimOutcome.NOT_SUPPORTED, Reason.WORSE, ("full",)),
+        ),
+        ({"frozen": 1.0, "partial": 1.2, "full": 2.5}, 1, FEW_SEEDS),
+        ({"frozen": 1.0, "partial": 2.0, "full": 2.0}, 2, FEW_SEEDS),
+        ({"frozen": 1.0, "full": 2.0}, 3, Claim(ClaimOutcome.NOT_TESTED, Reason.CLAIMED_NOT_RUN)),
     ],
 )
-def test_the_claim_is_judged_by_its_rule(signals: dict[str, float], seeds: int, outcome: str) -> None:
+def test_the_claim_is_judged_by_its_rule(signals: dict[str, float], seeds: int, claim: Claim) -> None:
     noise = {"partial": 0.01, "full": 0.3, "frozen": 0.3, "gradual": 0.3}
     runs = [run(name, seed, signal, noise[name]) for name, signal in signals.items() for seed in range(seeds)]
-    _, _, words = judged(runs, margin=0.03)
-    assert outcome in words[-1]
+    assert judged(runs, margin=0.03).claim == claim
 
 
 def test_a_steadier_equal_refutes_the_claim_and_wide_intervals_leave_it_open() -> None:
     noise = {"partial": (2.25, 0.5), "full": (2.0, 0.01)}
     runs = [run(name, seed, *how) for name, how in noise.items() for seed in range(4)]
-    assert "full performs as well and varies less" in judged(runs, margin=0.03)[2][-1]
-    assert "is not decided: partial is not shown to be non-inferior" in judged(runs, margin=1e-5)[2][-1]
+    steadier = Claim(ClaimOutcome.NOT_SUPPORTED, Reason.OTHERS_VARY_LESS, ("full",))
+    assert judged(runs, margin=0.03).claim == steadier
+    assert judged(runs, margin=1e-5).claim.reason is Reason.NOT_SHOWN_NON_INFERIOR
 
 
 def test_spreads_that_three_seeds_do_not_tell_apart_decide_nothing() -> None:
     runs = [run(name, seed, 2.2, 0.3) for name in ("partial", "full") for seed in range(3)]
-    assert "full performs as well, and 3 seeds do not tell which varies less" in judged(runs, margin=0.03)[2][-1]
+    open_claim = Claim(ClaimOutcome.NOT_DECIDED, Reason.SPREADS_NOT_DISTINGUISHABLE, ("full",))
+    assert judged(runs, margin=0.03).claim == open_claim
 
 
 def test_a_strategy_worse_within_the_margin_does_not_refute_the_claim() -> None:
     runs = [run(name, seed, how, 0.01) for name, how in {"partial": 1.6, "full": 1.8}.items() for seed in range(3)]
-    _, pairs, words = judged(runs, margin=0.03)
-    assert pairs["p_holm"].iloc[0] < 0.05
-    assert "partial is worse than full" in words[1]
-    assert "partial is worse than" not in words[-1]
-
-
-def test_one_run_is_called_one_run() -> None:
-    _, _, words = judged([run("frozen", signal=1.0), run("full", signal=2.5)])
-    assert words[1].startswith("the one run of frozen is worse than the one run of full")
+    verdict = judged(runs, margin=0.03)
+    (pair,) = verdict.pairs
+    assert pair.difference.p_holm < 0.05
+    assert (pair.strategy, pair.outcome, pair.non_inferior) == ("partial", PairOutcome.WORSE, True)
+    assert verdict.claim.reason is not Reason.WORSE
 
 
 def test_seeds_that_differ_are_no_proof_of_a_difference() -> None:
     """Both strategies are the same, but for the luck of three seeds; resampling images alone would find p < 0.05."""
     lucky = {"frozen": (1.6, 2.0, 2.1), "partial": (2.2, 2.4, 2.6)}
     runs = [run(name, seed, signal, 0.05) for name, signals in lucky.items() for seed, signal in enumerate(signals)]
-    _, pairs, _ = judged(runs)
-    assert pairs["p"].iloc[0] > 0.05
+    assert tables(runs)[1]["p"].iloc[0] > 0.05
 
 
 def equal_strategies(rng: np.random.Generator, seeds: tuple[int, ...], patients: float, training: float) -> Replicates:
@@ -198,10 +204,9 @@ def test_the_variance_test_is_one_sided_and_knows_no_difference_between_constant
 
 
 def test_one_strategy_is_nothing_to_compare() -> None:
-    runs = [run("full")]
-    replicates = replicate(runs, 20)
-    table = strategy_table(replicates)
-    assert verdict(table, paired_table(runs, replicates), 0.01) == ["only full was run: nothing to compare"]
+    verdict = judged([run("full")])
+    assert verdict.pairs == ()
+    assert verdict.claim == Claim(ClaimOutcome.NOT_TESTED, Reason.ONE_STRATEGY)
 
 
 def test_runs_on_other_images_and_doubles_are_refused() -> None:

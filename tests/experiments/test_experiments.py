@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # What a machine with a GPU may not have, and the benchmark must do without.
 BARE = """
-import runpy, sys
+import pathlib, runpy, sys
 sys.modules.update(dict.fromkeys(["mlflow", "optuna", "lightning", "timm"]))
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_every_script_says_how_it_is_run_and_where_in_the_log_its_result_is() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "experiments" / "LOG.md").read_text(), re.MULTILINE)
+    scripts = [path for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()]
+    assert len(scripts) > 7
+    for script in scripts:
+        text = " ".join((ast.get_docstring(ast.parse(script.read_text())) or "").split())
+        assert f"python experiments/{script.name} " in text
+        named = re.findall(r'"(\d{4}-\d{2}-\d{2}: [^"]+)"', text)
+        assert named, f"{script.name} names no entry of LOG.md"
+        assert set(named) <= set(headings), script.name
 
 
 @pytest.mark.slow

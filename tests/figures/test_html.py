@@ -91,6 +91,14 @@ def test_report_shows_markup_of_its_inputs_as_text() -> None:
     assert page.values("img", "alt") == [HOSTILE]
 
 
+def test_report_does_not_treat_its_inputs_as_templates_or_entities() -> None:
+    inputs = ["{{ 7 * 7 }}", "{% if %}", "{# c #}", "&lt;b&gt;"]
+    table = pd.DataFrame({text: [text] for text in inputs})
+    page = Page(html_report(inputs[0], inputs[1], inputs, {inputs[2]: table}, {}))
+    assert page.cells == inputs * 2
+    assert all(page.text.count(text) >= 3 for text in inputs)
+
+
 def test_report_does_not_fill_placeholders_in_its_inputs() -> None:
     page = Page(html_report("$body", "$warning ${title}", ["$verdict"], {}, {}))
     assert "$warning ${title}" in page.text

@@ -20,6 +20,7 @@ from small import quiet, small
 from cxr.config import CommandConfig, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig, configure
 from cxr.data.load import read_data
 from cxr.errors import InUseError, UserError
+from cxr.evaluation.verdict_text import sentences
 from cxr.runs import train as pipeline
 from cxr.runs.result import RunResult
 from cxr.runs.verify import verify
@@ -49,7 +50,7 @@ def newest_parent(kind: str) -> LoggedRun:
 
 def test_a_comparison_has_children_tables_figures_report_and_verdict(config: CompareConfig) -> None:
     said: list[str] = []
-    lines = compare_tracked(config, said.append)
+    lines = sentences(compare_tracked(config, said.append))
     parent = newest_parent("comparison")
     runs = children(parent.run_id)
     assert [run.name for run in runs] == ["frozen-s0", "partial-s0", "frozen-s1", "partial-s1"]
@@ -62,6 +63,7 @@ def test_a_comparison_has_children_tables_figures_report_and_verdict(config: Com
     assert {"report.html", "pairs.csv", "roc.png", "cost.png", "differences.png", "confusion.png"} <= names
     assert "the claim that partial" in lines[-1]
     assert parent.tags["verdict"] == lines[-1]
+    assert parent.tags["mlflow.note.content"].startswith("\n\n".join(lines))
     assert "compare-runs?runs=" in said[-1]
     assert [run.metrics["test_uses_before"] for run in runs] == sorted(run.metrics["test_uses_before"] for run in runs)
 
@@ -135,13 +137,13 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
     MlflowClient().set_terminated(parent, "FINISHED")
 
 
-def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
+def test_runs_of_a_strategy_that_differ_in_more_than_the_seed_are_named(config: CompareConfig) -> None:
     compare_tracked(config, quiet)
     runs = [load_run(run.run_id) for run in children(newest_parent("comparison").run_id)]
     assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
     odd = replace(runs[0], settings={**runs[0].settings, "arch": "resnet50"})
-    told = notes([odd, *runs[1:]], 0.01)
-    assert any(f"WARNING: the runs of {odd.strategy} are no mere seeds, they differ in arch" in line for line in told)
+    remarks = notes([odd, *runs[1:]], 0.01)
+    assert any(f"WARNING: the runs of {odd.strategy} differ not only in the seed: arch" in line for line in remarks)
     longer = [replace(r, settings={**r.settings, "epochs": "7"}) if r.strategy == "frozen" else r for r in runs]
     assert any(line.startswith("epochs: frozen 7, ") for line in notes(longer, 0.01))
     assert "evaluated 0 times" in " ".join(
@@ -149,11 +151,11 @@ def test_runs_that_are_no_mere_seeds_are_named(config: CompareConfig) -> None:
     )
 
 
-def test_finished_runs_are_compared_as_they_are_and_others_refused(config: CompareConfig, finished: Finished) -> None:
+def test_finished_runs_are_compared_and_others_refused(config: CompareConfig, finished: Finished) -> None:
     compare_tracked(config, quiet)
     ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
-    lines = compare_runs(ids, 0.01, quiet)
-    assert lines == compare_runs(ids, 0.01, quiet)
+    verdict = compare_runs(ids, 0.01, quiet)
+    assert verdict == compare_runs(ids, 0.01, quiet)
     with pytest.raises(UserError, match="twice"):
         compare_runs([ids[0], ids[0]], 0.01, quiet)
     with pytest.raises(UserError, match=r"different images|twice"):
