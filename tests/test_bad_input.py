@@ -199,7 +199,7 @@ def test_other_modes_are_converted(
 
 def test_cuda_where_there_is_none(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    says = ("--device cuda", "none on this machine", "--device auto or cpu")
+    says = ("--device cuda", "not available on this machine", "--device auto or cpu")
     refused.train(*TINY, "--data-dir", str(folder), "--device", "cuda", says=says)
 
 
