@@ -109,7 +109,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
-        final = {**result.val.figures(), **result.test.figures(), **result.stressed, **gap, **sizes}
+        final = {**result.val.metrics(), **result.test.metrics(), **result.stressed, **gap, **sizes}
         final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)

@@ -91,8 +91,8 @@ def _figures(
     sizes: dict[str, int],
 ) -> Finding:
     threshold = run.threshold
-    again = evaluate(val, "val", threshold, config.bootstrap).figures()
-    again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
+    again = evaluate(val, "val", threshold, config.bootstrap).metrics()
+    again |= evaluate(test, held, threshold, config.bootstrap, share).metrics()
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
     wrong = _differences(run.metrics, again)
     made, here = run.commit, git_commit()

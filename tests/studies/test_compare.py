@@ -154,9 +154,9 @@ def test_finished_runs_are_compared_as_they_are_and_others_refused(config: Compa
     ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
     lines = compare_runs(ids, 0.01, quiet)
     assert lines == compare_runs(ids, 0.01, quiet)
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="duplicate runs"):
         compare_runs([ids[0], ids[0]], 0.01, quiet)
-    with pytest.raises(UserError, match=r"different images|twice"):
+    with pytest.raises(UserError, match=r"different images|duplicate runs"):
         moved = replace(load_run(ids[0]), test=load_run(ids[0]).test.iloc[::-1].reset_index(drop=True))
         from cxr.evaluation.paired import require_same_images
 
