@@ -100,15 +100,12 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
 
 
 def open_worker(config: TuneConfig, say: Say) -> Worker:
-    """Create or continue the study and its parent run. Raises `UserError` for invalid input before creating
-    anything."""
+    """Create or continue the study and its parent run. Raises `UserError` for invalid input before creating either."""
     train = config.train
     data = read_data(train)
     if train.strict:
         audited(train, data, None)
-    _, weights = build_model(
-        train.arch, train.weights, train.seed
-    )  # fail here, not in every trial, if weights are missing
+    _, weights = build_model(train.arch, train.weights, train.seed)  # missing weights fail here, not in every trial
     machine = ready_machine(train)
     origin = {"data": data.without("test").fingerprint, "weights": weights}
     study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)
