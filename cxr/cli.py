@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that `cxr --help` answers at once."""
+"""The command line. Heavy packages are imported inside the commands, so that `cxr --help` is fast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cxr.machine import processes
 from cxr.options import options
 
 BAD_INPUT, STOPPED = 2, 130
-HEAD_START = 20.0  # seconds that the first of several processes has to fail with the same words
+ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can report the same error first
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +33,7 @@ def cli() -> None:
 
 def _one_process(command: str) -> None:
     if processes() > 1:
-        raise UserError(f"torchrun: not for {command}; start it without, or use torchrun for train")
+        raise UserError(f"torchrun: not supported by {command}, only by train; start {command} without torchrun")
 
 
 @cli.command()
@@ -49,7 +49,7 @@ def train(**parameters: Any) -> None:
 @cli.command()
 @options(TuneConfig)
 def tune(**parameters: Any) -> None:
-    """Search the learning rate of every phase with Optuna. The same command again continues the study."""
+    """Search the learning rate of every phase with Optuna. Repeating the command continues the study."""
     config = configure(TuneConfig, parameters)
     _one_process("tune")
     from cxr.studies.search import tune_tracked
@@ -59,12 +59,12 @@ def tune(**parameters: Any) -> None:
 
 @cli.command()
 @options(CompareConfig)
-@click.option("--runs", "first", help="compare these finished runs (ID ID …) and train nothing")
+@click.option("--runs", "first", help="compare these finished runs (ID ID …) without training")
 @click.argument("more", nargs=-1, metavar="[ID]...")
 def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None:
-    """Run every strategy with several seeds, and compare them: intervals, paired differences, cost, a verdict."""
+    """Train every strategy with several seeds and compare them: intervals, paired differences, cost, a verdict."""
     if more and not first:
-        raise click.UsageError(f"{' '.join(more)}: name runs after --runs")
+        raise click.UsageError(f"{' '.join(more)}: run ids must follow --runs")
     config = configure(CompareConfig, parameters)
     _one_process("compare")
     from cxr.studies.compare import compare_runs, compare_tracked
@@ -78,7 +78,7 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
 @cli.command()
 @options(CrossvalConfig)
 def crossval(**parameters: Any) -> None:
-    """Cross-validate a strategy on the training and validation images, patients kept together; test stays locked."""
+    """Cross-validate a strategy on the training and validation images, by patient. The test split is not used."""
     config = configure(CrossvalConfig, parameters)
     _one_process("crossval")
     from cxr.studies.crossval import crossval_tracked
@@ -98,7 +98,7 @@ MODEL = click.option(
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @MODEL
-@click.option("--json", "as_json", is_flag=True, help="print JSON, one object for each image")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object per image")
 def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
     """Print label, probability of pneumonia and decision for each of IMAGES. Not for clinical use."""
     from cxr.tracking.registry import load
@@ -110,9 +110,11 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @MODEL
-@click.option("--out", "folder", type=click.Path(path_type=Path), default="explained", show_default=True, help="folder")
+@click.option(
+    "--out", "folder", type=click.Path(path_type=Path), default="explained", show_default=True, help="output folder"
+)
 def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
-    """Write each of IMAGES beside its Grad-CAM heat map into a folder. Not for clinical use."""
+    """For each of IMAGES, save a picture of the image next to its Grad-CAM heat map. Not for clinical use."""
     from cxr.serving.explain import explain_files
     from cxr.tracking.registry import load
 
@@ -122,17 +124,21 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
 
 @cli.command("evaluate")
 @MODEL
-@click.option("--data-dir", required=True, help="Kaggle-shaped folder (its test split), or flat NORMAL/ and PNEUMONIA/")
+@click.option(
+    "--data-dir",
+    required=True,
+    help="folder laid out like the Kaggle set (evaluates its test split), or containing NORMAL/ and PNEUMONIA/",
+)
 @click.option(
     "--bootstrap",
     type=click.IntRange(0, 100000),
     default=1000,
     show_default=True,
-    help="resamples behind each 95% interval",
+    help="bootstrap resamples for each 95% interval",
 )
-@click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
+@click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
 def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
-    """Evaluate a model on other images, as an MLflow run of its own."""
+    """Evaluate a model on other images and log the result as a new MLflow run."""
     from cxr.runs.evaluate import evaluate_tracked
 
     evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
@@ -140,7 +146,7 @@ def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) ->
 
 @cli.group()
 def models() -> None:
-    """List, promote and export registered models."""
+    """List, promote, export and verify models."""
 
 
 NAME = click.option("--name", default="cxr-pneumonia", show_default=True, help="registered model")
@@ -149,7 +155,7 @@ NAME = click.option("--name", default="cxr-pneumonia", show_default=True, help="
 @models.command("list")
 @NAME
 def list_command(name: str) -> None:
-    """Show the versions, newest first."""
+    """List the versions of a registered model, newest first."""
     from cxr.tracking.registry import versions
 
     click.echo(versions(name).to_string(index=False))
@@ -159,7 +165,7 @@ def list_command(name: str) -> None:
 @click.argument("version")
 @NAME
 def promote_command(version: str, name: str) -> None:
-    """Make VERSION the champion, whatever its figures; who was champion before is kept as a tag."""
+    """Make VERSION the champion regardless of its metrics; the previous champion is recorded in a tag."""
     from cxr.tracking.registry import promote
 
     click.echo(promote(name, version))
@@ -168,7 +174,7 @@ def promote_command(version: str, name: str) -> None:
 @models.command("export")
 @click.argument("folder", type=click.Path(path_type=Path))
 @MODEL
-@click.option("--onnx", is_flag=True, help="write X_ray_classifier.onnx, too")
+@click.option("--onnx", is_flag=True, help="also write X_ray_classifier.onnx")
 def export_command(folder: Path, uri: str, onnx: bool) -> None:
     """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
     from cxr.tracking.registry import load
@@ -179,12 +185,12 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
 
 @models.command("verify")
 @click.argument("target")
-@click.option("--data-dir", help="where the images are now, if not where the run had them")
-@click.option("--cache-dir", help="where decoded images are kept, if not where the run had them")
+@click.option("--data-dir", help="folder of the images, if they were moved since the run")
+@click.option("--cache-dir", help="cache folder, if it was moved since the run")
 def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> None:
-    """Compute the figures of TARGET (a run's id, or a model's URI) again, from its predictions, model and data.
+    """Recompute the metrics of TARGET (a run ID or a model URI) from its predictions, model and data.
 
-    Exit code 1 when anything differs.
+    Exit code 1 if any of them differs from what was logged.
     """
     from cxr.runs.verify import verify
 
@@ -196,18 +202,21 @@ def verify_command(target: str, data_dir: str | None, cache_dir: str | None) -> 
 
 @cli.group()
 def data() -> None:
-    """Look at data, make phantoms, download the Kaggle set."""
+    """Audit a data set, manage the cache, generate phantoms, download the Kaggle set."""
 
 
 @data.command("audit")
 @click.argument("folder", default=SYNTHETIC)
-@click.option("--cache-dir", default="auto", show_default=True, help="where decoded images are kept")
+@click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
 @click.option(
-    "--weights", default="none", show_default=True, help="look for shifts with these weights, as in train; none"
+    "--weights",
+    default="none",
+    show_default=True,
+    help="also test for a shift between splits, in features from these weights (values as in train); none skips it",
 )
-@click.option("--strict", is_flag=True, help="leakage across splits ends with exit code 2")
+@click.option("--strict", is_flag=True, help="exit with code 2 if there is leakage across splits")
 def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> None:
-    """Say what FOLDER holds and what is wrong with it. Exit code 1 when files are corrupt."""
+    """Report the contents of FOLDER and any problems found. Exit code 1 if files are corrupt."""
     config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict)
     from cxr.data.load import read_data
     from cxr.network.resnet import build_model
@@ -225,11 +234,11 @@ def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> No
     "--prune",
     "days",
     type=click.FloatRange(0),
-    help="remove what was not used for so many days; an interrupted run whose checkpoints go cannot go on",
+    help="remove entries not used for this many days; interrupted runs cannot be resumed once pruned",
 )
-@click.option("--cache-dir", default="auto", show_default=True, help="the cache folder")
+@click.option("--cache-dir", default="auto", show_default=True, help="cache folder")
 def cache_command(days: float | None, cache_dir: str) -> None:
-    """List what the cache holds (decoded images, activations, checkpoints), the least recently used first."""
+    """List the entries of the cache (decoded images, activations, checkpoints), least recently used first."""
     from cxr.storage import Cache
 
     cache = Cache.open(cache_dir)
@@ -243,7 +252,7 @@ def cache_command(days: float | None, cache_dir: str) -> None:
 
 @data.command("fetch")
 def fetch_command() -> None:
-    """Download the Kaggle data set (about 2 GB) and print the folder to give as --data-dir."""
+    """Download the Kaggle data set (about 2 GB) and print the folder to pass as --data-dir."""
     from cxr.data.fetch import fetch
 
     click.echo(fetch())
@@ -251,19 +260,21 @@ def fetch_command() -> None:
 
 @data.command("synth")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="another seed draws other children")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="a different seed generates different patients"
+)
 def synth_command(folder: Path, seed: int) -> None:
-    """Write the phantom X-rays into FOLDER/chest_xray."""
+    """Generate synthetic X-rays (phantoms) in FOLDER/chest_xray."""
     from cxr.data.phantoms import write_synthetic
 
     try:
         click.echo(write_synthetic(folder, seed=seed))
     except (OSError, ValueError) as error:
-        raise UserError(f"cxr data synth {folder}: {error}; name another folder") from error
+        raise UserError(f"cxr data synth {folder}: {error}; choose another folder") from error
 
 
 def main() -> None:
-    """Run the command line: bad input ends with one line and exit code 2, Ctrl-C and SIGTERM with 130."""
+    """Run the command line. Invalid input prints one line and exits with code 2; Ctrl-C and SIGTERM exit with 130."""
     warnings.showwarning = _show_warning
     try:
         cli.main(standalone_mode=False)
@@ -273,23 +284,23 @@ def main() -> None:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         number = os.environ["RANK"] if processes() > 1 else "0"
         if number != "0":
-            _let_the_first_speak()
+            _wait_for_process_zero()
         click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)
-        _note_on_run(reason)
+        _record_on_run(reason)
         sys.exit(BAD_INPUT)
     except (click.Abort, KeyboardInterrupt, Stopped):
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
 
 
-def _let_the_first_speak() -> None:
-    """Wait before failing: torchrun kills all processes when one fails, and mostly each would say the same."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM already: it ends this process without a word
-    time.sleep(HEAD_START)
+def _wait_for_process_zero() -> None:
+    """Wait before failing: torchrun kills all processes when one fails, and usually all report the same error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # like SIGTERM: ends this process silently
+    time.sleep(ERROR_DELAY)
 
 
-def _note_on_run(reason: str) -> None:
-    """Under `mlflow run`, tell the run that it opened why the command failed."""
+def _record_on_run(reason: str) -> None:
+    """Under `mlflow run`, record the reason for the failure on the run that MLflow created."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         from cxr.tracking.lifecycle import note_error
 
@@ -297,6 +308,6 @@ def _note_on_run(reason: str) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    # MLflow insists on showing its advice on type hints, filters or not; ours would have to be a lie.
+    # MLflow warns about missing type hints regardless of filters; the hints that it asks for would be wrong here.
     if category is UserWarning and "type hint" not in str(message):
         click.echo(f"warning: {message}", err=True)

@@ -1,27 +1,27 @@
-"""The one exception for what a user can mend: shown as one line, exit code 2, never a traceback."""
+"""Exceptions. `UserError` is for what the user can fix: printed as one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input. The message says what is wrong, where, and what to do about it."""
+    """Invalid input. The message says what is wrong, where, and how to fix it."""
 
 
 class MachineError(UserError):
-    """A store or disk that cannot be used: no other parameters would mend it."""
+    """A tracking store or disk that cannot be used; different parameters would not help."""
 
 
 class InUseError(UserError):
-    """Another process is at work on the same run."""
+    """Another process is using the same run."""
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived: as with Ctrl-C, the run ends KILLED."""
+    """SIGTERM was received: as after Ctrl-C, the run ends with status KILLED."""
 
 
 class Pruned(BaseException):
-    """A search gave this run up, because others were better at the same step: it ends KILLED."""
+    """A search pruned this run because others were better at the same step; it ends with status KILLED."""
 
 
 class FreezeError(Exception):
-    """Something frozen moved: a defect of the program, never of the input."""
+    """A frozen parameter or buffer changed: a bug in the program, never caused by the input."""

@@ -1,4 +1,4 @@
-"""Device, precision, seeds and determinism: what the machine can do and what was chosen."""
+"""Choice of device and precision, seeding, determinism, memory use."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ if TYPE_CHECKING:
 
 
 def processes() -> int:
-    """How many processes torchrun started to train together; 1 without it."""
+    """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto|cpu|cuda|mps` -> a device that exists here; under torchrun, a GPU for each process.
+    """`auto|cpu|cuda|mps` -> an available device; under torchrun, one GPU per process.
 
-    Raises `UserError` when it does not exist.
+    Raises `UserError` if it is not available.
     """
     import torch
 
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present[name]:
-        raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto or cpu")
+        name = next(kind for kind, usable in available.items() if usable)
+    if not available[name]:
+        raise UserError(f"--device {name}: not available on this machine; use --device auto or cpu")
     if name == "cuda" and processes() > 1:
-        there = torch.cuda.device_count()
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > there:  # which each process says, the first among them
-            raise UserError(f"torchrun: more processes than the {there} GPU(s) here; use --nproc-per-node {there}")
+        gpus = torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:  # raised by every process, so also by process 0
+            raise UserError(f"torchrun: more processes than GPUs on this machine ({gpus}); use --nproc-per-node {gpus}")
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto|fp32|bf16|fp16` -> the arithmetic to train in on this device.
+    """`auto|fp32|bf16|fp16` -> the training precision on this device.
 
-    `auto` is bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on the CPU, so that
-    the same seed gives the same CPU numbers whether or not the processor has bf16 units.
+    `auto` is bf16 on GPUs that support it, fp16 (with loss scaling) on other GPUs, fp32 on the CPU, so that
+    the same seed gives the same results on CPUs with and without bf16 units.
     """
     import torch
 
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: not for the CPU; use fp32 or bf16")
+        raise UserError("--precision fp16: not supported on the CPU; use fp32 or bf16")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -64,8 +64,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def cpu_has_bf16() -> bool:
     """Whether the processor has bf16 arithmetic units; without them bf16 is several times slower.
 
-    Read from /proc/cpuinfo, because `torch.ops.mkldnn._is_mkldnn_bf16_supported` also says yes to
-    processors that only emulate it. Elsewhere than on Linux the answer is no.
+    Read from /proc/cpuinfo, because `torch.ops.mkldnn._is_mkldnn_bf16_supported` is also true for
+    processors that only emulate it. Always false outside Linux.
     """
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.exists() else []
@@ -73,7 +73,7 @@ def cpu_has_bf16() -> bool:
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed every generator and ask for deterministic kernels: same seed, same machine, same result."""
+    """Seed every generator and enable deterministic kernels: same seed and machine, same result."""
     import numpy as np
     import torch
 
@@ -83,23 +83,23 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False  # what is called fp32 is fp32
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else every new tensor is filled before it is used: 534 fills instead of 10 in a step of ResNet18.
+        # Otherwise every new tensor is filled before use: 534 fills instead of 10 in a ResNet18 step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def eval_batch_size(device: torch.device, batch_size: int) -> int:
-    """Images at a time where nothing is learned from them: a GPU takes more at once, a CPU's caches do not."""
+    """The batch size for inference: larger than in training on a GPU, the same on a CPU because of its caches."""
     return max(batch_size, min(256, 8 * batch_size)) if device.type == "cuda" else batch_size
 
 
-def hold_memory() -> None:
-    """Let this process keep the memory that it frees, where its C library is glibc.
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory instead of returning it to the kernel; no effect with other C libraries.
 
-    By default each step's large tensors are given back to the kernel and asked for again, page by page, which costs a
-    training step on a CPU a twentieth of its time (`mallopt(3)`: M_MMAP_MAX, M_TRIM_THRESHOLD).
+    By default the large tensors of each step are returned to the kernel and requested again, page by page, which takes
+    a twentieth of a training step on a CPU (`mallopt(3)`: M_MMAP_MAX, M_TRIM_THRESHOLD).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -108,7 +108,7 @@ def hold_memory() -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure anew. On Linux the process's own peak is reset; elsewhere it is that since its start."""
+    """Reset the peak memory. Outside Linux the peak of the process cannot be reset and counts from its start."""
     import torch
 
     if device.type == "cuda":
@@ -119,7 +119,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use since the last reset, MB: the GPU's, or this process's resident memory."""
+    """Peak memory since the last reset, in MB: allocated on the GPU, or resident memory of this process."""
     import resource
 
     import torch
@@ -128,13 +128,13 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    here = next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM:")), None)
-    return here if here is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM:")), None)
+    return peak if peak is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 @contextlib.contextmanager
-def memory_explained() -> Iterator[None]:
-    """Turn running out of memory, the GPU's or the machine's, into one line."""
+def memory_errors() -> Iterator[None]:
+    """Translate out-of-memory errors, of the GPU or the CPU, into a `UserError`."""
     import torch
 
     try:
@@ -144,7 +144,7 @@ def memory_explained() -> Iterator[None]:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for a tag: `cpu (2 threads)`, `cuda (NVIDIA H100 80GB HBM3)`."""
+    """A description of the device, for a tag: `cpu (2 threads)`, `cuda (NVIDIA H100 80GB HBM3)`."""
     import torch
 
     if device.type == "cuda":
@@ -156,21 +156,21 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where and how to compute."""
+    """The device and the precision of a run."""
 
     device: torch.device
     precision: str
 
 
 def ready_machine(config: TrainConfig) -> Machine:
-    """Device and precision by `config`, all generators seeded."""
+    """Select device and precision as configured, and seed all generators."""
     device = resolve_device(config.device)
     if config.compile == "graphs" and device.type != "cuda":
-        raise UserError("--compile graphs: records what a GPU is told to do; without one, use inductor or none")
+        raise UserError("--compile graphs: CUDA graphs require a GPU; use inductor or none")
     if config.compile != "none" and processes() > 1:
-        raise UserError(f"--compile {config.compile}: for one process alone; leave it out under torchrun")
+        raise UserError(f"--compile {config.compile}: not supported under torchrun; leave it out")
     if device.type == "cpu":
-        hold_memory()
+        keep_freed_memory()
     machine = Machine(device, resolve_precision(config.precision, device))
     seed_everything(config.seed, device)
     return machine

@@ -1,4 +1,4 @@
-"""Configuration dataclasses -> click options and the text of MLproject. Nothing is written down twice."""
+"""Derives click options and the text of MLproject from the configuration dataclasses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Command = Callable[..., Any]
 
 
 class _Boolean(click.ParamType):  # type: ignore[type-arg]
-    """`true` or `false`: an option with a value, as `mlflow run` passes every parameter with one."""
+    """`true` or `false`: an option with a value, because `mlflow run` passes a value for every parameter."""
 
     name = "boolean"
 
@@ -71,7 +71,7 @@ def options(cls: type[CommandConfig]) -> Callable[[Command], Command]:
 
 
 def render_mlproject() -> str:
-    """The text of MLproject: an entry point for each long command, every parameter with its default."""
+    """The text of MLproject: an entry point for each command that trains, every parameter with its default."""
     lines = [
         "# Rendered from cxr/config.py by `python -m cxr.options`; a test compares. Do not edit.",
         "name: cxr",
@@ -86,7 +86,7 @@ def render_mlproject() -> str:
 
 
 def _parameters(cls: type[CommandConfig]) -> list[str]:
-    """All are strings to MLflow: it would turn a `float` of 10 into 10.0, which is no number of epochs."""
+    """All are declared as strings: as `float`, MLflow would turn 10 epochs into 10.0, which is invalid."""
     return [
         f'      {item.name}: {{type: string, default: "{text_of(default_of(item))}"}}' for item in parameters_of(cls)
     ]

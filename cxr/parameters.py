@@ -11,10 +11,10 @@ from cxr.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What is known of one parameter beside its type and default.
+    """The specification of one parameter, apart from its type and default.
 
-    Bounds are inclusive, except `above`. `commands` are those that take the parameter; empty for every command that has
-    it. `search` is the range of a search, `log` whether it is searched on a logarithmic scale.
+    Bounds are inclusive, except `above`. `commands` are those that accept the parameter; empty means all. `search` is
+    the search range, `log` whether to search on a logarithmic scale.
     """
 
     help: str
@@ -50,7 +50,7 @@ def text_of(value: Any) -> str:
 
 
 def parse(text: str, kind: type) -> Any:
-    """The inverse of `text_of`. Raises ValueError for a text that is no such value."""
+    """The inverse of `text_of`. Raises ValueError for text that cannot be parsed."""
     if kind is not bool:
         return kind(text)
     if text not in ("true", "false"):

@@ -1,4 +1,4 @@
-"""Fine-tuning strategies as pure data: a strategy is a tuple of phases, and one loop serves them all."""
+"""Fine-tuning strategies as pure data: a strategy is a tuple of phases, and one training loop handles them all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of training with one set of trainable stages, one optimizer and one learning rate.
+    """A phase of training with one set of trainable stages, one optimizer and one learning rate.
 
-    `first` is the first trainable stage: it and all that follow train, all that precede are frozen
-    and stay in eval mode. `lr` names the configuration field that holds the phase's learning rate.
+    `first` is the first trainable stage: it and all later stages are trained, all earlier ones are frozen
+    and stay in eval mode. `lr` is the name of the configuration field with the learning rate.
     """
 
     name: str
@@ -21,12 +21,12 @@ class Phase:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The stages of the prefix, in order."""
+        """The frozen stages, in order."""
         return STAGES[: STAGES.index(self.first)]
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The stages of the suffix, in order."""
+        """The trainable stages, in order."""
         return STAGES[STAGES.index(self.first) :]
 
 

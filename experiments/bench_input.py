@@ -31,8 +31,10 @@ from common import AT_LEAST_1, Batch, report
 from cxr.data.batches import Split, epoch_order, eval_batches, make_split, view_batches
 from cxr.data.kaggle import digest_files, find_root, index_folder
 from cxr.data.store import Store, open_store
+from cxr.data.views import View
 from cxr.machine import describe, eval_batch_size, resolve_device, resolve_precision, seed_everything
 from cxr.network.resnet import build_model, run_stages
+from cxr.storage import Cache
 from cxr.strategies import STRATEGIES
 from cxr.training.frozen_prefix import look_up
 from cxr.training.row_file import RowFile
@@ -62,7 +64,7 @@ class Bench:
 
     def store(self, cache: Path) -> Store:
         """The decoded images: opened in that cache folder, or decoded into it."""
-        return open_store(self.paths, list(self.table["digest"]), self.size, "squash", cache)
+        return open_store(self.paths, list(self.table["digest"]), self.size, "squash", Cache(cache))
 
 
 def choose(table: pd.DataFrame, most: int | None) -> pd.DataFrame:
@@ -113,7 +115,7 @@ def batch_jobs(bench: Bench, split: Split) -> dict[str, Job]:
 
     def views(repeat: int) -> int:
         order = epoch_order(len(split), bench.batch_size, 0, repeat)
-        return count(view_batches(split, order, 0, repeat, bench.device), bench.device)
+        return count(view_batches(split, order, 0, View(repeat), bench.device), bench.device)
 
     def plain(repeat: int) -> int:
         return count(eval_batches(split, eval_batch_size(bench.device, bench.batch_size), bench.device), bench.device)

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny phantom data set, made once, and a cache of each test's own."""
+"""Shared fixtures: a tiny phantom data set, created once, and a separate cache for each test."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ settings.load_profile("unhurried")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or fills the user's cache, nor logs into a run that happens to be open."""
+    """Tests neither use the cache of the user nor log to an active run."""
     monkeypatch.setenv("CXR_CACHE", str(tmp_path / "cache"))
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
@@ -52,7 +52,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Kaggle-shaped folder of 64-pixel phantoms: about 45 train, 16 val and 20 test images."""
+    """A folder in the Kaggle layout with 64-pixel phantoms: about 45 train, 16 val and 20 test images."""
     return write_synthetic(tmp_path_factory.mktemp("phantoms"), seed=1, train_patients=24, test_patients=10, size=64)
 
 
@@ -70,13 +70,13 @@ def splits(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sp
 
 @pytest.fixture
 def tiny() -> ResNet:
-    """A network of six stages that trains in no time."""
+    """A network of six stages that trains in a moment."""
     return narrow_resnet()
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each run of the prefix took."""
+    """The number of images in each forward pass of the frozen prefix."""
     counts: list[int] = []
     run_stages = prefix.run_stages
 
@@ -90,7 +90,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A tracking store that tests share; making one takes seconds."""
+    """A tracking store shared by tests, because creating one takes seconds."""
     import mlflow
 
     folder = tmp_path_factory.mktemp("mlflow")
@@ -115,7 +115,7 @@ def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def finished(
     store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, RunResult, Run]:
-    """One tracked run, and what the store holds of it."""
+    """A tracked run, and its record in the store."""
     import mlflow
 
     from cxr.config import TrainConfig
@@ -130,7 +130,7 @@ def finished(
 
 @pytest.fixture(scope="module")
 def finder() -> ResNet:
-    """A network that has learnt to tell images with a square."""
+    """A network trained to detect images with a square."""
     model = narrow_resnet(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(30):

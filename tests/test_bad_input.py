@@ -1,4 +1,4 @@
-"""Bad input, as a user meets it: one line that says what, where and what to do; exit code 2; nothing half-written."""
+"""Invalid input end to end: one line with problem, place and remedy; exit code 2; no partial files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TINY = ("--weights", "random", "--image-size", "64", "--epochs", "1", "--bootstr
 
 @pytest.fixture
 def folder(phantoms: Path, tmp_path: Path) -> Path:
-    """A copy of the phantoms, to be spoilt."""
+    """A copy of the phantoms that a test may damage."""
     return Path(shutil.copytree(phantoms, tmp_path / "data"))
 
 
 class Refused:
-    """Runs a command that must be refused, and looks at what it says and leaves."""
+    """Runs a command that must fail, and checks its message and the files that it leaves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path):
         self.monkeypatch, self.capsys, self.cache = monkeypatch, capsys, cache
@@ -77,7 +77,7 @@ def refused(
 def empty(folder: Path) -> str:
     shutil.rmtree(folder)
     folder.mkdir()
-    return f"{folder}: holds no train/ folder"
+    return f"{folder}: contains no train/ folder"
 
 
 def without_class_folders(folder: Path) -> str:
@@ -85,18 +85,18 @@ def without_class_folders(folder: Path) -> str:
         file.rename(folder / "train" / file.name)
     for name in ("NORMAL", "PNEUMONIA"):
         (folder / "train" / name).rmdir()
-    return f"{folder}/train/NORMAL: holds no .jpeg"
+    return f"{folder}/train/NORMAL: contains no .jpeg"
 
 
 def one_class(folder: Path) -> str:
     for path in list(folder.glob("*/PNEUMONIA")):
         shutil.rmtree(path)
-    return f"{folder}/train/PNEUMONIA: holds no .jpeg"
+    return f"{folder}/train/PNEUMONIA: contains no .jpeg"
 
 
 def a_class_missing_from_test(folder: Path) -> str:
     shutil.rmtree(folder / "test" / "NORMAL")
-    return f"{folder}/test/NORMAL: holds no .jpeg"
+    return f"{folder}/test/NORMAL: contains no .jpeg"
 
 
 def missing(folder: Path) -> str:
@@ -105,7 +105,7 @@ def missing(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [missing, empty, without_class_folders, one_class, a_class_missing_from_test])
-def test_a_folder_that_cannot_be_trained_on(refused: Refused, folder: Path, spoil: Callable[[Path], str]) -> None:
+def test_an_unusable_data_folder(refused: Refused, folder: Path, spoil: Callable[[Path], str]) -> None:
     says = spoil(folder)
     refused.train(*TINY, "--data-dir", str(folder), says=(says,))
 
@@ -116,10 +116,10 @@ def test_an_official_split_without_a_class_in_validation(refused: Refused, folde
     refused.train(*TINY, "--data-dir", str(folder), "--val-split", "official", says=says)
 
 
-def test_a_folder_that_may_not_be_read(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_read_permission(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = Path.iterdir
 
-    def guarded(path: Path) -> Iterator[Path]:  # chmod does not bind root
+    def guarded(path: Path) -> Iterator[Path]:  # chmod has no effect for root
         if path == folder / "train" / "NORMAL":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return iter(listed(path))
@@ -140,7 +140,7 @@ def picture(mode: str, format: str, size: tuple[int, int] = (80, 64)) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG whose header promises 20,000 x 20,000 pixels."""
+    """A PNG whose header declares 20,000 x 20,000 pixels."""
     data = bytearray(picture("L", "PNG"))
     data[16:24] = (20_000).to_bytes(4, "big") * 2
     return bytes(data)
@@ -197,9 +197,9 @@ def test_other_modes_are_converted(
     assert "corrupt files: none" in capsys.readouterr().out
 
 
-def test_cuda_where_there_is_none(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_where_it_is_unavailable(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    says = ("--device cuda", "none on this machine", "--device auto or cpu")
+    says = ("--device cuda", "not available on this machine", "--device auto or cpu")
     refused.train(*TINY, "--data-dir", str(folder), "--device", "cuda", says=says)
 
 
@@ -266,7 +266,7 @@ def test_an_unreachable_tracking_server(
         (("train", "--batch-size", "many"), ("--batch-size", "not a valid integer")),
     ],
 )
-def test_names_and_numbers_that_nothing_answers_to(
+def test_unknown_names_and_invalid_numbers(
     refused: Refused, command: tuple[str, ...], says: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -296,13 +296,13 @@ def test_a_disk_that_fills_after_an_epoch(refused: Refused, phantoms: Path, monk
         kept(path, fail if path.name == "last.pt" else write)
 
     monkeypatch.setattr(checkpoint, "write_atomically", fills)
-    with pytest.raises(AssertionError, match="best-0"):  # what was whole stays, half a file does not
+    with pytest.raises(AssertionError, match="best-0"):  # complete files are kept, partial ones are removed
         refused.train(*TINY, "--data-dir", str(phantoms), says=("last.pt: cannot be written (No space left",))
     assert sorted(path.name for path in refused.cache.glob("runs/*/*")) == ["base-0.safetensors", "best-0.safetensors"]
 
 
 @pytest.mark.filterwarnings("always:.*decoding them again")
-def test_a_store_corrupted_behind_our_back_is_made_again(
+def test_a_corrupted_store_is_rebuilt(
     phantoms: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, "data", "audit", str(phantoms)) == 0
@@ -314,7 +314,7 @@ def test_a_store_corrupted_behind_our_back_is_made_again(
     assert file.read_bytes() == whole
 
 
-def test_a_tracking_server_lost_in_mid_run(refused: Refused, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracking_server_lost_during_a_run(refused: Refused, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.exceptions import MlflowException
 
     from cxr.tracking.tracker import MlflowTracker

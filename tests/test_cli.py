@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""End-to-end tests of the command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_help_answers_in_under_half_a_second_of_cpu() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-def test_training_imports_nothing_that_it_may_not_need() -> None:
+def test_training_imports_no_optional_packages() -> None:
     optional = ("optuna", "captum", "imagehash", "onnx", "onnxruntime", "kagglehub", "psycopg", "lightning", "mlflow")
     others = (
         "cxr.studies.search",
@@ -65,7 +65,7 @@ def test_python_dash_m_and_the_module_agree(
 
 
 @pytest.mark.parametrize("option", list(BAD_OPTIONS))
-def test_a_bad_option_ends_with_one_line_and_exit_code_2(
+def test_an_invalid_option_prints_one_line_and_exits_with_code_2(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -78,17 +78,17 @@ def test_a_bad_option_ends_with_one_line_and_exit_code_2(
     assert "Traceback" not in "".join(lines)
 
 
-def test_a_bad_option_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_invalid_option_creates_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, "train", "--epochs", "0") == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_option_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_option_exits_with_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_main(monkeypatch, "train", "--no-such-option", "1") == 2
 
 
-def test_synth_writes_phantoms_that_audit_accepts(
+def test_the_audit_accepts_phantoms(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], phantoms: Path
 ) -> None:
     assert run_main(monkeypatch, "data", "audit", str(phantoms)) == 0

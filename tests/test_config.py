@@ -1,4 +1,4 @@
-"""Parameters: what is refused and how it is said, and that the logged text gives the same configuration back."""
+"""Parameters: rejected values, error messages, and the round trip through the logged text."""
 
 import math
 from dataclasses import fields
@@ -38,7 +38,7 @@ configs = st.builds(
 
 @settings(max_examples=50)
 @given(configs)
-def test_flatten_and_unflatten_give_the_same_configuration_back(config: TrainConfig) -> None:
+def test_flatten_and_unflatten_round_trip(config: TrainConfig) -> None:
     assert unflatten(flatten(config)) == config
 
 
@@ -48,12 +48,12 @@ def test_flatten_writes_dotted_keys_and_one_spelling_of_a_number() -> None:
     assert {key.split(".")[1] for key in flat} == {item.name for item in fields(TrainConfig)}
 
 
-def test_unflatten_ignores_other_prefixes_and_names_that_are_no_parameter() -> None:
+def test_unflatten_ignores_other_prefixes_and_unknown_parameters() -> None:
     assert unflatten({"train.epochs": "3", "class_weight.NORMAL": "2", "train.of_old": "1"}) == TrainConfig(epochs=3)
 
 
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda item: item.name)
-def test_every_number_is_bounded_below_and_the_refusal_names_the_option(item: Any) -> None:
+def test_every_number_has_a_lower_bound_and_the_error_names_the_option(item: Any) -> None:
     spec = spec_of(item)
     bound = spec.low if spec.low is not None else spec.above
     assert bound is not None
@@ -61,38 +61,38 @@ def test_every_number_is_bounded_below_and_the_refusal_names_the_option(item: An
         TrainConfig(**{item.name: type(default_of(item))(bound - 1)})
 
 
-def test_a_bound_called_above_is_itself_refused_and_one_called_low_is_not() -> None:
+def test_above_is_an_exclusive_bound_and_low_an_inclusive_one() -> None:
     with pytest.raises(UserError, match=r"--val-fraction 0.0: must be above 0"):
         TrainConfig(val_fraction=0.0)
     assert TrainConfig(weight_decay=0.0, views=0, val_fraction=0.5).views == 0
 
 
-def test_a_value_over_its_bound_is_refused() -> None:
+def test_a_value_above_its_upper_bound_is_rejected() -> None:
     with pytest.raises(UserError, match=r"--val-fraction 0.6: must be at most 0.5"):
         TrainConfig(val_fraction=0.6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
+def test_numbers_that_are_not_finite_are_rejected(value: float) -> None:
     with pytest.raises(UserError, match=r"--lr-head .*not a finite number"):
         TrainConfig(lr_head=value)
 
 
 @pytest.mark.parametrize("seed", [2**64, 10**400])
-def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+def test_a_seed_out_of_range_is_rejected(seed: int) -> None:
     with pytest.raises(UserError, match=r"--seed .*must be at most"):
         TrainConfig(seed=seed)
 
 
 @pytest.mark.parametrize(("name", "value"), [("strategy", "best"), ("arch", "vgg16"), ("on_bad_image", "")])
-def test_an_unknown_choice_is_refused_with_the_choices(name: str, value: str) -> None:
+def test_an_unknown_choice_is_rejected_with_the_choices(name: str, value: str) -> None:
     choices = next(spec_of(item).choices for item in fields(TrainConfig) if item.name == name)
     wrong: dict[str, Any] = {name: value}
     with pytest.raises(UserError, match=f"unknown; choose one of {', '.join(choices)}"):
         TrainConfig(**wrong)
 
 
-def test_every_search_range_holds_its_default_and_lies_within_the_bounds() -> None:
+def test_every_search_range_contains_its_default_and_lies_within_the_bounds() -> None:
     ranges = {item.name: item for item in fields(TrainConfig) if spec_of(item).search}
     assert {"lr_head", "lr_top", "lr_all"} <= ranges.keys()
     for name, item in ranges.items():

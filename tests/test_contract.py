@@ -1,4 +1,4 @@
-"""What holds across files: one source of truth for parameters, the direction of imports, pins that agree."""
+"""Rules across files: one source of truth for parameters, the direction of imports, consistent pins."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cxr.options import ENTRY_POINTS, render_mlproject
 from cxr.parameters import default_of, spec_of, text_of
 
 ROOT = Path(__file__).parent.parent
-# Upper floors first. A wing imports from lower floors and itself; lowest are the other files of `cxr/` itself.
-FLOORS = (
+# Upper layers first. A package imports from lower layers and itself; the lowest are the other modules of `cxr/`.
+LAYERS = (
     {"__main__"},
     {"cli"},
     {"options"},
@@ -35,8 +35,8 @@ FLOORS = (
     {"evaluation", "audit", "network"},
     {"data"},
 )
-GROUND = len(FLOORS)
-HOMES = {  # the only places that may import a package
+LOWEST = len(LAYERS)
+ALLOWED_IN = {  # the only places that may import a package
     "mlflow": ("tracking", "runs", "studies", "serving.pyfunc_model"),
     "optuna": tuple(f"studies.{name}" for name in ("search", "search_report", "trial", "trial_queue", "optuna_study")),
     "click": ("cli", "options"),
@@ -50,13 +50,13 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(ROOT / "cxr").with_suffix("").parts): path for path in files}
 
 
-def wing(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def floor(module: str) -> int:
-    """From 0 at the top; a file of `cxr/` itself that is not named in `FLOORS` is on the ground."""
-    return next((number for number, wings in enumerate(FLOORS) if wing(module) in wings), GROUND)
+def layer(module: str) -> int:
+    """From 0 at the top; modules of `cxr/` that are not named in `LAYERS` are in the lowest layer."""
+    return next((number for number, names in enumerate(LAYERS) if package_of(module) in names), LOWEST)
 
 
 def imports(path: Path) -> set[str]:
@@ -75,35 +75,37 @@ def own_imports(path: Path) -> set[str]:
     return {name.removeprefix("cxr.") for name in imports(path) if name.removeprefix("cxr.") in modules()}
 
 
-def test_every_wing_has_a_floor_and_says_what_lives_there() -> None:
+def test_every_package_has_a_layer_and_a_docstring() -> None:
     folders = {path.name: path for path in (ROOT / "cxr").iterdir() if (path / "__init__.py").exists()}
-    assert folders.keys() == {name for wings in FLOORS[3:] for name in wings}
+    assert folders.keys() == {name for names in LAYERS[3:] for name in names}
     for folder in folders.values():
         tree = ast.parse((folder / "__init__.py").read_text())
         assert len(tree.body) == 1
         assert len(ast.get_docstring(tree) or "") > 60
 
 
-def test_no_import_goes_upward_or_across() -> None:
+def test_no_import_from_an_upper_or_the_same_layer() -> None:
     seen = 0
     for name, path in modules().items():
         for used in own_imports(path):
-            at_home = wing(used) == wing(name) or floor(name) == GROUND
-            assert floor(used) > floor(name) or (at_home and floor(used) == floor(name)), f"{name} imports {used}"
+            inside = package_of(used) == package_of(name) or layer(name) == LOWEST
+            assert layer(used) > layer(name) or (inside and layer(used) == layer(name)), f"{name} imports {used}"
             seen += 1
     assert seen > 150
 
 
-def test_no_imports_make_a_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     graph = {name: own_imports(path) for name, path in modules().items()}
-    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
-@pytest.mark.parametrize("package", HOMES)
-def test_heavy_packages_stay_in_their_homes(package: str) -> None:
+@pytest.mark.parametrize("package", ALLOWED_IN)
+def test_heavy_packages_are_imported_only_where_allowed(package: str) -> None:
     users = [name for name, path in modules().items() if any(i.split(".")[0] == package for i in imports(path))]
     assert users
-    assert [name for name in users if name not in HOMES[package] and wing(name) not in HOMES[package]] == []
+    assert [
+        name for name in users if name not in ALLOWED_IN[package] and package_of(name) not in ALLOWED_IN[package]
+    ] == []
 
 
 def test_the_committed_mlproject_is_the_rendered_one() -> None:

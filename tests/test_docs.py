@@ -1,4 +1,4 @@
-"""What README, guide and CONTRIBUTING say: commands parse, links and named code exist, the README stays short."""
+"""README, guide and CONTRIBUTING: commands parse, links and named code exist, the README is short."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cxr.options import ENTRY_POINTS
 ROOT = Path(__file__).parent.parent
 GUIDE = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDE]
-MOST_WORDS = 1300
+MAX_WORDS = 1300
 LAUNCHERS = {"uv", "cxr", "mlflow", "python", "torchrun"}
 NUMBERS = {"DAYS": "30", "N": "2"}  # placeholders that stand for numbers
 VALUED = {"--extra", "--group", "--nproc-per-node", "--with"}  # options of launchers that take a value
@@ -43,7 +43,7 @@ def table_commands(text: str) -> Iterator[str]:
 
 
 def arguments_of(line: str) -> list[str]:
-    """The words of a command line, without a comment and without assignments before it; none for other lines."""
+    """The words of a command line without comments and leading assignments; none for other lines."""
     first = next((word for word in line.split() if not re.match(r"[A-Z_]+=", word)), "")
     if first not in LAUNCHERS:
         return []
@@ -52,7 +52,7 @@ def arguments_of(line: str) -> list[str]:
 
 
 def without_launcher(words: list[str]) -> list[str]:
-    """`uv run --extra x cxr …`, `python -m cxr …` and `torchrun … -m cxr …` -> `cxr …`; others as they are."""
+    """`uv run --extra x cxr …`, `python -m cxr …` and `torchrun … -m cxr …` -> `cxr …`; others unchanged."""
     while words and words[0] in ("uv", "torchrun", "python"):
         if words[:2] not in (["uv", "run"], ["torchrun", words[1]], ["python", "-m"]):
             return words
@@ -74,7 +74,7 @@ RUNS = [words for words in COMMANDS if words[:2] == ["mlflow", "run"]]
 
 
 def parse(words: list[str]) -> click.Context:
-    """The context of a `cxr` command, its arguments parsed and nothing run."""
+    """The context of a `cxr` command after parsing its arguments, without running it."""
     command: click.Command = cli
     names = iter(words)
     path = [next(names)]
@@ -122,7 +122,7 @@ def test_enough_commands_were_found() -> None:
         "uv run torchrun --nproc-per-node 2 -m cxr train --strategy nothing",
     ],
 )
-def test_a_wrong_command_would_be_found(line: str) -> None:
+def test_an_invalid_command_is_detected(line: str) -> None:
     words = without_launcher(arguments_of(line))
     assert words[0] == "cxr"
     with pytest.raises((AssertionError, click.UsageError, UserError)):
@@ -144,7 +144,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_link_inside_the_repository_leads_somewhere() -> None:
+def test_every_link_inside_the_repository_resolves() -> None:
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
     inside = [(page, link) for page, link in links if "://" not in link]
     assert len(inside) >= 35
@@ -171,7 +171,7 @@ def test_every_picture_is_shown_somewhere() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().split()) <= MOST_WORDS
+    assert len((ROOT / "README.md").read_text().split()) <= MAX_WORDS
 
 
 def named_code() -> set[tuple[str, str]]:
@@ -186,7 +186,7 @@ def named_code() -> set[tuple[str, str]]:
     return found
 
 
-def test_code_that_the_guide_names_is_where_it_says() -> None:
+def test_code_named_in_the_guide_exists_there() -> None:
     names = named_code()
     assert len(names) > 30
     assert {(name, file) for name, file in names if not re.search(rf"\b{name}\b", (ROOT / file).read_text())} == set()

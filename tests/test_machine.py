@@ -20,7 +20,7 @@ def present(monkeypatch: pytest.MonkeyPatch, cuda: bool = False, mps: bool = Fal
 
 
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_auto_takes_the_fastest_device_there_is(
+def test_auto_selects_the_fastest_available_device(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, chosen: str
 ) -> None:
     present(monkeypatch, cuda, mps)
@@ -29,7 +29,7 @@ def test_auto_takes_the_fastest_device_there_is(
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_an_absent_device_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unavailable_device_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     present(monkeypatch)
     with pytest.raises(UserError, match=f"--device {name}.*--device auto or cpu"):
         resolve_device(name)
@@ -52,12 +52,12 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, name: str, device: torch.dev
     assert resolve_precision(name, device) == chosen
 
 
-def test_fp16_is_refused_on_the_cpu() -> None:
+def test_fp16_is_rejected_on_the_cpu() -> None:
     with pytest.raises(UserError, match="--precision fp16"):
         resolve_precision("fp16", CPU)
 
 
-def test_the_cache_folder_is_asked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_looked_up_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXR_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -70,13 +70,13 @@ def test_the_cache_folder_is_asked_for_in_order(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "home" / ".cache" / "cxr").is_dir()
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache-dir .*file/cache: cannot be made \(Not a directory\)"):
         Cache.open(str(tmp_path / "file" / "cache"))
 
 
-def test_the_home_of_nobody_is_no_cache_folder() -> None:
+def test_an_unknown_home_folder_is_rejected_as_cache() -> None:
     with pytest.raises(UserError, match="--cache-dir ~no-such-user/cache: cannot be made"):
         Cache.open("~no-such-user/cache")
 
@@ -97,17 +97,17 @@ def test_the_same_seed_gives_the_same_numbers_everywhere() -> None:
 
     assert numbers(3) == numbers(3)
     assert all(a != b for a, b in zip(numbers(3), numbers(4), strict=True))
-    assert len(numbers(2**40)) == 3  # beyond what NumPy's own seed takes
+    assert len(numbers(2**40)) == 3  # exceeds NumPy's 32-bit seed
 
 
-def test_bf16_is_believed_only_when_the_processor_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_requires_the_cpu_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, expected in (("avx512f amx_bf16", True), ("avx2 avx512_bf16", True), ("avx2 avx512f", False)):
         monkeypatch.setattr(Path, "read_text", lambda _, flags=flags: f"flags : {flags}\n")
         monkeypatch.setattr(Path, "exists", lambda _: True)
         assert cpu_has_bf16() is expected
 
 
-def test_the_device_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     assert describe(CUDA) == "cuda (NVIDIA H100)"
     assert describe(MPS) == "mps"

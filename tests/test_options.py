@@ -1,4 +1,4 @@
-"""Options and project text derived from the configuration."""
+"""Options and MLproject derived from the configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cxr.options import options
 
 
 def parse(*arguments: str) -> TrainConfig:
-    """What a command with the derived options makes of its arguments."""
+    """The configuration that a command with the derived options parses from its arguments."""
     seen: list[TrainConfig] = []
 
     @click.command()
@@ -37,7 +37,7 @@ def test_no_arguments_give_the_defaults() -> None:
     assert parse() == TrainConfig()
 
 
-def test_hyphens_and_underscores_mean_the_same() -> None:
+def test_hyphens_and_underscores_are_equivalent() -> None:
     expected = replace(TrainConfig(), batch_size=8, lr_top=2e-4)
     assert parse("--batch-size", "8", "--lr-top", "2e-4") == expected
     assert parse("--batch_size", "8", "--lr_top", "0.0002") == expected
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parent.parent
 def mlflow_run(
     store: str, phantoms: Path, cache: Path, *parameters: str, run_id: str = "", entry: str = "main"
 ) -> subprocess.Popen[str]:
-    """Start `mlflow run .` on tiny phantoms in a process group of its own."""
+    """Start `mlflow run .` on tiny phantoms in a new process group."""
     command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", "-e", entry]
     command += ["--run-id", run_id] if run_id else ["--experiment-name", "cxr"]
     values = [f"data_dir={phantoms}", "weights=random", "image_size=64", "bootstrap=0", "views=1", "register=none"]
@@ -70,18 +70,16 @@ def mlflow_run(
 
 
 @pytest.mark.slow
-def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
-    in_store: str, phantoms: Path, own_cache: Path
-) -> None:
+def test_mlflow_run_stopped_by_ctrl_c_resumes_in_the_same_run(in_store: str, phantoms: Path, own_cache: Path) -> None:
     before = mlflow.search_runs(search_all_experiments=True, output_format="list")
     with mlflow_run(in_store, phantoms, own_cache, "strategy=gradual", "epochs=2") as process:
         assert process.stdout
         for line in process.stdout:
             if line.startswith("epoch  1"):
-                os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) != 0
     stopped = mlflow.search_runs(search_all_experiments=True, output_format="list")[0]
-    assert stopped.info.status in ("KILLED", "FAILED")  # MLflow 3.17 writes the second over the first
+    assert stopped.info.status in ("KILLED", "FAILED")  # MLflow 3.17 overwrites KILLED with FAILED
     assert stopped.data.tags["cxr.error"] == "stopped by the user"
     with mlflow_run(in_store, phantoms, own_cache, run_id=stopped.info.run_id) as process:
         output, _ = process.communicate(timeout=120)
@@ -103,7 +101,7 @@ def test_mlflow_run_is_stopped_by_ctrl_c_and_goes_on_in_the_same_run(
         ("crossval", ("strategy=frozen", "epochs=1", "folds=2", "val_fraction=0.3"), "crossval", 2),
     ],
 )
-def test_the_run_that_mlflow_run_opens_is_the_parent(
+def test_the_run_created_by_mlflow_run_is_the_parent(
     in_store: str,
     phantoms: Path,
     own_cache: Path,
@@ -127,7 +125,7 @@ def test_the_run_that_mlflow_run_opens_is_the_parent(
 
 
 @pytest.mark.slow
-def test_mlflow_run_with_a_bad_parameter_ends_failed_and_says_why(
+def test_mlflow_run_with_an_invalid_parameter_fails_with_the_reason(
     in_store: str, phantoms: Path, own_cache: Path
 ) -> None:
     with mlflow_run(in_store, phantoms, own_cache, "strategy=halves") as process:

@@ -1,4 +1,4 @@
-"""Checks of a data set: duplicates, patients across splits, shortcuts, shifts.
+"""Data set audit: duplicates, patients in more than one split, shortcuts, distribution shift.
 
-It reports findings and changes nothing.
+The audit only reports findings; it never modifies data.
 """

@@ -1,4 +1,4 @@
-"""What a data folder holds and what is wrong with it."""
+"""The checks of a data set and their findings."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ PATIENTS_ACROSS = "patients in more than one split"
 FILES_ACROSS = "identical files in more than one split"
 COPIES_ACROSS = "near duplicates in more than one split"
 LEAKS = {PATIENTS_ACROSS, FILES_ACROSS, COPIES_ACROSS}
-SHORTCUT = 0.8  # AUC of a cue from which a warning is due
-SHIFTED = 0.7  # AUC from which two splits differ
+SHORTCUT = 0.8  # AUC of a cue above which the audit warns
+SHIFTED = 0.7  # AUC above which two splits are reported as different
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of an audit: what was checked, whether it is as it should be, what was seen; whether there was enough
-    to be `told`."""
+    """One line of an audit: the name of the check, whether it passed, details, and (`conclusive`) whether there was enough
+    data for a result."""
 
     check: str
     ok: bool
     detail: str
-    told: bool = True
+    conclusive: bool = True
 
     def line(self) -> str:
-        """For people."""
-        return f"{('ok  ' if self.told else '?   ') if self.ok else 'WARN'} {self.check}: {self.detail}"
+        """The finding as one line of text."""
+        return f"{('ok  ' if self.conclusive else '?   ') if self.ok else 'WARN'} {self.check}: {self.detail}"
 
 
 def audit(
@@ -46,13 +46,13 @@ def audit(
     root: Path | None = None,
     features: npt.NDArray[np.float32] | None = None,
 ) -> list[Finding]:
-    """All checks for which there is input. `bad` maps a path to why it cannot be read; all else is in the manifest's
-    order.
+    """Run all checks for which the inputs are given. `bad` maps the path of an unreadable file to the reason; `images`
+    and `features` are in the order of the manifest.
 
-    Always: counts, corrupt files, patients across splits, and with the column `digest` identical files. `images` (uint8
-    [n, s, s], decoded) adds near duplicates, `root` (the folder of the files, of which the headers are read) shortcuts,
-    and `features` ([n, d], of any network) the shift between splits. 5,856 images take about 15 seconds.
-    Raises ValueError where `images` or `features` is not as long as the manifest.
+    Always: counts, corrupt files, patients across splits and, if there is a column `digest`, identical files. `images`
+    (uint8 [n, s, s], decoded) adds near duplicates, `root` (the data folder, to read image headers) adds shortcuts, and
+    `features` ([n, d], of any network) adds the shift between splits. 5,856 images take about 15 seconds.
+    Raises ValueError if the length of `images` or `features` differs from that of the manifest.
     """
     for given in (images, features):
         if given is not None and len(given) != len(manifest):
@@ -68,7 +68,7 @@ def audit(
 
 
 def leaks(findings: Iterable[Finding]) -> list[Finding]:
-    """Those findings that mean a leak: what was learned from one split is seen again in another."""
+    """The findings that are leakage: the same patient or image is in more than one split."""
     return [finding for finding in findings if finding.check in LEAKS and not finding.ok]
 
 
@@ -87,7 +87,7 @@ def _balance(manifest: pd.DataFrame) -> Finding:
     shares = manifest.groupby("split")["label"].mean()
     spread = float(shares.max() - shares.min())
     text = ", ".join(f"{split} {share:.1%}" for split, share in shares.items())
-    return Finding("share of pneumonia", spread < 0.05, text + ("" if spread < 0.05 else " (the prior shifts)"))
+    return Finding("share of pneumonia", spread < 0.05, text + ("" if spread < 0.05 else " (class balance differs)"))
 
 
 def _corrupt(bad: dict[str, str]) -> Finding:
@@ -98,7 +98,7 @@ def _unnamed(manifest: pd.DataFrame) -> Finding:
     count = int((manifest["group"] == manifest["path"]).sum())
     text = f"{manifest['group'].nunique()} groups"
     if count:
-        text += f"; {count} file names tell no patient, each counted as a patient of its own"
+        text += f"; {count} file names do not identify patients; each counts as a separate patient"
     return Finding("patients", not count, text)
 
 
@@ -113,17 +113,17 @@ def _duplicates(manifest: pd.DataFrame, images: npt.NDArray[np.uint8] | None) ->
     if "digest" not in manifest:
         return []
     groups = exact_duplicates(manifest)
-    findings = [_identical(manifest, groups), _parted(FILES_ACROSS, manifest, groups)]
+    findings = [_identical(manifest, groups), _across(FILES_ACROSS, manifest, groups)]
     if images is not None:
         copies = _copies(manifest, images)
         pairs = copies[["a", "b"]].to_numpy().tolist()
-        findings += [_near(manifest, copies), _parted(COPIES_ACROSS, manifest, pairs)]
+        findings += [_near(manifest, copies), _across(COPIES_ACROSS, manifest, pairs)]
         groups = groups + pairs
     return [*findings, _conflicts(manifest, groups), _renamed(manifest, groups)]
 
 
 def _copies(manifest: pd.DataFrame, images: npt.NDArray[np.uint8]) -> pd.DataFrame:
-    """Near duplicates, and different files that decode to the same pixels (how: `same pixels`)."""
+    """Near duplicates, and different files that decode to the same pixels (column `how`: `same pixels`)."""
     digests = manifest["digest"].to_numpy()
     same = [pair for pair in pairs_of(pixel_duplicates(images)) if digests[pair[0]] != digests[pair[1]]]
     table = pd.DataFrame(same, columns=["a", "b"], dtype=np.int64).assign(correlation=1.0, how="same pixels")
@@ -132,9 +132,9 @@ def _copies(manifest: pd.DataFrame, images: npt.NDArray[np.uint8]) -> pd.DataFra
 
 def _identical(manifest: pd.DataFrame, groups: Groups) -> Finding:
     places = manifest["split"].iloc[[group[0] for group in groups]].value_counts(sort=False)
-    spare = sum(len(group) - 1 for group in groups)
+    extra = sum(len(group) - 1 for group in groups)
     where = ", ".join(f"{split} {count}" for split, count in places.items())
-    text = f"{len(groups)} groups ({where}), {spare} images counted more than once" if groups else "none"
+    text = f"{len(groups)} groups ({where}), {extra} redundant images" if groups else "none"
     return Finding("identical files", not groups, text)
 
 
@@ -144,23 +144,23 @@ def _near(manifest: pd.DataFrame, copies: pd.DataFrame) -> Finding:
     return Finding("near duplicates", copies.empty, "none" if copies.empty else f"{kinds}: {examples}")
 
 
-def _parted(check: str, manifest: pd.DataFrame, groups: Groups) -> Finding:
-    parted = mixed(groups, manifest["split"])
-    return Finding(check, not parted, _named(manifest, parted))
+def _across(check: str, manifest: pd.DataFrame, groups: Groups) -> Finding:
+    found = mixed(groups, manifest["split"])
+    return Finding(check, not found, _counted(manifest, found))
 
 
 def _conflicts(manifest: pd.DataFrame, groups: Groups) -> Finding:
     found = mixed(groups, manifest["label"])
-    return Finding("duplicates with different labels", not found, _named(manifest, found))
+    return Finding("duplicates with different labels", not found, _counted(manifest, found))
 
 
 def _renamed(manifest: pd.DataFrame, groups: Groups) -> Finding:
     found = mixed(groups, manifest["group"])
-    text = _named(manifest, found) + ("; a split by patient may part them" if found else "")
+    text = _counted(manifest, found) + ("; a split by patient may separate them" if found else "")
     return Finding("duplicates under different patients", not found, text)
 
 
-def _named(manifest: pd.DataFrame, groups: Groups) -> str:
+def _counted(manifest: pd.DataFrame, groups: Groups) -> str:
     return f"{len(groups)}: {_examples(manifest, groups)}" if groups else "none"
 
 
@@ -171,32 +171,32 @@ def _examples(manifest: pd.DataFrame, groups: Groups) -> str:
 
 
 def _shortcuts(manifest: pd.DataFrame, cues: pd.DataFrame) -> Finding:
-    """Of all images but the test split's, from which nothing is to be learned."""
+    """Computed on all images except the test split, which must not inform training."""
     seen = (manifest["split"] != "test").to_numpy()
     part = manifest[seen]
     found = separabilities(cues[seen], part["label"].to_numpy(np.int64), part["group"].to_numpy())
     if all(np.isnan(auc) for auc in found.values()):
-        return Finding("shortcuts", True, "too few patients of a class to tell", False)
+        return Finding("shortcuts", True, "inconclusive, too few patients in a class", False)
     strong = [cue for cue, auc in found.items() if auc > SHORTCUT]
-    text = "AUC of the class from one cue: " + ", ".join(f"{cue} {auc:.2f}" for cue, auc in found.items())
-    return Finding("shortcuts", not strong, text + (f" (a model may learn {_listed(strong)})" if strong else ""))
+    text = "AUC of predicting the class from one cue: " + ", ".join(f"{cue} {auc:.2f}" for cue, auc in found.items())
+    return Finding("shortcuts", not strong, text + (f" (a model may learn {_joined(strong)})" if strong else ""))
 
 
 def _shift(found: dict[tuple[str, str], float]) -> Finding:
     strong = [(split, name) for (split, name), auc in found.items() if auc > SHIFTED]
     text = ", ".join(f"train and {split} {name} {auc:.2f}" for (split, name), auc in found.items())
-    text = f"AUC of a linear probe between {text}" if found else "too few images in val and test to tell"
+    text = f"AUC of a linear probe between {text}" if found else "inconclusive, too few images in val and test"
     consequence = _consequence({split for split, _ in strong})
     return Finding("shift between splits", not strong, text + consequence, bool(found))
 
 
 def _consequence(shifted: set[str]) -> str:
     if shifted == {"test"}:
-        return " (validation cannot stand for test: what it prefers, and its threshold, need not hold there)"
+        return " (validation does not represent test: model selection and threshold may not carry over)"
     if shifted == {"val"}:
-        return " (validation is unlike train: a gap between the two is no sign of overfitting)"
-    return " (neither validation nor test is like train: expect less than train promises)" if shifted else ""
+        return " (validation differs from train: a gap between them does not imply overfitting)"
+    return " (validation and test both differ from train: expect worse metrics than on train)" if shifted else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def _joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

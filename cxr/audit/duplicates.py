@@ -1,9 +1,9 @@
-"""Images that a data set holds more than once: the same bytes, the same pixels, or copies made to look different.
+"""Duplicate images: identical bytes, identical pixels, or modified copies (near duplicates).
 
-X-rays of different children look alike, so a perceptual hash only proposes pairs. A pair counts when its fine detail
-(what is left after a local mean is taken off) correlates after one image was fitted onto the other. On the 5,856
-Kaggle images the most alike pair of different files reaches 0.892, and of 500 copies each, cut by 3 to 5% at every
-side and saved again at JPEG quality 40, the least reaches 0.95.
+X-rays of different patients look similar, so a perceptual hash only proposes candidate pairs. A pair is confirmed if
+its fine detail (the image minus a local mean) correlates after one image is registered to the other. On the 5,856
+Kaggle images the most similar pair of different images reaches 0.892; of 500 copies each, cropped by 3 to 5% at every
+side and saved again at JPEG quality 40, the lowest reaches 0.95.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from torch import Tensor
 UInt8 = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 Groups = list[list[int]]
-SAME = 0.93  # least correlation of fine detail between copies
-HASH_BITS = 8  # most differing bits, of 64, of a pair worth a look
-CUTS = (0.0, 0.025, 0.045)  # share cut from each side before hashing: a hash tells a crop of up to 2% only
-ALIKE = 0.85  # least plain correlation, at 32 pixels a side, of a pair worth fitting
-HOPEFUL = 0.7  # least correlation of fine detail after one step of the fit; of copies 1 in 200 is below
+SAME = 0.93  # minimum correlation of fine detail of a near duplicate
+HASH_BITS = 8  # maximum Hamming distance, of 64 bits, of a candidate pair
+CUTS = (0.0, 0.025, 0.045)  # fraction cropped from each side before hashing: a hash tolerates crops of up to 2% only
+MIN_CORRELATION = 0.85  # minimum plain correlation, at 32 pixels a side, of a candidate pair
+MIN_FIRST_STEP = 0.7  # minimum correlation of fine detail after one step of the fit; 1 in 200 copies is below
 STEPS = 3
-MOST_FITTED = 100_000  # pairs, the most alike; the Kaggle images give 17,246
-_SIDE = 64  # pixels a side at which images are fitted
-_WINDOW = 9  # pixels a side of the local mean
-_EDGE = 4  # pixels at each side that are not compared: a fit may reach past the frame
-_CHUNK = 32  # small enough for a processor's cache
+MAX_FITTED = 100_000  # most similar candidate pairs to fit; the Kaggle images give 17,246
+_SIDE = 64  # side length in pixels at which images are fitted
+_WINDOW = 9  # side length in pixels of the local mean
+_EDGE = 4  # pixels at each side that are not compared, as a fit may extend past the frame
+_CHUNK = 32  # small enough for the CPU cache
 
 
 def exact_duplicates(manifest: pd.DataFrame) -> Groups:
-    """Row positions of files with equal bytes, by the column `digest`; only groups of two and more, in row order."""
+    """Row positions of files with identical bytes, by the column `digest`, in groups of two or more, in row order."""
     return _group(manifest["digest"])
 
 
 def pixel_duplicates(images: UInt8) -> Groups:
-    """Positions of images with equal pixels (equal bytes or not), in groups of two and more; `images` is [n, s, s]."""
+    """Positions of images with identical pixels, in groups of two or more; `images` is [n, s, s]."""
     return _group(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
 
 
@@ -54,24 +54,24 @@ def _group(keys: Iterable[Hashable]) -> Groups:
 
 
 def pairs_of(groups: Groups) -> list[tuple[int, int]]:
-    """Each group's first member paired with every other: enough to join the group."""
+    """The first member of each group paired with every other member."""
     return [(group[0], other) for group in groups for other in group[1:]]
 
 
 def mixed(groups: Iterable[Iterable[int]], values: pd.Series) -> Groups:
-    """Those groups of row positions whose rows differ in `values` (labels, splits, patients)."""
+    """The groups of row positions that have more than one of `values` (labels, splits, patients)."""
     column = values.to_numpy()
     return [list(group) for group in groups if len({column[row] for row in group}) > 1]
 
 
 def near_duplicates(images: UInt8) -> pd.DataFrame:
-    """Pairs of images with different pixels of which one is a copy of the other; `images` is uint8 [n, s, s].
+    """Pairs of images with different pixels, one of which is a modified copy of the other; `images` is uint8 [n, s, s].
 
-    Columns: a, b (positions, a < b), correlation (of fine detail once fitted, 0.93 to 1), how (`copy`, `mirrored`,
-    `cropped`, `mirrored and cropped`). Finds copies saved again, mirrored, and cut by up to about 6% at each side; of
-    those that lost 5% at two adjacent sides only it misses most, as the picture moves too far for the hash. Of images
-    with equal pixels the first stands for all. The hash is phash (Zauner 2010) of the library imagehash; the fit is
-    that of Lucas and Kanade (1981), with a shift and a scale for each axis.
+    Columns: a, b (positions, a < b), correlation (of fine detail after registration, 0.93 to 1), how (`copy`,
+    `mirrored`, `cropped`, `mirrored and cropped`). Finds copies that were saved again, mirrored, or cropped by up to
+    about 6% at each side; misses most that were cropped by 5% at two adjacent sides only, as the hash does not tolerate
+    the shift. Of images with identical pixels only the first is compared. The hash is phash (Zauner 2010) from the
+    library imagehash; the registration is that of Lucas and Kanade (1981), with a shift and a scale for each axis.
     """
     first = np.setdiff1d(np.arange(len(images)), [copy for _, copy in pairs_of(pixel_duplicates(images))])
     small = np.stack([_shrink(images[row]) for row in first]) if len(first) else np.zeros((0, _SIDE, _SIDE), np.uint8)
@@ -87,29 +87,30 @@ def _shrink(image: UInt8) -> UInt8:
 
 
 def _candidates(small: UInt8) -> pd.DataFrame:
-    """Pairs worth a fit, with what of `a` is likest to `b`: columns a, b, cut (share per side), mirrored, alike."""
+    """Candidate pairs, with the transform of `a` most similar to `b`: a, b, cut (per side), mirrored and similarity."""
     whole = _views(small, 0.0, False)
     parts = [
-        pd.DataFrame({"a": a, "b": b, "cut": cut, "mirrored": mirrored, "alike": alike})
+        pd.DataFrame({"a": a, "b": b, "cut": cut, "mirrored": mirrored, "similarity": similarity})
         for cut, mirrored in product(CUTS, (False, True))
-        for a, b, alike in _close(_views(small, cut, mirrored), whole)
+        for a, b, similarity in _close(_views(small, cut, mirrored), whole)
         if len(a)
     ]
     if not parts:
-        return pd.DataFrame({"a": [], "b": [], "cut": [], "mirrored": [], "alike": []}).astype({"a": int, "b": int})
-    table = pd.concat(parts, ignore_index=True).sort_values("alike", ascending=False, kind="stable")
+        columns = ["a", "b", "cut", "mirrored", "similarity"]
+        return pd.DataFrame({name: [] for name in columns}).astype({"a": int, "b": int})
+    table = pd.concat(parts, ignore_index=True).sort_values("similarity", ascending=False, kind="stable")
     low, high = table[["a", "b"]].min(axis=1), table[["a", "b"]].max(axis=1)
     kept = ~pd.DataFrame({"low": low, "high": high, "mirrored": table["mirrored"]}).duplicated()
-    return table[kept].head(MOST_FITTED).reset_index(drop=True)
+    return table[kept].head(MAX_FITTED).reset_index(drop=True)
 
 
 Views = tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]
 
 
 def _views(small: UInt8, cut: float, mirrored: bool) -> Views:
-    """(hash [n], pixels [n, 1024] of mean 0 and length 1) of the images with `cut` off each side, maybe mirrored."""
+    """(hash [n], pixels [n, 1024] of zero mean and unit norm) of images cropped by `cut` and optionally mirrored."""
     box = (cut * _SIDE, cut * _SIDE, (1 - cut) * _SIDE, (1 - cut) * _SIDE)
-    import imagehash  # only where an audit is not in the cache
+    import imagehash  # only if the audit is not cached
 
     flipped = small[:, :, ::-1] if mirrored else small
     views = [Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS, box=box) for image in flipped]
@@ -121,14 +122,15 @@ def _views(small: UInt8, cut: float, mirrored: bool) -> Views:
 
 
 def _close(views: Views, whole: Views) -> Iterator[tuple[Positions, Positions, npt.NDArray[np.float32]]]:
-    """(a, b, correlation) of views `a` and whole images `b` that are near in hash and alike; in chunks of `a`."""
+    """(a, b, correlation) of views `a` and whole images `b` with similar hashes and pixels, in chunks of `a`."""
     for start in range(0, len(whole[0]), _CHUNK):
         differing = np.bitwise_count(views[0][start : start + _CHUNK, None] ^ whole[0])
         a, b = np.nonzero(differing <= HASH_BITS)
         a = a + start
         a, b = a[a != b], b[a != b]
-        alike = np.einsum("ij,ij->i", views[1][a], whole[1][b])
-        yield a[alike >= ALIKE], b[alike >= ALIKE], alike[alike >= ALIKE]
+        similarity = np.einsum("ij,ij->i", views[1][a], whole[1][b])
+        kept = similarity >= MIN_CORRELATION
+        yield a[kept], b[kept], similarity[kept]
 
 
 def _confirm(small: UInt8, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -143,14 +145,14 @@ def _confirm(small: UInt8, pairs: pd.DataFrame) -> pd.DataFrame:
         fixed = detail[torch.tensor(part["b"].to_numpy())]
         results.append(_fit(torch.where(mirrored, moving.flip(2), moving), fixed, cuts))
     correlation, scale = torch.cat(results).numpy().astype(np.float64).T
-    words = np.where(scale < 0.985, "cropped", "copy")
-    how = np.where(pairs["mirrored"].to_numpy(bool), np.where(scale < 0.985, "mirrored and cropped", "mirrored"), words)
+    kinds = np.where(scale < 0.985, "cropped", "copy")
+    how = np.where(pairs["mirrored"].to_numpy(bool), np.where(scale < 0.985, "mirrored and cropped", "mirrored"), kinds)
     table: pd.DataFrame = pairs.assign(correlation=correlation, how=how)[correlation >= SAME]
     return table
 
 
 def _detail(small: UInt8) -> Tensor:
-    """Fine detail: float32 [n, s, s], the local mean (a box blurred twice) taken off."""
+    """Fine detail: float32 [n, s, s], the images minus a local mean (a box filter applied twice)."""
     images = torch.tensor(small)[:, None].float()
     blurred = images
     for _ in range(2):
@@ -159,24 +161,24 @@ def _detail(small: UInt8) -> Tensor:
 
 
 def _fit(moving: Tensor, fixed: Tensor, cuts: Tensor) -> Tensor:
-    """Fit each `moving` image onto its `fixed` one, both [n, s, s]: [n, 2] of correlation and the smaller scale.
+    """Register each `moving` image to its `fixed` one, both [n, s, s]: [n, 2] of correlation and the smaller scale.
 
-    The fit starts from `cuts` [n] off each side. Pairs that one step does not bring near are given up at 0.
+    The fit starts from a crop of `cuts` [n] at each side. Pairs with a low correlation after one step get 0.
     """
     scale = 1 - 2 * cuts
     place = torch.stack([scale, 0 * scale, scale, 0 * scale], dim=1)
     place, correlation = _improve(moving, fixed, place), torch.zeros(len(cuts))
-    hopeful = _correlate(_warp(moving, place), fixed) >= HOPEFUL
-    if hopeful.any():
-        moving, fixed, best = moving[hopeful], fixed[hopeful], place[hopeful]
+    kept = _correlate(_warp(moving, place), fixed) >= MIN_FIRST_STEP
+    if kept.any():
+        moving, fixed, best = moving[kept], fixed[kept], place[kept]
         for _ in range(STEPS - 1):
             best = _improve(moving, fixed, best)
-        correlation[hopeful], place[hopeful] = _correlate(_warp(moving, best), fixed), best
+        correlation[kept], place[kept] = _correlate(_warp(moving, best), fixed), best
     return torch.stack([correlation, place[:, ::2].amin(dim=1)], dim=1)
 
 
 def _warp(images: Tensor, place: Tensor) -> Tensor:
-    """Images [n, s, s] seen through windows `place` [n, 4]: scale and shift in x, then in y, in half image widths."""
+    """Images [n, s, s] resampled by `place` [n, 4]: scale and shift in x, then in y, in half image widths."""
     zero = torch.zeros(len(place))
     rows = [place[:, 0], zero, place[:, 1], zero, place[:, 2], place[:, 3]]
     grid = F.affine_grid(
@@ -186,12 +188,12 @@ def _warp(images: Tensor, place: Tensor) -> Tensor:
 
 
 def _inside(images: Tensor) -> Tensor:
-    """Images [..., s, s] without their edges, flat."""
+    """Images [..., s, s] without their edges, flattened."""
     return images[..., _EDGE:-_EDGE, _EDGE:-_EDGE].flatten(-2)
 
 
 def _level(images: Tensor) -> Tensor:
-    """Images [n, s, s] without their edges, flat, of mean 0."""
+    """Images [n, s, s] without their edges, flattened, with zero mean."""
     flat = _inside(images)
     return flat - flat.mean(dim=1, keepdim=True)
 
@@ -201,7 +203,7 @@ def _correlate(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _improve(moving: Tensor, fixed: Tensor, place: Tensor) -> Tensor:
-    """One Gauss-Newton step of `place` [n, 4] towards equal images, contrast put aside."""
+    """One Gauss-Newton step of `place` [n, 4] towards matching images, after matching their contrast."""
     seen = _warp(moving, place)
     axis = (torch.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
     down, across = torch.gradient(seen, spacing=2 / _SIDE, dim=(1, 2))

@@ -1,7 +1,7 @@
-"""What a model could use instead of the lungs: cues of how an image was made, and differences between the splits.
+"""Shortcuts (acquisition cues that predict the class) and distribution shift between the splits.
 
-A cue that tells the classes apart by itself is a shortcut (Geirhos et al. 2020, DeGrave et al. 2021): a network that is
-shown it, if only as the aspect that squashing leaves behind, may learn it and not the disease.
+A cue that separates the classes by itself is a shortcut (Geirhos et al. 2020, DeGrave et al. 2021): a network that can
+see it, if only as the distortion left by squashing, may learn it instead of the disease.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 Folds = list[tuple[Ints, Ints]]
 FOLDS = 5
-LEAST = 20  # images of a class that a split must have to be told from another: with fewer, chance alone reaches 0.7
-MOST = 1000  # images of a class taken from a split, at random; more would only take longer
+MIN_IMAGES = 20  # of a class in each split for a comparison: with fewer, an AUC of 0.7 arises by chance
+MAX_IMAGES = 1000  # of a class sampled from each split; more would only take longer
 HEADER = ["bytes per pixel", "width", "height", "aspect ratio", "colour mode", "JPEG quantisation", "ICC profile"]
 
 
 def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] | None = None) -> pd.DataFrame:
-    """What tells how each image was made, in the manifest's order; only the files' headers are read.
+    """Acquisition cues of each image, in the order of the manifest; only the headers of the files are read.
 
-    Columns: bytes per pixel, width and height (pixels), aspect ratio, colour mode (a number for each), JPEG
+    Columns: bytes per pixel, width and height (pixels), aspect ratio, colour mode (as an integer code), JPEG
     quantisation (the mean step of the luminance table; missing for a PNG), ICC profile (0 or 1), and with `images`
     (uint8 [n, s, s], in the manifest's order) brightness (their mean, 0 to 255). A file that cannot be read has
     missing values.
@@ -59,17 +59,17 @@ def _read_header(path: Path) -> tuple[float, float, float, float, str, float, fl
             mean_step = float(np.mean(steps)) if steps else np.nan
             density = path.stat().st_size / (width * height)
             return density, width, height, width / height, image.mode, mean_step, float("icc_profile" in image.info)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # the audit names it among the corrupt
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # the audit reports it as corrupt
         return np.nan, np.nan, np.nan, np.nan, "", np.nan, np.nan
 
 
 def separability(values: Floats, labels: Ints, groups: npt.ArrayLike) -> float:
-    """How well one cue tells the classes apart: cross-validated AUC, 0.5 to 1; missing where it cannot be measured.
+    """How well one cue separates the classes: cross-validated AUC, 0.5 to 1; NaN if it cannot be computed.
 
-    `values` [n] may have missing ones, which count as a value; `labels` [n] are 0 or 1; no group of `groups` [n] is on
-    both sides of one of the 5 folds. The model is a tree of 16 leaves on the ranks, so the cue's scale plays no part,
-    and a cue that is high in one class and both lower and higher in the other counts. The tree finds the direction
-    by itself, in each training fold; a mean below 0.5 is chance, and given as 0.5.
+    `values` [n] may be missing, which counts as a value of its own; `labels` [n] are 0 or 1; each of the 5 folds keeps
+    the groups of `groups` [n] together. The model is a decision tree with 16 leaves on the ranks, so it is invariant to
+    the scale of the cue and can use non-monotone relations. The tree learns the direction in each training fold; a mean
+    below 0.5 is due to chance and returned as 0.5.
     """
     return _separate(values, labels, make_folds(labels, groups))
 
@@ -88,7 +88,7 @@ def _separate(values: Floats, labels: Ints, folds: Folds) -> float:
 
 
 def make_folds(labels: Ints, groups: npt.ArrayLike) -> Folds:
-    """(train, test) positions of up to 5 stratified folds, no group in two; none where a class has only one group."""
+    """(train, test) positions of up to 5 stratified folds by group; none if a class has only one group."""
     names = pd.factorize(np.asarray(groups))[0]
     count = min(FOLDS, *(len(np.unique(names[labels == label])) for label in (0, 1)))
     if count < 2:
@@ -99,7 +99,7 @@ def make_folds(labels: Ints, groups: npt.ArrayLike) -> Folds:
 
 
 def _mean_auc(model: object, features: Floats, labels: Ints, folds: Folds) -> float:
-    # The mean over folds: scores pooled over folds are biased below 0.5 when the cue says nothing.
+    # The mean over folds: the AUC of scores pooled over folds is biased below 0.5 for uninformative cues.
     return float(np.mean([_fold_auc(model, features, labels, *fold) for fold in folds])) if folds else np.nan
 
 
@@ -111,12 +111,12 @@ def _fold_auc(model: object, features: Floats, labels: Ints, train: Ints, test: 
 def shift(
     features: npt.NDArray[np.float32], splits: npt.ArrayLike, labels: Ints, groups: npt.ArrayLike
 ) -> dict[tuple[str, str], float]:
-    """How well train is told from another split within a class: (split, class) -> AUC, about 0.5 when they are alike.
+    """How well a linear probe separates train from another split: (split, class) -> AUC, about 0.5 for no shift.
 
-    `features` is [n, d], e.g. what an ImageNet network pools, one row for each of `splits`, `labels` (0 or 1) and
-    `groups`, all [n]. A logistic regression on standardised features is cross-validated by groups, with at most 1000
-    images a side (a classifier two-sample test, Lopez-Paz and Oquab 2017). Splits with fewer than 20 images of a class
-    are left out. Raises ValueError where the lengths differ.
+    Each class is probed by itself. `features` is [n, d], e.g. pooled features of an ImageNet network, one row for each
+    of `splits`, `labels` (0 or 1) and `groups`, all [n]. A logistic regression on standardised features is
+    cross-validated by groups, with at most 1000 images per split (a classifier two-sample test, Lopez-Paz and Oquab
+    2017). Splits with fewer than 20 images of a class are left out. Raises ValueError if the lengths differ.
     """
     where, names = np.asarray(splits), np.asarray(groups)
     if not len(features) == len(where) == len(labels) == len(names):
@@ -130,9 +130,9 @@ def shift(
 
 
 def _comparisons(splits: npt.NDArray[np.str_], labels: Ints) -> Iterator[tuple[str, int, Ints]]:
-    """(other split, class, positions of train and of the other split) for all that have enough images."""
+    """(other split, class, positions of train and of the other split) for all with enough images."""
     rng = np.random.default_rng(0)
     for split, label in product(("val", "test"), range(len(CLASSES))):
         sides = [np.flatnonzero((splits == name) & (labels == label)) for name in ("train", split)]
-        if min(len(side) for side in sides) >= LEAST:
-            yield split, label, np.concatenate([rng.permutation(side)[:MOST] for side in sides])
+        if min(len(side) for side in sides) >= MIN_IMAGES:
+            yield split, label, np.concatenate([rng.permutation(side)[:MAX_IMAGES] for side in sides])

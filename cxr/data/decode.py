@@ -1,4 +1,4 @@
-"""Encoded image bytes to a square of grey levels."""
+"""Decodes image files to square greyscale arrays."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 UInt8 = npt.NDArray[np.uint8]
-MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors give about 20 million
+MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors have about 20 million
 MIN_SIDE = 32
 FORMATS = ("JPEG", "PNG")
 
 
 class ImageError(ValueError):
-    """Bytes that are no usable image; the message is the reason."""
+    """The bytes are not a usable image; the message is the reason."""
 
 
 def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
     """Encoded bytes -> (uint8 [size, size], original (width, height, mode)).
 
-    Grey by ITU-R 601 luma as PIL does it, bilinear with antialiasing; transparency over black; 16-bit grey
-    scaled to 8; EXIF orientation obeyed. Raises `ImageError` for what cannot be decoded, is smaller than
-    32 pixels or larger than 60 million.
+    Greyscale by ITU-R 601 luma (as in PIL), bilinear resizing with antialiasing; transparent pixels become black;
+    16-bit grey is scaled to 8 bits; EXIF orientation is applied. Raises `ImageError` for images that cannot be decoded,
+    have a side below 32 pixels or more than 60 million pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             shape = (image.width, image.height, image.mode)
             check_shape(*shape)
             return square_gray(ImageOps.exif_transpose(image), size, resize), shape
-    except (ImageError, MemoryError):  # short of memory is no property of the image, and not to be remembered as one
+    except (ImageError, MemoryError):  # running out of memory does not make the image bad
         raise
-    except Exception as error:  # whatever a parser trips over in bytes that are not what they claim
+    except Exception as error:  # parsers raise many types of error on malformed bytes
         raise ImageError(_reason(data, error)) from error
 
 
@@ -50,7 +50,7 @@ def _reason(data: bytes, error: Exception) -> str:
 
 
 def check_shape(width: int, height: int, mode: str) -> None:
-    """Raise `ImageError` for an image too small, too large, or of values whose range is not known."""
+    """Raise `ImageError` for an image that is too small, too large, or of unknown value range."""
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{width}x{height}: smaller than {MIN_SIDE} pixels")
     if width * height > MAX_PIXELS:

@@ -1,4 +1,4 @@
-"""The Kaggle data set, downloaded with kagglehub (the optional extra `kaggle`)."""
+"""Downloads the Kaggle data set with kagglehub (the optional extra `kaggle`)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from cxr.data.kaggle import find_root
 from cxr.errors import UserError
 
 HANDLE = "paultimothymooney/chest-xray-pneumonia"
-_BY_HAND = f"download the data set {HANDLE} from Kaggle in a browser, unpack it, and name the folder with --data-dir"
+_MANUALLY = f"download the data set {HANDLE} from Kaggle in a browser, unpack it, and pass the folder as --data-dir"
 
 
 def fetch() -> Path:
-    """Download (1.2 GB, once; kagglehub keeps it) and return the folder to give as `--data-dir`.
+    """Download the data set (1.2 GB, cached by kagglehub) and return the folder to pass as `--data-dir`.
 
-    Raises `UserError` saying what to do when kagglehub is not installed or Kaggle cannot be reached.
+    Raises `UserError` with instructions if kagglehub is not installed or Kaggle cannot be reached.
     """
     try:
         import kagglehub
     except ImportError as error:
-        hint = f"`uv run --extra kaggle cxr data fetch` brings it, or {_BY_HAND}"
+        hint = f"use `uv run --extra kaggle cxr data fetch`, or {_MANUALLY}"
         raise UserError(f"cxr data fetch: kagglehub is not installed; {hint}") from error
     try:
         folder = kagglehub.dataset_download(HANDLE)
-    except Exception as error:  # kagglehub lets through whatever its HTTP stack raises
+    except Exception as error:  # kagglehub does not wrap the errors of its HTTP stack
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"cxr data fetch: Kaggle cannot be reached ({reason}); {_BY_HAND}") from error
+        raise UserError(f"cxr data fetch: Kaggle cannot be reached ({reason}); {_MANUALLY}") from error
     return find_root(folder)

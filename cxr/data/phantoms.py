@@ -1,9 +1,9 @@
-"""Seeded phantom chest X-rays: the data set used when the user brings none, and by the tests.
+"""Seeded phantom chest X-rays: the default data set, also used by the tests.
 
 The phantoms are drawn in a body frame: x runs from the patient's right (image left, negative) to the left,
-y from head to feet, and the middle of an image that is framed exactly spans -1 to 1 on both axes. Shadows
-add up as attenuation, are posed, and only then exposed like a film. Everything but the pathology comes from
-one stream of random numbers whatever the class, so equal generators give the same child, healthy or ill.
+y from head to feet, and an exactly framed image spans -1 to 1 on both axes. Shadows add up as attenuation,
+which is then transformed to the pose and exposed like a film. Everything except the pathology comes from
+one random stream that is independent of the class, so equal seeds give the same patient, healthy or ill.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ BACTERIA_SHARE = 2 / 3
 JPEG_QUALITY = 90
 MARKER = "synthetic.json"
 
-# Half the width of the drawn field: more than 1, so that a turned or shifted child still fills the film.
+# Half the width of the drawn field: more than 1, so that a rotated or shifted patient still fills the film.
 _FIELD = 1.25
 _HILUM = (0.21, -0.06)
 
-# From the great vessels down to the diaphragm; the left one has the aortic knob and the apex.
+# Widths from the great vessels down to the diaphragm; the left border has the aortic knob and the apex.
 _LEFT_BORDER = (0.10, 0.13, 0.17, 0.15, 0.26, 0.38, 0.43, 0.40)
 _RIGHT_BORDER = (0.11, 0.13, 0.14, 0.18, 0.21, 0.19)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What stays the same from one film of a patient to the next.
+    """The anatomy of a patient, the same in all films of that patient.
 
     Lengths are in half image widths, `tilt` and `rib_angle` are slopes, and the rest are factors around 1.
     """
@@ -71,7 +71,7 @@ class Anatomy:
 
 
 def draw_anatomy(rng: np.random.Generator) -> Anatomy:
-    """Return one patient's shape, drawn from `rng`."""
+    """Return the anatomy of one patient, drawn from `rng`."""
     return Anatomy(
         lung_width=rng.uniform(0.66, 0.80),
         lung_top=rng.uniform(-0.80, -0.68),
@@ -96,7 +96,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
 
 @dataclass(frozen=True)
 class _Chest:
-    """A patient's geometry on the pixel grid: what the shadows and lesions are drawn with."""
+    """The geometry of a patient on the pixel grid, from which shadows and lesions are drawn."""
 
     anatomy: Anatomy
     x: Gray
@@ -114,7 +114,7 @@ class _Chest:
 
 @dataclass(frozen=True)
 class _Lesion:
-    """How much of the lungs' air is replaced, and the streaks on top; both [size, size]."""
+    """The fraction of lung air that is replaced, and the streaks on top; both [size, size]."""
 
     fill: Gray
     streaks: Gray
@@ -146,8 +146,8 @@ def _edge(depth: Gray, soft: float) -> Gray:
     return ramp
 
 
-def _fall(squared: Gray) -> Gray:
-    """Return (1 - squared) squared, 0 where `squared` is over 1."""
+def _falloff(squared: Gray) -> Gray:
+    """Return (1 - squared) squared, 0 where `squared` exceeds 1."""
     rest: Gray = 1 - squared
     np.maximum(rest, 0, out=rest)
     rest *= rest
@@ -155,21 +155,21 @@ def _fall(squared: Gray) -> Gray:
 
 
 def _bell(offset: Gray, width: float) -> Gray:
-    """Return a compact bump, 1 where `offset` is 0 and 0 from `width` on; much cheaper than a Gaussian."""
+    """Return a compact bump, 1 where `offset` is 0 and 0 beyond `width`; much cheaper than a Gaussian."""
     rest: Gray = offset * (1 / width)
     rest *= rest
-    return _fall(rest)
+    return _falloff(rest)
 
 
 def _blob(chest: _Chest, centre: tuple[float, float], radius: tuple[float, float]) -> Gray:
     dx = (chest.x - centre[0]) * (1 / radius[0])
     dy = (chest.y - centre[1]) * (1 / radius[1])
     dx *= dx
-    return _fall(dx + dy * dy)
+    return _falloff(dx + dy * dy)
 
 
 def _soften(film: Gray, share: float) -> Gray:
-    """Return the film with `share` of each pixel's light spread to either neighbour, on both axes."""
+    """Return the film blurred: `share` of each pixel's value spreads to either neighbour, on both axes."""
     for _ in range(2):
         film = film.T.copy()
         film[1:-1] = (1 - 2 * share) * film[1:-1] + share * (film[:-2] + film[2:])
@@ -177,26 +177,26 @@ def _soften(film: Gray, share: float) -> Gray:
 
 
 def _clouds(rng: np.random.Generator, size: int, cells: int) -> Gray:
-    """Return smooth noise of about unit deviation with `cells` bumps per side, [size, size]."""
+    """Return smooth noise of about unit standard deviation with `cells` bumps per side, [size, size]."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     return smooth * 1.4
 
 
 def _profile(y: Gray, heights: list[float], values: list[float]) -> Gray:
-    """Return the values at `heights` interpolated at each row of `y`, with the corners rounded off."""
+    """Return the values at `heights` interpolated at each row of `y` and smoothed."""
     shifts = (-0.06, -0.03, 0.0, 0.03, 0.06)
     rounded = sum(np.interp(y[:, 0] + shift, heights, values) for shift in shifts) / len(shifts)
     return np.asarray(rounded, dtype=np.float32)[:, None]
 
 
 def _wide(a: Anatomy, border: tuple[float, ...]) -> list[float]:
-    """Return a heart border at this patient's size, stretched more the lower it lies."""
+    """Return the widths of a heart border for this patient, stretched more towards the diaphragm."""
     return [a.heart_size * width * (1 + a.heart_reach * i / len(border)) for i, width in enumerate(border)]
 
 
 def _heart(x: Gray, y: Gray, a: Anatomy) -> Gray:
-    """Return the middle shadow: great vessels above, then the heart with its apex to the patient's left."""
+    """Return the cardiomediastinal silhouette: great vessels above the heart, with its apex to the patient's left."""
     low = (y - a.lung_base) / a.heart_size
     bulge = a.thymus * 2 * _bell(low + 0.85, 0.35)
     left = _profile(low, [-1.2, -0.9, -0.75, -0.62, -0.4, -0.2, -0.05, 0.12], _wide(a, _LEFT_BORDER)) + bulge
@@ -206,7 +206,7 @@ def _heart(x: Gray, y: Gray, a: Anatomy) -> Gray:
 
 
 def _chest(a: Anatomy, breath: float, size: int) -> _Chest:
-    """Return the geometry of patient `a` whose diaphragm is `breath` lower than on the average film."""
+    """Return the geometry of patient `a` with the diaphragm `breath` lower than on an average film."""
     across, y = _grid(size)
     x = across - a.tilt * y - a.bend * y * y
     ax = np.abs(x)
@@ -215,7 +215,7 @@ def _chest(a: Anatomy, breath: float, size: int) -> _Chest:
     outer = a.lung_width * np.sqrt(1 - np.abs(1 - t) ** 2.8)
     slope = (ax - 0.45 * a.lung_width) / (0.55 * a.lung_width)
     drop = a.dome_depth * slope * (slope * _clip(slope * 99, 0.3, 1))
-    # The liver holds the right dome higher than the left.
+    # The liver raises the right dome of the diaphragm.
     dome = base + _clip(x * 0.2, -0.03, 0.03) + drop
     heart = _heart(x, y, a)
     air = _edge(outer - ax, 0.04) * _edge(ax - 0.11, 0.05) * _edge(dome - y, 0.03) * (1 - heart)
@@ -307,7 +307,7 @@ def _shoulders(chest: _Chest) -> Gray:
 
 
 def _abdomen(rng: np.random.Generator, chest: _Chest) -> Gray:
-    """Return what lies below the diaphragm: liver and bowel, often with gas in the stomach."""
+    """Return the attenuation below the diaphragm: liver and bowel, often with gas in the stomach."""
     cage = _edge(chest.outer + 0.02 - np.abs(chest.x), 0.06)
     below = _edge(chest.y - chest.dome, 0.04) * cage
     centre = (rng.uniform(0.25, 0.5), chest.anatomy.lung_base + rng.uniform(0.22, 0.36))
@@ -343,7 +343,7 @@ def _vessel(
     sign: int,
     width: float,
 ) -> None:
-    """Draw one vessel of four bends from `start` (pixels), with a twig at each."""
+    """Draw one vessel with four bends from `start` (pixels), and a branch at each."""
     heading, (x, y) = angle, start
     for step in range(4):
         heading += turns[step]
@@ -358,7 +358,7 @@ def _vessel(
 
 
 def _markings(rng: np.random.Generator, chest: _Chest) -> Gray:
-    """Return vessels and hila, as they show where the lungs hold air."""
+    """Return vessels and hila, as visible against aerated lung."""
     lines = _branches(rng, chest.size, 10, 0.75, 2.6)
     hila = _blob(chest, (-_HILUM[0], _HILUM[1] + 0.02), (0.16, 0.26))
     hila += _blob(chest, _HILUM, (0.16, 0.26))
@@ -367,7 +367,7 @@ def _markings(rng: np.random.Generator, chest: _Chest) -> Gray:
 
 
 def _consolidation(rng: np.random.Generator, chest: _Chest) -> _Lesion:
-    """Return one or two dense patches, each within a lobe, and now and then an effusion on the same side."""
+    """Return one or two dense patches, each within a lobe, sometimes with an effusion on the same side."""
     a, side = chest.anatomy, float(rng.choice((-1.0, 1.0)))
     ragged = _clouds(rng, chest.size, 9) * 0.22 + _clouds(rng, chest.size, 22) * 0.10
     fill = np.zeros_like(chest.air)
@@ -395,7 +395,7 @@ def _effusion(rng: np.random.Generator, chest: _Chest, side: float) -> Gray:
 
 
 def _interstitial(rng: np.random.Generator, chest: _Chest) -> _Lesion:
-    """Return haze around both hila, with a net of streaks over it."""
+    """Return perihilar haze on both sides, with a reticular pattern on top."""
     strength = rng.uniform(0.7, 1.1)
     spread = (rng.uniform(0.55, 0.85), rng.uniform(0.6, 0.95))
     height = _HILUM[1] + rng.uniform(0, 0.15)
@@ -421,7 +421,7 @@ def _lesion(rng: np.random.Generator, kind: Kind, chest: _Chest) -> _Lesion:
 
 def _attenuation(rng: np.random.Generator, chest: _Chest, lesion: _Lesion) -> Gray:
     """Return the sum of all shadows, [size, size], about 0 for air and 1 for the densest bone."""
-    # Depth of breath and a turned trunk change how dark healthy lungs are, and one against the other.
+    # Inspiration and rotation of the trunk change how dark healthy lungs are, overall and left against right.
     dark = rng.uniform(0.30, 0.42) + rng.normal(0, 0.03) * chest.x
     lungs = chest.air * (1 - lesion.fill)
     markings = lungs * _markings(rng, chest) + chest.air * lesion.streaks
@@ -431,7 +431,7 @@ def _attenuation(rng: np.random.Generator, chest: _Chest, lesion: _Lesion) -> Gr
 
 
 def _pose(rng: np.random.Generator, shadow: Gray) -> Gray:
-    """Return the shadow turned, shifted and scaled as the child lies on the film, [size, size]."""
+    """Return the shadow rotated, shifted and scaled to a random pose on the film, [size, size]."""
     size = shadow.shape[0]
     angle, scale = rng.normal(0, 0.035), rng.uniform(0.90, 1.06) / _FIELD
     cos, sin, middle = math.cos(angle) * scale, math.sin(angle) * scale, size / 2
@@ -454,7 +454,7 @@ def _expose(rng: np.random.Generator, shadow: Gray, contrast: float) -> Gray:
 
 
 def _label(rng: np.random.Generator, film: Image.Image) -> None:
-    """Write a side marker or a technician's note near an edge of most films, whatever the class."""
+    """Write a side marker or projection label near an edge of most films, independent of the class."""
     style, size = rng.random(), film.size[0]
     height, light = rng.uniform(0.05, 0.11), rng.integers(190, 256)
     u, v = rng.uniform(0.01, 0.08), rng.uniform(0.03, 0.5)
@@ -468,13 +468,13 @@ def _label(rng: np.random.Generator, film: Image.Image) -> None:
 def phantom(rng: np.random.Generator, kind: Kind, size: int = 224, anatomy: Anatomy | None = None) -> GrayBytes:
     """Draw one chest X-ray, uint8 of shape [size, size], 0 black (air) to 255 white (bone).
 
-    `anatomy` is the patient's; without it one is drawn. Generators in the same state give films that
-    differ between kinds by the pathology alone. Raises ValueError for a size below 32 pixels.
+    `anatomy` is that of the patient, by default a random one. With generators in the same state, films of different
+    kinds differ only in the pathology. Raises ValueError for a size below 32 pixels.
     """
     if size < MIN_SIZE:
         raise ValueError(f"size is {size}, but a phantom needs at least {MIN_SIZE} pixels")
     anatomy = anatomy or draw_anatomy(rng)
-    # The lesion has a stream of its own, so that the kind cannot shift any later draw.
+    # The lesion has a separate random stream, so that the kind does not affect later draws.
     own = np.random.default_rng(int(rng.integers(2**62)))
     chest = _chest(anatomy, rng.normal(0, 0.03), size)
     shadow = _pose(rng, _attenuation(rng, chest, _lesion(own, kind, chest)))
@@ -486,14 +486,14 @@ def phantom(rng: np.random.Generator, kind: Kind, size: int = 224, anatomy: Anat
 
 @dataclass(frozen=True)
 class _Patient:
-    """One patient's place in the data set: the names of the films (without suffix) and what they show."""
+    """A patient in the data set: split, kind, and the names of the films without suffix."""
 
     split: str
     kind: Kind
     films: tuple[str, ...]
 
 
-# Films per patient; a cycle and not a draw, so that the classes differ in it no more than by chance.
+# Films per patient; a fixed cycle instead of random draws, so that the classes have nearly the same distribution.
 _FILM_COUNTS = (1, 1, 2, 1, 3, 2, 1, 2, 4, 3)
 
 
@@ -503,7 +503,7 @@ def _film_counts(rng: np.random.Generator, patients: int) -> list[int]:
 
 
 def _val_counts(rng: np.random.Generator) -> list[int]:
-    """Return films per patient that add up to what each class of the validation split holds."""
+    """Return films per patient that add up to `VAL_IMAGES`, the images of each class in the validation split."""
     counts: list[int] = []
     while (left := VAL_IMAGES - sum(counts)) > 0:
         counts.append(min(left, int(rng.choice(_FILM_COUNTS))))
@@ -526,13 +526,13 @@ def _groups(rng: np.random.Generator, train_patients: int, test_patients: int) -
 
 
 def _normal_films(number: int, count: int) -> tuple[str, ...]:
-    # The real set holds two series of normal films with a number range each.
+    # The real data set has two series of normal films with separate number ranges.
     stem = f"IM-{115 + number:04d}" if number % 2 else f"NORMAL2-IM-{1427 + number:04d}"
     return tuple(f"{stem}-{film + 1:04d}" for film in range(count))
 
 
 def _patients(seed: int, train_patients: int, test_patients: int) -> list[_Patient]:
-    """Return every patient of the data set; numbers run on from split to split, so none is in two."""
+    """Return all patients; numbering continues across splits, so no patient is in more than one."""
     patients: list[_Patient] = []
     seen = {"normal": 0, "bacteria": 0, "virus": 0}
     films = dict(seen)
@@ -556,7 +556,7 @@ def _write_patient(folder: Path, patient: _Patient, rng: np.random.Generator, si
 
 
 def _is_written(folder: Path, parameters: dict[str, int]) -> bool:
-    """Return whether `folder` holds the data set of these parameters; raise if it holds anything else."""
+    """Return whether `folder` contains the data set of these parameters; raise if it contains anything else."""
     if not folder.exists():
         return False
     marker = folder / MARKER
@@ -564,7 +564,7 @@ def _is_written(folder: Path, parameters: dict[str, int]) -> bool:
         raise FileExistsError(f"{folder} exists but has no {MARKER}: it is not a synthetic data set")
     found = json.loads(marker.read_text())
     if found != parameters:
-        raise ValueError(f"{folder} was written with {found}, not {parameters}; remove it or choose another folder")
+        raise ValueError(f"{folder} was written with {found}, not {parameters}; delete it or choose another folder")
     return True
 
 
@@ -573,10 +573,10 @@ def write_synthetic(
 ) -> Path:
     """Write a data set of phantoms as `root/chest_xray/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    Films are grey JPEGs of `size` pixels a side, about two per patient, named as in the Kaggle set. The
-    folder appears whole or not at all, and a second call with the same parameters only returns its path.
-    Raises ValueError for fewer than 4 patients, or where the folder was written with other parameters, and
-    FileExistsError where it is not a synthetic data set.
+    Films are greyscale JPEGs of `size` pixels a side, about two per patient, named as in the Kaggle set. The folder is
+    created atomically, and a second call with the same parameters only returns its path. Raises ValueError for fewer
+    than 4 patients, or if the folder was written with other parameters, and FileExistsError if it is not a synthetic
+    data set.
     """
     if min(train_patients, test_patients) < MIN_PATIENTS:
         raise ValueError(f"each of train and test needs at least {MIN_PATIENTS} patients")
@@ -596,7 +596,7 @@ def write_synthetic(
 
 
 def _publish(folder: Path, target: Path, parameters: dict[str, int]) -> None:
-    """Move the finished folder into place, unless a concurrent call was first with the same one."""
+    """Move the finished folder into place, unless a concurrent call has already written the same one."""
     try:
         os.rename(folder, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Classes, splits by patient, folds, and the fingerprint that names a data set with its split."""
+"""Classes, splits by patient, folds, and the fingerprint that identifies a data set and its split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFFICIAL = ("train", "val", "test")
 
 
 def fingerprint(manifest: pd.DataFrame) -> str:
-    """Twelve hex digits that name a data set and its split: which images, labels and splits, in no order."""
+    """Twelve hex digits that identify a data set and its split: images, labels and splits, independent of the order."""
     lines = sorted(f"{d} {y} {s}" for d, y, s in manifest[["digest", "label", "split"]].itertuples(index=False))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
@@ -24,9 +24,8 @@ def fingerprint(manifest: pd.DataFrame) -> str:
 def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, seed: int) -> pd.DataFrame:
     """A copy with the column `split` (train, val, test).
 
-    `official` takes the folders as they are. `grouped` pools train and val and holds out `val_fraction` of
-    each class, whole groups at a time. The test split is never touched. Raises `UserError` when a class has
-    no image left in a split.
+    `official` keeps the split of the folders. `grouped` pools train and val and holds out `val_fraction` of each class,
+    by group. The test split never changes. Raises `UserError` if a split has no image of a class.
     """
     table = manifest.copy()
     table["split"] = table["official"]
@@ -39,11 +38,11 @@ def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, s
 
 
 def assign_fold(manifest: pd.DataFrame, number: int, folds: int, val_fraction: float, seed: int) -> pd.DataFrame:
-    """The rows of train and val, with the column `split`: `fold` for part `number` (from 1) of `folds`, for the rest
-    `train` and, for a share of `val_fraction`, `val`.
+    """The rows of train and val, with the column `split`: `fold` for fold `number` (from 1) of `folds`, and of the rest
+    `val` for a fraction `val_fraction` and `train` otherwise.
 
-    Parts are stratified by class and keep groups whole (scikit-learn's `StratifiedGroupKFold`). No row of the test
-    folder is left. Raises `UserError` when a class has no image in one of the three.
+    Folds are stratified by class and keep groups together (scikit-learn's `StratifiedGroupKFold`). Rows of the test
+    folder are dropped. Raises `UserError` if one of the three has no image of a class.
     """
     table = manifest[manifest["official"] != "test"].reset_index(drop=True)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
@@ -61,23 +60,23 @@ def assign_fold(manifest: pd.DataFrame, number: int, folds: int, val_fraction: f
 
 
 def _require_both_classes(table: pd.DataFrame, val_split: str, splits: tuple[str, ...] = OFFICIAL) -> None:
-    for split in splits:  # test too: the only images of a class may have been unreadable, and skipped
+    for split in splits:  # also test: all images of a class may have been skipped as unreadable
         for name, label in CLASS_TO_INDEX.items():
             if not ((table["split"] == split) & (table["label"] == label)).any():
                 raise UserError(
                     f"--val-split {val_split}: leaves no {name} image in {split}; "
-                    "use another --val-split, --val-fraction or more data"
+                    "use a different --val-split or --val-fraction, or more data"
                 )
 
 
 def grouped_holdout(groups: pd.Series, labels: pd.Series, fraction: float, seed: int) -> np.ndarray:
-    """A boolean mask [n]: a held-out share near `fraction` of each class, no group on both sides.
+    """A boolean mask [n] of the held-out images: about `fraction` of each class, by group.
 
-    Groups are shuffled by `seed` within their majority class and taken until the class's share is nearest
-    to `fraction`, at least one. A group never splits, so the share is off by at most half a group.
+    Groups are shuffled by `seed` within their majority class and held out until the fraction of the class is nearest to
+    `fraction`, at least one group. Groups are kept together, so the fraction is off by at most half a group.
     """
     frame = pd.DataFrame({"group": groups.to_numpy(), "label": labels.to_numpy()})
-    stats = frame.groupby("group")["label"].agg(["size", "mean"])  # sorted by group, whatever the order of rows
+    stats = frame.groupby("group")["label"].agg(["size", "mean"])  # sorted by group, independent of the row order
     rng = np.random.default_rng(seed)
     chosen: list[str] = []
     for positive in (False, True):

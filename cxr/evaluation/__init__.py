@@ -1,4 +1,4 @@
-"""Predictions to figures: metrics, calibration, thresholds, reports, paired statistics, the verdict.
+"""Predictions to metrics: calibration, thresholds, reports, paired statistics, the verdict.
 
-Numbers and tables only: no drawing, no tracking, no networks.
+Numbers and tables only: no plotting, no tracking, no networks.
 """

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and the threshold that makes decisions of them; both from validation."""
+"""Calibration of probabilities, fitted on validation, and correction for a different prevalence."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sklearn.linear_model import LogisticRegression
 
 from cxr.evaluation.metrics import Floats, Ints
 
-_EDGE = 1e-12  # probabilities are kept so far from 0 and 1
+_EDGE = 1e-12  # probabilities are clipped by this much
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """P(pneumonia) = sigmoid(slope * margin + offset), where margin is logit PNEUMONIA less logit NORMAL."""
+    """P(pneumonia) = sigmoid(slope * margin + offset), where margin is logit PNEUMONIA minus logit NORMAL."""
 
     method: str
     slope: float = 1.0
@@ -28,7 +28,7 @@ class Calibration:
         return probabilities
 
     def words(self) -> str:
-        """For people."""
+        """A description: the method and its parameters."""
         if self.method == "temperature":
             return f"temperature {1 / self.slope:.3f}"
         return (
@@ -45,8 +45,9 @@ def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
     """Fit on validation margins [n] and labels [n].
 
     Temperature scaling (Guo et al. 2017) is a logistic regression on the margin without an offset, Platt's method
-    (1999) one with it; both with Platt's smoothed targets, which keep the slope finite where validation is separated
-    perfectly. A slope that is not positive would turn the ranking round: the identity is kept, and its name says so.
+    (1999) one with it; both with Platt's smoothed targets, which keep the slope finite if the validation classes
+    are perfectly separated. A slope that is not positive would invert the ranking: the result is then the identity, and
+    its method says so.
     """
     if method == "none":
         return Calibration("none")
@@ -59,14 +60,14 @@ def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
     )
     slope, offset = float(model.coef_[0, 0]), float(np.ravel(model.intercept_)[0])
     if slope <= 0:
-        return Calibration(f"none (validation would turn the ranking round: slope {slope:.3g})")
+        return Calibration(f"none (validation would invert the ranking: slope {slope:.3g})")
     return Calibration(method, slope, offset)
 
 
 def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:
-    """Probabilities [n] as they would be at another share of pneumonia, all else equal (Elkan 2001).
+    """Probabilities [n] corrected for a different prevalence of pneumonia, all else equal (Elkan 2001).
 
-    `before` is the share that they were made for, `after` the other; both between 0 and 1.
+    `before` is the prevalence that they assume, `after` the actual one; both between 0 and 1.
     """
     shift = logit(after) - logit(before)
     corrected: Floats = expit(logit(np.clip(probabilities, _EDGE, 1 - _EDGE)) + shift)
@@ -74,7 +75,7 @@ def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:
 
 
 def estimate_prior(probabilities: Floats, before: float, steps: int = 1000) -> float:
-    """The share of pneumonia among images without labels, by expectation maximisation (Saerens et al. 2002)."""
+    """The prevalence of pneumonia among unlabelled images, by expectation maximisation (Saerens et al. 2002)."""
     share = before
     for _ in range(steps):
         new = float(correct_prior(probabilities, before, float(np.clip(share, 1e-6, 1 - 1e-6))).mean())
@@ -85,6 +86,6 @@ def estimate_prior(probabilities: Floats, before: float, steps: int = 1000) -> f
 
 
 def margins_of(logits: npt.NDArray[np.floating]) -> Floats:
-    """Logits [n, 2] -> logit PNEUMONIA less logit NORMAL [n]."""
+    """Logits [n, 2] -> logit PNEUMONIA minus logit NORMAL [n]."""
     exact = logits.astype(np.float64)
     return np.asarray(exact[:, 1] - exact[:, 0])

@@ -1,7 +1,7 @@
-"""Numbers from labels and probabilities, with bootstrap intervals that resample whole groups (patients).
+"""Metrics from labels and probabilities, with bootstrap intervals that resample groups (patients).
 
 Point values are scikit-learn's. The intervals need each metric for a thousand weightings of the same images;
-`weighted_metrics` gives them at once, and a property test holds it to scikit-learn's values.
+`weighted_metrics` computes them in one call, and a property test compares it with scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DECISION_METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "spe
 SCORE_METRICS = ("roc_auc", "pr_auc", "brier", "log_loss", "ece")
 METRICS = DECISION_METRICS + SCORE_METRICS
 ECE_BINS = 15
-_EDGE = 1e-12  # probabilities are kept so far from 0 and 1 where their logarithm is taken
+_EDGE = 1e-12  # probabilities are clipped by this much before taking logarithms
 
 
 def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> dict[str, float]:
     """Every metric of `METRICS` for labels [n] (0, 1) and probabilities of class 1 [n].
 
-    A decision is positive at or above `threshold`. Where nothing was predicted positive, precision and F1 are 0.
-    Raises `ValueError` when a class is absent, as most of the metrics are then undefined.
+    A decision is positive at or above `threshold`. Without positive predictions, precision and F1 are 0.
+    Raises `ValueError` if a class is absent, as most metrics are then undefined.
     """
     if set(np.unique(labels)) != {0, 1}:
         raise ValueError("both classes are needed to compute the metrics")
@@ -43,7 +43,7 @@ def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -
 
 
 def decision_metrics(labels: Ints, probabilities: Floats, threshold: float) -> dict[str, float]:
-    """Those of `point_metrics` that depend on the threshold: `DECISION_METRICS`."""
+    """The metrics of `point_metrics` that depend on the threshold: `DECISION_METRICS`."""
     decisions = (probabilities >= threshold).astype(np.int64)
     return {
         "accuracy": float(sk.accuracy_score(labels, decisions)),
@@ -57,13 +57,13 @@ def decision_metrics(labels: Ints, probabilities: Floats, threshold: float) -> d
 
 def _log_losses(labels: Ints, probabilities: Floats) -> Floats:
     """The negative log-likelihood [n] of each label."""
-    given = np.where(labels == 1, probabilities, 1 - probabilities)
-    losses: Floats = -np.log(np.clip(given, _EDGE, 1.0))
+    likelihoods = np.where(labels == 1, probabilities, 1 - probabilities)
+    losses: Floats = -np.log(np.clip(likelihoods, _EDGE, 1.0))
     return losses
 
 
 def expected_calibration_error(labels: Ints, probabilities: Floats, bins: int = ECE_BINS) -> float:
-    """The mean distance between probability and frequency of class 1 over equal-width bins, weighted by count.
+    """The mean absolute difference of probability and frequency of class 1 over equal-width bins, weighted by count.
 
     The binary form of Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
     """
@@ -86,9 +86,9 @@ def classification_report(labels: Ints, probabilities: Floats, names: Sequence[s
 def recall_by_subtype(
     labels: Ints, probabilities: Floats, subtypes: pd.Series, threshold: float = 0.5
 ) -> dict[str, float]:
-    """The share of each pneumonia subtype (bacteria, virus, …) that is found."""
-    found = pd.Series(probabilities >= threshold)[labels == 1]
-    return {str(k): float(v) for k, v in found.groupby(subtypes.to_numpy()[labels == 1]).mean().items()}
+    """The recall of each pneumonia subtype (bacteria, virus, …)."""
+    detected = pd.Series(probabilities >= threshold)[labels == 1]
+    return {str(k): float(v) for k, v in detected.groupby(subtypes.to_numpy()[labels == 1]).mean().items()}
 
 
 def group_weights(groups: Sequence[str], resamples: int, seed: int = 0) -> Floats:
@@ -111,12 +111,12 @@ def intervals(
     level: float = 0.95,
     replicate: Callable[[Ints, Floats, Floats, float], dict[str, Floats]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) where no resample has it, or there is
-    but one group.
+    """The percentile bootstrap interval (low, high) of every metric; (nan, nan) if it is undefined in all resamples or
+    if there is only one group.
 
-    Of `METRICS`, or of those alone that `replicate` (`weighted_decisions`, say) gives. Where all resamples agree (40 of
-    40 found), recall, specificity and accuracy take the exact interval (Clopper and Pearson 1934) for as many trials as
-    there are groups, and the others have none.
+    Of `METRICS`, or of the metrics that `replicate` returns (e.g. `weighted_decisions`). If all resamples agree (e.g.
+    40 of 40 detected), recall, specificity and accuracy get the exact interval (Clopper and Pearson 1934) with the
+    number of groups as the number of trials; the other metrics have none.
     """
     replicates = (replicate or weighted_metrics)(labels, probabilities, group_weights(groups, resamples), threshold)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -131,7 +131,7 @@ def intervals(
 
 
 def _quantiles(values: Floats, tails: list[float], trials: int) -> tuple[float, float]:
-    """A resample without one of the classes has no such metric; it says nothing and is left out."""
+    """The interval of one metric; resamples in which it is undefined (a class is absent) are left out."""
     known = values[~np.isnan(values)]
     if not len(known):
         return float("nan"), float("nan")
@@ -157,7 +157,7 @@ def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, thres
 
 
 def weighted_decisions(labels: Ints, probabilities: Floats, weights: Floats, threshold: float) -> dict[str, Floats]:
-    """Those of `weighted_metrics` that depend on the threshold: `DECISION_METRICS`."""
+    """The metrics of `weighted_metrics` that depend on the threshold: `DECISION_METRICS`."""
     positive, decided = labels == 1, probabilities >= threshold
     tp, fn = weights @ (positive & decided), weights @ (positive & ~decided)
     fp, tn = weights @ (~positive & decided), weights @ (~positive & ~decided)
@@ -178,7 +178,7 @@ def _from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Fl
 
 
 def _ranking_metrics(positive: npt.NDArray[np.bool_], probabilities: Floats, weights: Floats) -> dict[str, Floats]:
-    """ROC-AUC by trapezoids and average precision, over the distinct probabilities in falling order."""
+    """ROC-AUC (trapezoidal rule) and average precision, over the distinct probabilities in descending order."""
     order = np.argsort(-probabilities, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(probabilities[order]) != 0])
     tp = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
@@ -192,7 +192,7 @@ def _ranking_metrics(positive: npt.NDArray[np.bool_], probabilities: Floats, wei
 
 
 def _ece(weights: Floats, labels: Ints, probabilities: Floats, bins: int) -> Floats:
-    """|sum of (label - probability)| in each bin, summed over bins, by the total weight."""
+    """|sum of (label - probability)| in each bin, summed over bins and divided by the total weight."""
     index = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
     gap = weights @ ((labels - probabilities)[:, None] * (index[:, None] == np.arange(bins)))
     total: Floats = np.abs(gap).sum(1) / weights.sum(1)

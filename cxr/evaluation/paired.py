@@ -1,10 +1,11 @@
-"""Strategies compared on the same test images: intervals, paired differences, stability, and a verdict by stated rules.
+"""Comparison of strategies on the same test images: intervals, paired differences, stability.
 
-A strategy's figure is the mean over its seeds. It would come out differently with other patients and with other seeds.
-The first variance is that of a cluster bootstrap (Field and Welsh 2007), the same resamples for every run, so that
-differences are paired. The second is the variance over seeds, pooled over the strategies, as three seeds of one tell
-too little (bootstrapping them gives intervals far too narrow). Their sum goes with Student's t and the degrees of
-freedom of Satterthwaite (1946). Where no strategy has two seeds, the intervals are of these trained models alone.
+The metric of a strategy is the mean over its seeds. It varies with the patients and with the seeds. The variance over
+patients is that of a cluster bootstrap (Field and Welsh 2007) with the same resamples for every run, so that
+differences are paired. The variance over seeds is pooled over the strategies, as three seeds of one strategy are too
+few (bootstrapping them gives intervals that are far too narrow). Intervals and tests use the sum of both and Student's
+t with the degrees of freedom of Satterthwaite (1946). If no strategy has two seeds, the intervals hold for these
+trained models only.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What a comparison knows of one finished run. `test` and `val` are predictions tables, `history` a row an epoch,
-    `threshold` the one chosen on validation, `cost` figures such as total_seconds and parameters_trained,
-    `origin` names data and weights, `settings` are the other parameters and the commit that decide its numbers."""
+    """The data of one finished run in a comparison. `test` and `val` are prediction tables, `history` has a row per
+    epoch, `threshold` is the one chosen on validation, `cost` has values such as total_seconds and parameters_trained,
+    `origin` identifies data and weights, `settings` are the other parameters and the commit that determine its
+    results."""
 
     run_id: str
     strategy: str
@@ -57,15 +59,15 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class Replicates:
-    """Each strategy's figures: `points[strategy][metric]` is [seeds], `draws[strategy][metric]` [resamples], the mean
-    over seeds in each resample of the `groups` patients."""
+    """Metrics per strategy: `points[strategy][metric]` is [seeds]; `draws[strategy][metric]` [resamples] is the mean
+    over seeds in each bootstrap resample; `groups` is the number of patients."""
 
     points: dict[str, dict[str, Floats]]
     draws: dict[str, dict[str, Floats]]
     groups: int
 
     def seed_variance(self, metric: str) -> tuple[float, int]:
-        """(variance over seeds, degrees of freedom), pooled over the strategies; (0, 0) where none has two seeds."""
+        """(variance over seeds, degrees of freedom), pooled over the strategies; (0, 0) if none has two seeds."""
         values = [each[metric] for each in self.points.values()]
         freedom = sum(len(each) - 1 for each in values)
         total = sum(float(((each - each.mean()) ** 2).sum()) for each in values)
@@ -73,19 +75,19 @@ class Replicates:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """How far an estimate may be off: its standard error and the degrees of freedom of its t distribution."""
+class Uncertainty:
+    """The standard error of an estimate and the degrees of freedom of its t distribution."""
 
     error: float
     freedom: float
 
     @property
-    def half(self) -> float:
+    def half_width(self) -> float:
         """Half the width of the 95% interval."""
         return float(stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error
 
     def p(self, difference: float) -> float:
-        """The two-sided p of a difference from zero; 1 where the error is not known."""
+        """The two-sided p value of a difference from zero; 1 if the error is unknown."""
         if not np.isfinite(self.error):
             return 1.0
         return (
@@ -93,40 +95,40 @@ class Spread:
         )
 
 
-def _spread(draws: Floats, groups: int, seeds: tuple[float, int], share: float) -> Spread:
-    """Of an estimate that has those values [resamples] over patients, and `share` of the variance over seeds.
+def _uncertainty(draws: Floats, groups: int, seeds: tuple[float, int], share: float) -> Uncertainty:
+    """The uncertainty of an estimate from its `draws` [resamples] and `share` of the variance over seeds.
 
-    Satterthwaite, "An approximate distribution of estimates of variance components", 1946. The error is nan where
-    there are fewer than two patients.
+    Satterthwaite, "An approximate distribution of estimates of variance components", 1946. The error is nan if there
+    are fewer than two patients.
     """
     known = draws[np.isfinite(draws)]
     if len(known) < 2 or groups < 2:
-        return Spread(float("nan"), 1.0)
+        return Uncertainty(float("nan"), 1.0)
     patients, training = float(known.var(ddof=1)), seeds[0] * share
     total = patients + training
     parts = patients**2 / (groups - 1) + (training**2 / seeds[1] if seeds[1] else 0.0)
-    return Spread(float(np.sqrt(total)), total**2 / parts if parts else float(groups - 1))
+    return Uncertainty(float(np.sqrt(total)), total**2 / parts if parts else float(groups - 1))
 
 
 def require_same_images(runs: Sequence[RunData]) -> None:
-    """Raise `UserError` unless all runs were tested on the same images, or when a strategy has a seed twice."""
+    """Raise `UserError` unless all runs were evaluated on the same images, or if a strategy has duplicate seeds."""
     first = runs[0]
     for run in runs[1:]:
         if not run.test[["digest", "label"]].equals(first.test[["digest", "label"]]):
-            raise UserError(f"runs {first.run_id} and {run.run_id} were tested on different images: not comparable")
+            raise UserError(f"runs {first.run_id} and {run.run_id} were evaluated on different images: not comparable")
     keys = [(run.strategy, run.seed) for run in runs]
-    twice = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
-    if twice:
-        raise UserError(f"there twice: {', '.join(twice)}; name one run for each strategy and seed")
+    duplicates = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
+    if duplicates:
+        raise UserError(f"duplicate runs: {', '.join(duplicates)}; give one run per strategy and seed")
 
 
 def strategies_of(runs: Sequence[RunData]) -> list[str]:
-    """The strategies, in the order in which they come."""
+    """The strategies, in order of first appearance."""
     return list(dict.fromkeys(run.strategy for run in runs))
 
 
 def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replicates:
-    """Every metric of `COMPARED` for every strategy and resample; the resamples are the same for all."""
+    """Every metric of `COMPARED` for every strategy and resample, with the same resamples for all."""
     groups = list(runs[0].test["group"])
     weights = group_weights(groups, resamples, seed)
     points: dict[str, dict[str, Floats]] = {}
@@ -161,13 +163,13 @@ def strategy_table(replicates: Replicates) -> pd.DataFrame:
     for strategy, metrics in replicates.points.items():
         row: dict[str, object] = {"seeds": len(metrics[PRIMARY])}
         for name, values in metrics.items():
-            spread = _spread(
+            uncertainty = _uncertainty(
                 replicates.draws[strategy][name],
                 replicates.groups,
                 replicates.seed_variance(name),
                 1 / len(values),
             )
-            low, high = _interval(float(values.mean()), spread, name)
+            low, high = _interval(float(values.mean()), uncertainty, name)
             sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
             row |= {name: float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
             row[f"{name}_seeds"] = values.tolist()
@@ -175,21 +177,22 @@ def strategy_table(replicates: Replicates) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _interval(value: float, spread: Spread, metric: str) -> tuple[float, float]:
-    """On the logit scale, which keeps it between 0 and 1; (nan, nan) at 0 and 1, where that has no width."""
+def _interval(value: float, uncertainty: Uncertainty, metric: str) -> tuple[float, float]:
+    """The 95% interval, on the logit scale to stay between 0 and 1; (nan, nan) at exactly 0 and 1."""
+    half_width = uncertainty.half_width
     if metric == "log_loss":
-        return max(value - spread.half, 0.0), value + spread.half
+        return max(value - half_width, 0.0), value + half_width
     if not 0 < value < 1:
         return float("nan"), float("nan")
-    half = spread.half / (value * (1 - value))
+    half = half_width / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 
 def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = PRIMARY) -> pd.DataFrame:
     """A row for each pair of strategies: difference a - b of the means over seeds, its 95% interval, and p values.
 
-    p is that of Student's t; McNemar's (exact) compares the decisions, at 0.5, of the probabilities averaged over
-    seeds, and takes images for independent. Holm (1979) corrects each over all pairs.
+    p is from Student's t; p_mcnemar is from the exact McNemar test on the decisions at 0.5 of the probabilities
+    averaged over seeds, which assumes independent images. Both are Holm-corrected (1979) over all pairs.
     """
     rows = []
     for a, b in combinations(replicates.points, 2):
@@ -197,9 +200,9 @@ def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = 
         difference = float(ours.mean() - theirs.mean())
         draws = replicates.draws[a][metric] - replicates.draws[b][metric]
         share = 1 / len(ours) + 1 / len(theirs)
-        spread = _spread(draws, replicates.groups, replicates.seed_variance(metric), share)
-        low, high = difference - spread.half, difference + spread.half
-        row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": spread.p(difference)}
+        uncertainty = _uncertainty(draws, replicates.groups, replicates.seed_variance(metric), share)
+        low, high = difference - uncertainty.half_width, difference + uncertainty.half_width
+        row = {"a": a, "b": b, "difference": difference, "low": low, "high": high, "p": uncertainty.p(difference)}
         rows.append(row | {"p_mcnemar": mcnemar(*(_correct(runs, s) for s in (a, b)))})
     table = pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p", "p_mcnemar"])
     for name in ("p", "p_mcnemar"):
@@ -215,7 +218,7 @@ def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
 
 
 def mcnemar(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    """The exact two-sided p of McNemar's test (1947) for who is right [n] on the same images."""
+    """The exact two-sided p value of McNemar's test (1947); `a` and `b` [n] are whether each classifier is correct."""
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
@@ -229,10 +232,10 @@ def holm(p: Floats) -> Floats:
 
 
 def stability_table(runs: Sequence[RunData]) -> pd.DataFrame:
-    """A row for each strategy, the mean over seeds: validation-test gap and overfitting gap, spread between epochs.
+    """A row for each strategy, the mean over seeds: validation-test gap, overfitting gap, variation between epochs.
 
-    val_test_gap: ROC-AUC on validation less test; overfitting_gap: validation less training loss at the last epoch;
-    epoch_spread: mean absolute change of validation accuracy from epoch to epoch.
+    val_test_gap: ROC-AUC on validation minus test; overfitting_gap: validation minus training loss in the last epoch;
+    epoch_spread: mean absolute change of validation accuracy between consecutive epochs.
     """
     rows = {}
     for strategy in strategies_of(runs):

@@ -1,4 +1,4 @@
-"""From logits to the figures of one split: calibrated predictions -> metrics with intervals -> report."""
+"""From logits to the report of one split: calibrated predictions -> metrics with intervals -> report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cxr.evaluation.metrics import (
 )
 
 HALF = 0.5
-CALIBRATED = ("brier", "log_loss", "ece")  # what calibration is there to improve
+CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
 
 
 def predictions_table(
@@ -37,10 +37,10 @@ def predictions_table(
     threshold: float = HALF,
     calibration: Calibration = IDENTITY,
 ) -> pd.DataFrame:
-    """One row for each image, from which every figure can be computed again.
+    """One row per image, from which every metric can be recomputed.
 
-    `images` holds path, digest, group, subtype, label of the n images, `logits` is [n, 2] in the same order. Added:
-    logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
+    `images` has path, digest, group, subtype, label of the n images; `logits` is [n, 2] in the same order. Added
+    columns: logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
     """
     table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
     exact, margins = logits.astype(np.float64), margins_of(logits)
@@ -52,17 +52,17 @@ def predictions_table(
 
 
 def arrays_of(table: pd.DataFrame, column: str = "probability") -> tuple[Ints, Floats]:
-    """(the true classes [n], the probabilities of pneumonia [n]) of a predictions table."""
+    """(true classes [n], probabilities of pneumonia [n]) of a predictions table."""
     return table["label"].to_numpy(np.int64), table[column].to_numpy(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one split.
+    """The metrics of one split.
 
-    `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` those that depend on the
-    threshold, at the other one, whose `origin` is told in words; `before` what calibration improves, without it;
-    `prior` what a correction for another share of pneumonia would change.
+    `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` the threshold-dependent metrics
+    at `threshold`, with a description of its `origin`; `before` the metrics in `CALIBRATED` without calibration;
+    `prior` the effect of a correction for a different prevalence of pneumonia.
     """
 
     split: str
@@ -104,8 +104,9 @@ class Report:
         """(value, low, high) of a metric at the chosen threshold."""
         return (self.chosen_values[name], *self.chosen_bounds[name])
 
-    def figures(self) -> dict[str, float]:
-        """What is logged: `test_recall`, `test_recall_low`, `test_recall_high`, `test_chosen_recall`, and so on."""
+    def metrics(self) -> dict[str, float]:
+        """The metrics under the names that are logged: `test_recall`, `test_recall_low`, `test_recall_high`,
+        `test_chosen_recall`, and so on."""
         named = _named(f"{self.split}_", self.values, self.bounds)
         named |= _named(f"{self.split}_chosen_", self.chosen_values, self.chosen_bounds)
         named |= {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
@@ -132,9 +133,9 @@ class Report:
         p = self.prior
         return [
             "",
-            f"share of pneumonia: {p['implied']:.3f} is what the probabilities are made for, {p['own']:.3f} here, "
-            f"estimated without labels {p['estimated']:.3f}",
-            f"corrected to the share here (which one does not know in use): accuracy {self.values['accuracy']:.4f} -> "
+            f"prevalence of pneumonia: {p['implied']:.3f} assumed by the probabilities, {p['own']:.3f} in these images,"
+            f" {p['estimated']:.3f} estimated without labels",
+            f"corrected for the prevalence here (unknown in use): accuracy {self.values['accuracy']:.4f} -> "
             f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
             f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
         ]
@@ -149,24 +150,24 @@ def _named(prefix: str, values: dict[str, float], bounds: dict[str, tuple[float,
 
 
 def format_interval(interval: Interval) -> str:
-    """`0.8700 [0.8421, 0.8958]`; the value alone when there is no interval."""
+    """`0.8700 [0.8421, 0.8958]`; only the value if there is no interval."""
     value, low, high = interval
     return f"{value:.4f} [{low:.4f}, {high:.4f}]" if np.isfinite(low) else f"{value:.4f}"
 
 
 def implied_prevalence(calibration: Calibration, validation: float) -> float:
-    """The share of pneumonia that probabilities are made for.
+    """The prevalence of pneumonia that the probabilities assume.
 
-    Training weights the classes equally, which implies one half; only Platt's offset moves that to the share on
-    validation.
+    Training weights the classes equally, which implies one half; only the offset of Platt scaling changes that, to the
+    prevalence on validation.
     """
     return validation if calibration.method == "platt" else 0.5
 
 
 def origin_of(rule: str, split: str) -> str:
-    """Where a threshold comes from that a rule gave, in words."""
+    """A description of the origin of a threshold that `rule` determined."""
     if rule.replace(".", "").isdigit():
-        return "given"
+        return "fixed"
     return f"chosen by {rule} on {'these images' if split == 'val' else 'validation'}"
 
 
@@ -176,12 +177,12 @@ def evaluate(
     threshold: float,
     resamples: int,
     prevalence: float | None = None,
-    origin: str = "the model's own",
+    origin: str = "stored with the model",
 ) -> Report:
-    """The report of a predictions table. `resamples` of whole groups stand behind each interval; 0 for none.
+    """The report of a predictions table, with `resamples` bootstrap resamples of groups for each interval; 0 for none.
 
-    `threshold` is the model's, `origin` says where it comes from; `prevalence` is the share of pneumonia that the
-    probabilities are made for (`implied_prevalence`); None leaves out what a correction for it would change.
+    `threshold` is that of the model, `origin` describes where it comes from; `prevalence` is what the probabilities
+    assume (`implied_prevalence`); None omits the effect of a correction for it.
     """
     labels, probabilities = arrays_of(table)
     groups = list(table["group"])
@@ -202,22 +203,22 @@ def evaluate(
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Cross-entropy of logits [n, 2] and labels [n], each image weighted as its class: what training minimises."""
+    """Cross-entropy of logits [n, 2] and labels [n], each image weighted by its class: the training loss."""
     return F.cross_entropy(logits, labels, weights.to(logits.dtype)).item()
 
 
-def stressed_figures(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Sequence[str]) -> dict[str, float]:
-    """The figures of the validation images under each of k stresses, one after the other: overall, and each one's loss.
+def stressed_metrics(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Sequence[str]) -> dict[str, float]:
+    """The metrics of the validation images under k perturbations (stresses): overall, and the loss under each.
 
-    logits [k n, 2] and labels [k n], uncalibrated; class weights [2].
+    logits [k n, 2] and labels [k n], uncalibrated, one perturbation after the other; class weights [2].
     """
-    figures = {"stressed_val_loss": weighted_loss(logits, labels, weights)}
+    metrics = {"stressed_val_loss": weighted_loss(logits, labels, weights)}
     parts = zip(torch.chunk(logits, len(stresses)), torch.chunk(labels, len(stresses)), strict=True)
     for name, (part, part_labels) in zip(stresses, parts, strict=True):
-        figures[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
+        metrics[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
     points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
     names = ("accuracy", "recall", "specificity", "roc_auc")
-    return figures | {f"stressed_val_{name}": points[name] for name in names}
+    return metrics | {f"stressed_val_{name}": points[name] for name in names}
 
 
 def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, float]:

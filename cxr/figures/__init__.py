@@ -1,4 +1,4 @@
-"""Numbers to matplotlib figures, and the HTML report.
+"""Metrics and tables to matplotlib figures, and the HTML report.
 
-Nothing here computes a statistic or knows where a figure is logged.
+Nothing here computes statistics or knows where a figure is logged.
 """

@@ -1,4 +1,4 @@
-"""Which images to show with Grad-CAM, and the panel that shows them."""
+"""Selection of example images for Grad-CAM, and the panel that shows them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ RIGHT, WRONG, BORDERLINE = "confident right", "confident wrong", "borderline"
 def choose_examples(table: pd.DataFrame, threshold: float, count: int = 4) -> pd.DataFrame:
     """Up to `count` rows of each `kind`: confident right, confident wrong, borderline; in this order, no image twice.
 
-    `table` has the columns path, label (0, 1) and probability (of pneumonia), and an index without repeats; rows keep
-    theirs. Of rows with the same digest, where there is that column, only the first path's is taken. Confidence is
-    the probability of what was decided; half of the right ones are of either class, as far as there are any.
-    Borderline are those nearest to the threshold among the rest. The order of the table's rows does not matter.
+    `table` has the columns path, label (0, 1) and probability (of pneumonia), and a unique index, which is kept. Of
+    rows with the same digest (if there is that column) only the first by path is used. Confidence is the probability of
+    the decided class; half of the right ones are of either class, if available. Borderline are those of the rest that
+    are nearest to the threshold. The result does not depend on the order of the rows.
     """
     table = table.sort_values("path").drop_duplicates("digest" if "digest" in table else "path")
-    called = table["probability"] >= threshold
-    confidence = table["probability"].where(called, 1 - table["probability"])
+    predicted = table["probability"] >= threshold
+    confidence = table["probability"].where(predicted, 1 - table["probability"])
     table = table.loc[confidence.sort_values(ascending=False, kind="stable").index]
-    correct = called[table.index] == (table["label"] == 1)
+    correct = predicted[table.index] == (table["label"] == 1)
     right = _of_both_classes(table[correct], count)
     wrong = list(table[~correct].index[:count])
     distance = (table["probability"] - threshold).abs().drop([*right, *wrong])
@@ -38,13 +38,14 @@ def choose_examples(table: pd.DataFrame, threshold: float, count: int = 4) -> pd
 
 
 def _of_both_classes(table: pd.DataFrame, count: int) -> list[Hashable]:
-    """The index of `count` rows, the first of either class in equal parts, and filled up by whatever comes next."""
+    """The index of `count` rows: the first of either class in equal parts, filled up with the next rows."""
     halves = table.groupby("label").head(count // 2).index
     return [*halves, *table.index.drop(halves)][:count]
 
 
 def examples_panel(model: ResNet, images: UInt8, chosen: pd.DataFrame, title: str) -> Figure:
-    """One figure that explains the images [n, s, s] of the n rows that `choose_examples` chose, in their order."""
+    """A figure of the images [n, s, s] with their Grad-CAM heat maps; `chosen` are the n rows from
+    `choose_examples`."""
     rows = zip(chosen["kind"], chosen["label"], chosen["probability"], strict=True)
     captions = [f"{kind}: {_unbroken(f'{CLASSES[label]}, p = {p:.3f}')}" for kind, label, p in rows]
     heading = f"{title}; true class and probability p of pneumonia"
@@ -52,5 +53,5 @@ def examples_panel(model: ResNet, images: UInt8, chosen: pd.DataFrame, title: st
 
 
 def _unbroken(text: str) -> str:
-    """Text that captions are not broken within."""
+    """Text in which captions are not wrapped."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -1,6 +1,6 @@
-"""Figures for the tracked runs: numbers in, a matplotlib ``Figure`` out.
+"""Figures of single runs: metrics and arrays in, a matplotlib ``Figure`` out.
 
-Nothing here logs, saves or touches pyplot's global state, so figures need no closing.
+Nothing here logs, saves or uses pyplot's global state, so figures need not be closed.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ TRAIN: Style = {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4}
 VALIDATION: Style = {"color": VERMILLION, "linestyle": "--", "marker": "s", "markersize": 4}
 RANKING: Style = {"color": GREEN, "linestyle": ":", "marker": "^", "markersize": 5}
 RATE: Style = {"color": BLACK, "linestyle": "-", "marker": ".", "markersize": 6}
-BESIDE: Style = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "frameon": False}
+LEGEND_RIGHT: Style = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "frameon": False}
 
-# Heat to lay over grey: plasma's brightness rises evenly, also to the colour-blind; none at 0, so that the X-ray shows.
+# Overlay for grey images: plasma is perceptually uniform and colour-blind safe; transparent at 0 to show the X-ray.
 _OPACITY = np.linspace(0, 0.6, 256)
 HEAT = ListedColormap(np.column_stack([colormaps["plasma"](np.linspace(0, 1, 256))[:, :3], _OPACITY]), "heat")
-_HEAT_MEANS = "support for pneumonia (Grad-CAM) in parts of the image's own maximum; a bare X-ray has none"
+_HEAT_LABEL = "Grad-CAM evidence for pneumonia, relative to the maximum of each image; transparent: none"
 
 
 def learning_curves(history: pd.DataFrame, best_epoch: int, title: str) -> Figure:
@@ -64,7 +64,7 @@ def learning_curves(history: pd.DataFrame, best_epoch: int, title: str) -> Figur
 
     ``history`` has one row per epoch and the columns epoch (from 0, across phases), phase, train_loss,
     val_loss, train_accuracy, val_accuracy, val_roc_auc and lr. The vertical line is ``best_epoch``, the
-    epoch of lowest validation loss; shaded bands tell the phases apart where there is more than one.
+    epoch of lowest validation loss; shaded bands separate the phases if there is more than one.
     """
     if best_epoch not in set(history["epoch"]):
         raise ValueError(f"best epoch {best_epoch} is not in the history")
@@ -87,8 +87,8 @@ def learning_curves(history: pd.DataFrame, best_epoch: int, title: str) -> Figur
     loss.set_ylabel("loss (mean per image)")
     accuracy.set_ylabel("accuracy, ROC-AUC (0 to 1)")
     rate.set_ylabel("learning rate (log)")
-    loss.legend(fontsize=9.5, **BESIDE)
-    accuracy.legend(fontsize=9.5, **BESIDE)
+    loss.legend(fontsize=9.5, **LEGEND_RIGHT)
+    accuracy.legend(fontsize=9.5, **LEGEND_RIGHT)
     _epoch_axis(rate, history["epoch"])
     figure.align_ylabels()
     return figure
@@ -118,16 +118,16 @@ def confusion_matrix(counts: Counts, class_names: Sequence[str], title: str) -> 
 def roc_curve(
     labels: Labels, probabilities: Floats, auc: Interval | None, title: str, threshold: float = 0.5
 ) -> Figure:
-    """True against false positive rate over all thresholds, with the point taken at ``threshold``.
+    """True positive rate against false positive rate over all thresholds, with the point at ``threshold`` marked.
 
     ``labels`` [n] are 0 or 1 and ``probabilities`` [n] are of class 1. ``auc`` is (value, low, high), the
-    95% interval; None computes the value and shows no interval. A single-class ``labels`` is a ValueError.
+    95% interval; None computes the value and shows no interval. Raises ValueError if ``labels`` has only one class.
     """
     _require_both_classes(labels)
     false_positive, true_positive, _ = metrics.roc_curve(labels, probabilities)
     area = auc or _without_interval(metrics.roc_auc_score(labels, probabilities))
-    called = probabilities >= threshold
-    at_x, at_y = float(called[labels == 0].mean()), float(called[labels == 1].mean())
+    predicted = probabilities >= threshold
+    at_x, at_y = float(predicted[labels == 0].mean()), float(predicted[labels == 1].mean())
     figure, axes = _unit_square(title)
     axes.plot([0, 1], [0, 1], label="chance", **REFERENCE)
     axes.plot(false_positive, true_positive, label=f"AUC {_interval(area)}", **CURVE)
@@ -140,10 +140,10 @@ def roc_curve(
 
 
 def pr_curve(labels: Labels, probabilities: Floats, auc: Interval | None, title: str, threshold: float = 0.5) -> Figure:
-    """Precision against recall over all thresholds, with the point taken at ``threshold``.
+    """Precision against recall over all thresholds, with the point at ``threshold`` marked.
 
     Arguments as for `roc_curve`; ``auc`` is here the average precision with its 95% interval. The dashed
-    line is the prevalence: the precision of calling every image positive. The point is left out where no
+    line is the prevalence: the precision of predicting every image positive. The point is omitted if no
     image reaches the threshold, as precision is then undefined.
     """
     _require_both_classes(labels)
@@ -152,7 +152,7 @@ def pr_curve(labels: Labels, probabilities: Floats, auc: Interval | None, title:
     prevalence = float(np.mean(labels == 1))
     figure, axes = _unit_square(title)
     axes.axhline(prevalence, label=f"prevalence {prevalence:.3f}", **REFERENCE)
-    # Average precision sums steps, so the line drawn is the one that it measures.
+    # Drawn as steps, because average precision is a sum of steps.
     axes.plot(recall, precision, drawstyle="steps-post", label=f"AP {_interval(area)}", **CURVE)
     _mark_precision_recall(axes, labels, probabilities >= threshold, threshold)
     axes.set_xlabel("recall (sensitivity)")
@@ -162,11 +162,11 @@ def pr_curve(labels: Labels, probabilities: Floats, auc: Interval | None, title:
 
 
 def reliability_diagram(labels: Labels, probabilities: Floats, ece: float, title: str, bins: int = 15) -> Figure:
-    """Observed frequency of class 1 against mean predicted probability, and the images in each bin.
+    """Observed frequency of class 1 against mean predicted probability, and the number of images in each bin.
 
     ``labels`` [n] are 0 or 1, ``probabilities`` [n] are of class 1, grouped in ``bins`` of equal width;
-    empty bins are left out above. Bars are 95% Wilson intervals; ``ece``, the expected calibration
-    error, is only printed. After Guo et al., On Calibration of Modern Neural Networks, 2017.
+    empty bins have no point. Bars are 95% Wilson intervals; ``ece``, the expected calibration error,
+    is only printed. After Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     counts = np.bincount(place, minlength=bins)
@@ -185,12 +185,12 @@ def reliability_diagram(labels: Labels, probabilities: Floats, ece: float, title
 
 
 def metric_bars(values: Mapping[str, Interval], title: str) -> Figure:
-    """One row per metric: a point at its value, a line over its 95% interval, the numbers at the right.
+    """One row per metric: a point at its value, a line for its 95% interval, and both printed at the right.
 
-    ``values`` maps a metric's name to (value, low, high); a NaN bound leaves the interval out.
+    ``values`` maps the name of a metric to (value, low, high); with a NaN bound no interval is drawn.
     """
     if not values:
-        raise ValueError("no metric to draw")
+        raise ValueError("no metric to plot")
     figure = _figure(title, 1.3 + 0.36 * len(values))
     axes = figure.subplots()
     for row, interval in enumerate(values.values()):
@@ -209,10 +209,10 @@ def metric_bars(values: Mapping[str, Interval], title: str) -> Figure:
 def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int = 6) -> Figure:
     """Grey ``images`` [n, height, width] in rows of ``columns``, each under its caption.
 
-    Black is 0 and white 255 in every image, so that brightness compares between them.
+    Black is 0 and white 255 in every image, so that brightness is comparable between them.
     """
     if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"{len(images)} images and {len(captions)} captions: need as many, at least one")
+        raise ValueError(f"{len(images)} images and {len(captions)} captions: need equal numbers, at least one")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     cell = min(WIDTH / columns, 2.4)
@@ -231,21 +231,22 @@ def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, c
 def explanation_panel(
     images: NDArray[np.uint8], heats: Floats, captions: Sequence[str], title: str, columns: int = 4
 ) -> Figure:
-    """Grey ``images`` [n, s, s] under their ``heats`` [n, s, s], in rows of ``columns``, each under its caption.
+    """Grey ``images`` [n, s, s] overlaid with heat maps ``heats`` [n, s, s], in rows of ``columns``, each with its
+    caption.
 
-    A heat runs from 0, which leaves the X-ray bare, to 1; the bar below says that it compares within an image only.
+    Heat maps range from 0 (transparent) to 1; the colour bar says that they are comparable only within an image.
     """
     if len(heats) != len(images):
-        raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need as many")
+        raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need equal numbers")
     figure = image_grid(images, captions, title, columns)
     cells = list(figure.axes)
     for axes, heat in zip(cells, heats, strict=False):
         layer = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1)
     figure.set_figheight(figure.get_figheight() + 0.65)
     bar = figure.colorbar(layer, ax=cells, location="bottom", aspect=40, shrink=0.8)
-    bar.ax.set_facecolor(GREY)  # so that the bar shows its colours as the X-rays do
+    bar.ax.set_facecolor(GREY)  # so that the colours match those over the X-rays
     bar.ax.tick_params(labelsize=8)
-    bar.set_label(textwrap.fill(_HEAT_MEANS, int(figure.get_figwidth() * 13)), fontsize=8.5)
+    bar.set_label(textwrap.fill(_HEAT_LABEL, int(figure.get_figwidth() * 13)), fontsize=8.5)
     return figure
 
 
@@ -265,7 +266,7 @@ def _log_rate_axis(axes: Axes, rates: Floats) -> None:
     if positive.size == 0:
         return
     axes.set_yscale("log")
-    # A constant rate would leave a range without a labelled power of ten.
+    # With a constant rate, the range could contain no labelled power of ten.
     low, high = np.log10(positive.min()), np.log10(positive.max())
     axes.set_ylim(10.0 ** np.floor(low - 0.2), 10.0 ** np.ceil(high + 0.2))
 
@@ -302,7 +303,7 @@ def _label_phases(axes: Axes, spans: list[tuple[str, int, int]], epochs: int) ->
     ends: list[float] = []
     for name, first, last in spans:
         middle, half = (first + last) / 2, (len(name) + 2) * width / 2
-        # A name wider than its phase goes to the first line above where nothing is in its way.
+        # A name that is wider than its phase moves up to the first line where it overlaps no other name.
         line = next((line for line, end in enumerate(ends) if end <= middle - half), len(ends))
         ends[line : line + 1] = [middle + half]
         axes.annotate(
@@ -315,11 +316,11 @@ def _label_phases(axes: Axes, spans: list[tuple[str, int, int]], epochs: int) ->
         )
 
 
-def _mark_precision_recall(axes: Axes, labels: Labels, called: NDArray[np.bool_], threshold: float) -> None:
-    if not called.any():
-        axes.plot([], [], label=f"threshold {threshold:.2f}: no image called positive", markersize=9, **POINT)
+def _mark_precision_recall(axes: Axes, labels: Labels, predicted: NDArray[np.bool_], threshold: float) -> None:
+    if not predicted.any():
+        axes.plot([], [], label=f"threshold {threshold:.2f}: no positive predictions", markersize=9, **POINT)
         return
-    precision, recall = float((labels[called] == 1).mean()), float(called[labels == 1].mean())
+    precision, recall = float((labels[predicted] == 1).mean()), float(predicted[labels == 1].mean())
     label = f"threshold {threshold:.2f}: precision {precision:.3f}, recall {recall:.3f}"
     axes.plot([recall], [precision], label=label, clip_on=False, markersize=9, **POINT)
 
@@ -343,14 +344,14 @@ def _draw_counts(axes: Axes, counts: Counts) -> None:
 
 
 def calibration_pair(labels: Labels, before: Floats, after: Floats, title: str, bins: int = ECE_BINS) -> Figure:
-    """Reliability diagrams before and after calibration, each with its ECE and the images in each bin.
+    """Reliability diagrams before and after calibration, each with its ECE and the number of images in each bin.
 
     ``labels`` [n] are 0 or 1; ``before`` and ``after`` [n] are probabilities of class 1, grouped in ``bins`` of
     equal width. Bars are 95% Wilson intervals; empty bins have no point. After Guo et al., On Calibration of
     Modern Neural Networks, 2017.
     """
     if len(labels) == 0:
-        raise ValueError("no image to draw")
+        raise ValueError("no image to plot")
     figure = _figure(title, 6.0)
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(5, 2))
     for column, (name, probabilities) in enumerate({"before": before, "after": after}.items()):
@@ -360,17 +361,17 @@ def calibration_pair(labels: Labels, before: Floats, after: Floats, title: str, 
         panels[1, column].set_xlabel("predicted probability of class 1")
     panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="observed frequency of class 1")
     panels[1, 0].set_ylabel("images")
-    panels[1, 0].margins(y=0.45)  # room for the counts, written upwards
+    panels[1, 0].margins(y=0.45)  # room for the rotated counts
     _legend(figure, panels[0, 0].get_legend_handles_labels()[0], columns=3)
     figure.align_ylabels()
     return figure
 
 
 def folds(table: pd.DataFrame, metrics: Sequence[str], title: str) -> Figure:
-    """One panel a metric: its value in each fold, and the mean and standard deviation (n - 1) over the folds.
+    """One panel per metric: its value in each fold, and the mean and standard deviation (n - 1) over the folds.
 
-    ``table`` has a row for each fold (its index, the fold's name) and a column for each metric. A missing value
-    is left out of the mean; of a single fold there is no standard deviation.
+    ``table`` has a row for each fold (with its name as index) and a column for each metric. Missing values are
+    left out of the mean; a single fold has no standard deviation.
     """
     figure, panels = _panels(title, metrics, height=1.9)
     for axes, metric in zip(panels, metrics, strict=True):
@@ -379,7 +380,7 @@ def folds(table: pd.DataFrame, metrics: Sequence[str], title: str) -> Figure:
         axes.set_xlim(-0.6, len(table) - 0.4)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_ylabel("value, zoomed axis" if axes in panels[::2] else "")
+        axes.set_ylabel("value (zoomed axis)" if axes in panels[::2] else "")
         axes.set_xlabel("fold" if axes in _last_row(panels) else "")
     _legend(figure, panels[0].get_legend_handles_labels()[0], columns=3, title=ZOOMED)
     return figure

@@ -1,6 +1,6 @@
-"""Figures that set the strategies side by side: numbers in, a matplotlib ``Figure`` out.
+"""Figures that compare strategies: tables and arrays in, a matplotlib ``Figure`` out.
 
-A strategy has the same colour, line style and marker in every figure. What is missing shows as "n/a".
+A strategy has the same colour, line style and marker in every figure. Missing values are shown as "n/a".
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ NAMES = {
     "seconds": "training time (seconds)",
 }
 LOWER_IS_BETTER = frozenset({"brier", "ece", "loss", "log_loss"})
-CORNERS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # sides that the zoomed part of a ROC plot may have
-ZOOMED = "each axis is zoomed to its data and need not start at 0"
+CORNERS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # possible side lengths of the zoomed part of a ROC plot
+ZOOMED = "axes are zoomed to the data and may not start at 0"
 
 
 def strategy_curves(histories: Mapping[str, Sequence[pd.DataFrame]], title: str) -> Figure:
-    """Validation loss and ROC-AUC over epochs: a thin line for each seed, a bold one for their mean.
+    """Validation loss and ROC-AUC over epochs: a thin line per seed, a bold one for their mean.
 
-    ``histories`` maps a strategy to one frame a seed with the columns epoch (from 0), val_loss and val_roc_auc.
-    The mean at an epoch is over the seeds that got that far; strategies may differ in epochs.
+    ``histories`` maps a strategy to one frame per seed with the columns epoch (from 0), val_loss and val_roc_auc.
+    The mean at an epoch is over the seeds that reached it; strategies may differ in epochs.
     """
     figure = _figure(title, 7.6)
     panels = figure.subplots(2, 1, sharex=True)
@@ -78,16 +78,16 @@ def strategy_curves(histories: Mapping[str, Sequence[pd.DataFrame]], title: str)
     if epochs:
         _epoch_axis(panels[1], pd.concat(epochs))
     shown = [_handle(name, f"{name} ({_seeds(len(seeds))})") for name, seeds in histories.items()]
-    _legend(figure, shown, columns=len(shown), title="bold: mean over the seeds that got that far; thin: one seed")
+    _legend(figure, shown, columns=len(shown), title="bold: mean over the seeds that reached the epoch; thin: one seed")
     figure.align_ylabels()
     return figure
 
 
 def metric_intervals(table: pd.DataFrame, metrics: Sequence[str], title: str) -> Figure:
-    """One panel a metric: for each strategy the value, its 95% interval and the values of the single seeds.
+    """One panel per metric: for each strategy the value, its 95% interval and the values of the single seeds.
 
     ``table`` has a row for each strategy (its index) and, for each metric m, the columns m, m_low, m_high and
-    m_seeds, a list of one value a seed. Values are between 0 and 1, printed at the right; each axis is zoomed.
+    m_seeds, a list of one value per seed. Values are between 0 and 1, printed at the right; axes are zoomed.
     """
     figure, panels = _panels(title, metrics, height=0.62 + 0.3 * len(table))
     for axes, metric in zip(panels, metrics, strict=True):
@@ -98,7 +98,7 @@ def metric_intervals(table: pd.DataFrame, metrics: Sequence[str], title: str) ->
         axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         axes.margins(x=0.08)
         axes.ticklabel_format(axis="x", useOffset=False)
-        axes.set_xlabel("value, zoomed axis" if axes in _last_row(panels) else "")
+        axes.set_xlabel("value (zoomed axis)" if axes in _last_row(panels) else "")
     large = Line2D([], [], color=BLACK, marker="o", markersize=8, linewidth=2, label="value with its 95% interval")
     small = Line2D([], [], color=BLACK, marker="o", markersize=4, linestyle="none", alpha=0.6, label="one seed")
     _legend(figure, [large, small], columns=2, title=ZOOMED)
@@ -106,10 +106,10 @@ def metric_intervals(table: pd.DataFrame, metrics: Sequence[str], title: str) ->
 
 
 def roc_overlay(curves: Mapping[str, tuple[Labels, Sequence[Floats]]], title: str) -> Figure:
-    """Each strategy's mean ROC curve over its seeds, in full and zoomed on the upper left corner.
+    """The mean ROC curve of each strategy over its seeds, in full and zoomed on the upper left corner.
 
-    ``curves`` maps a strategy to labels [n] (0 or 1) and one array of probabilities [n] of class 1 a seed. The
-    legend gives the mean AUC and its standard deviation over seeds. Labels of one class are a ValueError.
+    ``curves`` maps a strategy to labels [n] (0 or 1) and one array of probabilities [n] of class 1 per seed. The
+    legend gives the mean AUC and its standard deviation over seeds. Raises ValueError if a class is absent.
     """
     figure = _figure(title, 4.8)
     whole, corner = figure.subplots(1, 2)
@@ -123,7 +123,7 @@ def roc_overlay(curves: Mapping[str, tuple[Labels, Sequence[Floats]]], title: st
         _grid(axes)
     side = _corner_side(list(means.values()))
     whole.add_patch(Rectangle((0, 1 - side), side, side, fill=False, edgecolor=BLACK, linestyle=":", zorder=3))
-    whole.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel="true positive rate (sensitivity)", title="whole curve")
+    whole.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel="true positive rate (sensitivity)", title="full curve")
     corner.set(
         xlim=(-0.02 * side, side), ylim=(1 - side, 1 + 0.02 * side), title=f"upper left corner (dotted), {side:g} wide"
     )
@@ -137,25 +137,25 @@ def roc_overlay(curves: Mapping[str, tuple[Labels, Sequence[Floats]]], title: st
 def mean_roc(labels: Labels, seeds: Sequence[Floats]) -> tuple[Floats, Floats]:
     """False and true positive rates [m] of the mean curve: true positive rates averaged at each false positive rate.
 
-    Vertical averaging, after Fawcett, An Introduction to ROC Analysis, 2006; exact, as each step of each seed is
-    kept, so that the area below is the mean of the seeds' areas. ``seeds`` holds probabilities [n] of class 1.
+    Vertical averaging, after Fawcett, An Introduction to ROC Analysis, 2006; exact, as it keeps every step
+    of every seed, so that its AUC is the mean of the AUCs of the seeds. ``seeds`` holds probabilities [n] of class 1.
     """
     _require_both_classes(labels)
     if len(seeds) == 0:
         raise ValueError("no seed to average")
     curves = [sk.roc_curve(labels, probabilities)[:2] for probabilities in seeds]
     grid = np.unique(np.concatenate([x for x, _ in curves]))
-    # Where a curve steps up, the two sides of the step are the values from the left and from the right.
+    # At a vertical step, the two ends are the limits from the left and from the right.
     left = np.mean([np.interp(-grid, -x[::-1], y[::-1]) for x, y in curves], axis=0)
     right = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
     return np.repeat(grid, 2), np.stack([left, right], axis=1).ravel()
 
 
 def confusion_row(matrices: Mapping[str, NDArray[Any]], class_names: Sequence[str], title: str) -> Figure:
-    """The strategies' confusion matrices side by side: images, and below them percent of the true class (row).
+    """The strategies' confusion matrices side by side: number of images, and percent of the true class (row).
 
-    ``matrices`` maps a strategy to counts [2, 2], whole or a mean over seeds. All share the scale of percent,
-    0 to 100, that shades them; a row without images has no percent and shows "n/a".
+    ``matrices`` maps a strategy to counts [2, 2], integer or a mean over seeds. All share one colour scale from
+    0 to 100 percent; a row without images has no percentages and shows "n/a".
     """
     width = max(WIDTH, 1.8 * len(matrices))
     figure = _figure(title, 1.05 + min(width / len(matrices) - 0.25, 3.0), width)
@@ -173,17 +173,17 @@ def confusion_row(matrices: Mapping[str, NDArray[Any]], class_names: Sequence[st
         axes.tick_params(length=0)
     row[0].set_ylabel("true class")
     figure.supxlabel(
-        "predicted class (shade: percent of the true class, the same scale from 0 to 100 in all)", fontsize=10
+        "predicted class (colour: percent of the true class, the same scale from 0 to 100 in all)", fontsize=10
     )
     return figure
 
 
 def quality_cost(table: pd.DataFrame, quality: str, cost: str, title: str) -> Figure:
-    """Quality with its 95% interval against cost (log axis), with the Pareto front drawn and its members named.
+    """Quality with its 95% interval against cost (log axis), with the Pareto front and the names of its members.
 
     ``table`` has a row for each strategy (its index) and the columns ``quality``, ``quality``_low, ``quality``_high
     and ``cost``, in seconds or parameters; equal costs are drawn side by side. A strategy without a quality or a
-    positive cost is "n/a" in the legend. The front goes by the values alone, whatever their intervals.
+    positive cost is "n/a" in the legend. The front uses the point values only, not their intervals.
     """
     figure = _figure(title, 5.2)
     axes = figure.subplots()
@@ -199,12 +199,12 @@ def quality_cost(table: pd.DataFrame, quality: str, cost: str, title: str) -> Fi
     line = _draw_front(axes, costs[front], bounds[0][front], list(table.index[front]))
     axes.set(xlabel=f"{_name(cost)}, log axis", ylabel=f"{_directed(quality)}, zoomed axis")
     axes.ticklabel_format(axis="y", useOffset=False)
-    _legend(figure, [*shown, line], columns=3, title="bars: 95% intervals; on the front: none is better and cheaper")
+    _legend(figure, [*shown, line], columns=3, title="bars: 95% intervals; front: no other is both better and cheaper")
     return figure
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the (cost, quality) points that no other dominates, from the cheapest on.
+    """The indices of the (cost, quality) points that no other dominates, in order of cost.
 
     One point dominates another if it costs no more, is no worse, and is better in one of the two. Equal points
     do not dominate each other; a point with a NaN is never on the front.
@@ -218,8 +218,8 @@ def paired_differences(table: pd.DataFrame, metric: str, margin: float | None, t
     """Forest plot of the differences a - b in ``metric`` between pairs of strategies, with their 95% intervals.
 
     ``table`` has a row for each pair and the columns a, b, difference, low, high and p_holm (Holm's adjusted p).
-    ``margin``, in units of the metric and above 0, shades the differences by which a is worse than b, but by no
-    more than the margin: a is not inferior where the whole interval lies on the better side of its far edge.
+    ``margin``, in units of the metric and above 0, shades differences where a is worse than b by less than the margin:
+    a is non-inferior if the whole interval lies on the better side of the far edge of the shading.
     """
     if margin is not None and not margin > 0:
         raise ValueError(f"the margin must be above 0, not {margin}")
@@ -240,7 +240,7 @@ def paired_differences(table: pd.DataFrame, metric: str, margin: float | None, t
     axes.set_xlabel(f"difference in {_name(metric)}, a - b ({'left' if worse > 0 else 'right'} of 0: a is better)")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _grid(axes)
-    for face, text in (("white", "interval reaches 0"), (BLUE, "interval excludes 0")):
+    for face, text in (("white", "interval includes 0"), (BLUE, "interval excludes 0")):
         axes.plot([], [], label=text, markerfacecolor=face, markersize=7, color=BLUE, marker="o", linewidth=2)
     _legend_below(figure, columns=3 if margin is None else 2)
     return figure
@@ -248,7 +248,7 @@ def paired_differences(table: pd.DataFrame, metric: str, margin: float | None, t
 
 def _style(name: str) -> Style:
     if name not in STYLES:
-        raise ValueError(f"strategy {name!r} has no style; those that have: {', '.join(STYLES)}")
+        raise ValueError(f"strategy {name!r} has no style; known strategies: {', '.join(STYLES)}")
     return STYLES[name]
 
 
@@ -282,9 +282,9 @@ def _legend(figure: Figure, handles: Sequence[Any], columns: int, title: str | N
 
 
 def _panels(title: str, metrics: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """Two panels a row, or one where there is a single metric; ``height`` is a row's, in inches."""
+    """Two panels per row, or one for a single metric; ``height`` is that of a row, in inches."""
     if not metrics:
-        raise ValueError("no metric to draw")
+        raise ValueError("no metric to plot")
     columns = min(len(metrics), 2)
     rows = -(-len(metrics) // columns)
     figure = _figure(title, 1.3 + rows * height)
@@ -329,15 +329,15 @@ def _auc(labels: Labels, seeds: Sequence[Floats]) -> str:
 
 
 def _corner_side(means: Sequence[tuple[Floats, Floats]]) -> float:
-    """The smallest side of `CORNERS` that shows where each curve comes closest to the corner, and some more."""
+    """The smallest side of `CORNERS` that shows, with some margin, where each curve comes closest to the corner."""
     worst = max((float(np.maximum(x, 1 - y).min()) for x, y in means), default=0.0)
     return next((side for side in CORNERS if side >= 1.6 * worst), CORNERS[-1])
 
 
 def _mark_along(axes: Axes, name: str, x: Floats, y: Floats, side: float) -> None:
-    """The strategy's marker at a few places on the curve, in the corner of side ``side``, shifted for each one."""
+    """Markers of the strategy at a few points on the curve in the corner, at different points for each strategy."""
     shift = list(STYLES).index(name) / len(STYLES)
-    # A curve only rises in x + y, so that even steps of it are spread over the upright part and the flat part.
+    # x + y increases along the curve, so equal steps in it cover both the steep and the flat part.
     along = side * np.linspace(-1, 1, 6)[:-1] + side * 0.4 * shift
     at_x, at_y = np.interp(along, x + y - 1, x), np.interp(along, x + y - 1, y)
     style = _style(name)
@@ -354,13 +354,13 @@ def _draw_quality(axes: Axes, name: str, cost: float, value: float, low: float, 
 
 def _draw_front(axes: Axes, costs: Floats, values: Floats, names: Sequence[str]) -> Line2D:
     style: Style = {"color": BLACK, "linewidth": 1.4, "linestyle": "--", "drawstyle": "steps-post", "zorder": 1}
-    # At any higher cost the best member stays the best.
+    # Extended to the right: at any higher cost the last member remains the best.
     x, y = [*costs, axes.get_xlim()[1]], [*values, values[-1] if len(values) else np.nan]
     return axes.plot(x, y, label=f"Pareto front: {', '.join(names) or 'n/a'}", **style)[0]
 
 
 def _side_by_side(costs: Floats, span: float) -> Floats:
-    """Places on a log axis of ``span`` (its high by its low end): equal costs a hundredth of it apart, to be seen."""
+    """Positions on a log axis of ``span`` (high end divided by low end), with equal costs slightly separated."""
     order = np.array([np.sum(costs[:i] == cost) for i, cost in enumerate(costs)])
     ties = np.array([np.sum(costs == cost) for cost in costs])
     return costs * span ** (0.012 * (order - (ties - 1) / 2))
@@ -368,7 +368,7 @@ def _side_by_side(costs: Floats, span: float) -> Floats:
 
 def _log_cost_axis(axes: Axes, costs: Floats) -> None:
     axes.set_xscale("log")
-    # Wide enough for one of 1, 2 and 5 times a power of ten even where all costs are the same.
+    # Wide enough to include 1, 2 or 5 times a power of ten even if all costs are equal.
     if costs.size:
         axes.set_xlim(costs.min() / 1.7, costs.max() * 1.7)
     low, high = axes.get_xlim()

@@ -1,4 +1,4 @@
-"""Colours, sizes and parts that the figures share."""
+"""Colours, sizes and helpers shared by the figures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Counts = NDArray[np.integer[Any]]
 Floats = NDArray[np.floating[Any]]
 Interval = tuple[float, float, float]
 
-# Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies.
+# The Okabe-Ito palette, which is safe for the common colour vision deficiencies.
 BLUE, VERMILLION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 GREY = "0.45"
 
-# Line style and marker repeat what the colour says, for grey prints.
+# Line style and marker repeat the information of the colour, for greyscale prints.
 Style = dict[str, Any]
 REFERENCE: Style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "zorder": 2.5}
 CURVE: Style = {"color": BLUE, "linestyle": "-", "linewidth": 2.0}
@@ -35,7 +35,7 @@ POINT: Style = {
     "markeredgecolor": BLACK,
     "zorder": 3,
 }
-WIDTH = 7.2  # inches: 864 px at 120 dpi, about what MLflow's page shows
+WIDTH = 7.2  # inches: 864 px at 120 dpi, about the width of figures in the MLflow UI
 Z_95 = 1.959964
 
 

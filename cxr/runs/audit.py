@@ -35,7 +35,7 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
         features = pooled_features(config, data, model, precision) if model else None
         findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
-        content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.told)] for f in findings]).encode()
+        content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.conclusive)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):
         told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)

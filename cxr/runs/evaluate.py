@@ -53,7 +53,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         tracker.tags({**tags, Tag.TEST_SPLIT: images})
         tracker.dataset(table, str(root), f"{images}-{split}", "evaluation")
         log_report(tracker, report, f"{uri} on {root.name}")
-        tracker.metrics(report.figures() | drop)
+        tracker.metrics(report.metrics() | drop)
         tracker.tags({Tag.DESCRIPTION: "\n\n".join(words)})
         say("\n".join([report.text(), *words, *(f"look: {where}" for where in tracker.where())]))
     return report

@@ -61,7 +61,8 @@ def log_start(
             Tag.COMMIT: git_commit(),
             Tag.IMAGES_SKIPPED: str(len(data.bad)),
             Tag.AUDIT: "; ".join(finding.check for finding in findings if not finding.ok) or "nothing found",
-            Tag.AUDIT_INCONCLUSIVE: "; ".join(finding.check for finding in findings if not finding.told) or "none",
+            Tag.AUDIT_INCONCLUSIVE: "; ".join(finding.check for finding in findings if not finding.conclusive)
+            or "none",
         }
     )
     tracker.text(json.dumps(asdict(config), indent=2) + "\n", Artifact.CONFIG)
@@ -99,7 +100,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", Artifact.FREEZE_PROOFS)
     for report in (result.val, result.test):
         log_report(tracker, report, name)
-    tracker.figure(_explained(model, result, name), Artifact.GRADCAM)
+    tracker.figure(_gradcam_panel(model, result, name), Artifact.GRADCAM)
     sizes = {
         "parameters_total": count_parameters(model),
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
@@ -109,7 +110,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
-        final = {**result.val.figures(), **result.test.figures(), **result.stressed, **gap, **sizes}
+        final = {**result.val.metrics(), **result.test.metrics(), **result.stressed, **gap, **sizes}
         final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)
@@ -125,7 +126,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     return registration
 
 
-def _explained(model: ResNet, result: RunResult, name: str) -> Figure:
+def _gradcam_panel(model: ResNet, result: RunResult, name: str) -> Figure:
     """Grad-CAM of confident right, confident wrong and borderline images of the held-out split."""
     from cxr.figures.examples import (  # captum costs half a second, and only the end needs it
         choose_examples,

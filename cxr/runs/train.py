@@ -21,9 +21,9 @@ from cxr.data.splits import CLASSES, fingerprint
 from cxr.data.views import STRESSES, Batch
 from cxr.errors import UserError
 from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
-from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_figures
+from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_metrics
 from cxr.evaluation.thresholds import choose_threshold
-from cxr.machine import Machine, cpu_has_bf16, describe, memory_explained, peak_memory, ready_machine, reset_peak_memory
+from cxr.machine import Machine, cpu_has_bf16, describe, memory_errors, peak_memory, ready_machine, reset_peak_memory
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
@@ -85,7 +85,7 @@ def run_tracked(
     if existing:
         config = recorded_config(existing, config, resumed=run_id is not None)
     with ExitStack() as stack:
-        stack.enter_context(memory_explained())
+        stack.enter_context(memory_errors())
         if existing:  # before it is opened: a run that another process trains must not be touched
             stack.enter_context(exclusive(checkpoints_of(config, existing)))
         tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=existing, parent=parent))
@@ -114,7 +114,7 @@ def _follow(config: TrainConfig) -> None:
     data = read_data(config)
     model, _ = build_model(config.arch, config.weights, config.seed)
     model.to(device=machine.device, memory_format=torch.channels_last)
-    with memory_explained():
+    with memory_errors():
         train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 
 
@@ -233,4 +233,4 @@ def _stressed(
     phase = config.phases[-1]
     logits, labels = infer(model, source.stressed(phase), machine.precision, phase.trainable)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    return stressed_figures(logits, labels, weights, tuple(STRESSES))
+    return stressed_metrics(logits, labels, weights, tuple(STRESSES))

@@ -19,7 +19,7 @@ from cxr.data.splits import CLASSES
 from cxr.data.views import STRESSED, STRESSES
 from cxr.errors import UserError
 from cxr.evaluation.calibration import fit_calibration, margins_of
-from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, stressed_figures, weighted_loss
+from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, stressed_metrics, weighted_loss
 from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.freezing import count_parameters
 from cxr.network.inference import infer
@@ -50,7 +50,7 @@ def verify(target: str, data_dir: str | None = None, cache_dir: str | None = Non
         "parameters_total": count_parameters(predictor.model),
         "parameters_trained": count_parameters(predictor.model, config.phases[-1].trainable),
     }
-    findings = [_figures(run, config, val, test, held, share, sizes), _choices(run, config, val, predictor)]
+    findings = [_metrics(run, config, val, test, held, share, sizes), _choices(run, config, val, predictor)]
     findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
     findings.append(_best_epoch(run, config, val))
     return findings + _from_images(run, config, {"val": val, held: test}, predictor)
@@ -81,7 +81,7 @@ def _finding(check: str, wrong: list[str], fine: str) -> Finding:
     return Finding(check, not wrong, "; ".join(wrong[:_SHOWN]) + more if wrong else fine)
 
 
-def _figures(
+def _metrics(
     run: LoggedRun,
     config: TrainConfig,
     val: pd.DataFrame,
@@ -91,14 +91,14 @@ def _figures(
     sizes: dict[str, int],
 ) -> Finding:
     threshold = run.threshold
-    again = evaluate(val, "val", threshold, config.bootstrap).figures()
-    again |= evaluate(test, held, threshold, config.bootstrap, share).figures()
+    again = evaluate(val, "val", threshold, config.bootstrap).metrics()
+    again |= evaluate(test, held, threshold, config.bootstrap, share).metrics()
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
     wrong = _differences(run.metrics, again)
     made, here = run.commit, git_commit()
     if wrong and made != here:  # whose statistics may be others
         wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
-    return _finding("figures from the logged predictions", wrong, f"{len(again)} figures equal")
+    return _finding("metrics from the logged predictions", wrong, f"{len(again)} metrics equal")
 
 
 def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolerance: float = EXACT) -> list[str]:
@@ -187,11 +187,11 @@ def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predic
     split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
     order = straight_order(split, config.batch_size)
     seen = (batch for view in STRESSED for batch in view_batches(split, order, 0, view, device))
-    again = stressed_figures(*infer(predictor.model, seen), weights, tuple(STRESSES))
+    again = stressed_metrics(*infer(predictor.model, seen), weights, tuple(STRESSES))
     # One image that falls on the other side moves a count, be the tolerance what it may.
     step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))
     counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
     for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
         wrong += _differences(run.metrics, {name: again[name] for name in sorted(names)}, tolerance)
     gap = max(abs(run.metric(name) - value) for name, value in again.items())
-    return _finding("stressed validation from model and data", wrong, f"{len(again)} figures within {gap:.1e}")
+    return _finding("stressed validation from model and data", wrong, f"{len(again)} metrics within {gap:.1e}")

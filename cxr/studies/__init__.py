@@ -1,4 +1,4 @@
-"""Several runs that answer one question: a search, a comparison, a cross-validation.
+"""Studies of several runs: a search, a comparison, a cross-validation.
 
-Each is a parent run with children.
+Each is a parent run with child runs.
 """

@@ -1,4 +1,4 @@
-"""Cross-validation: a child run a fold, the figures of the held-out folds together in the parent; test stays locked."""
+"""Cross-validation: a child run per fold; pooled out-of-fold metrics in the parent run. The test split is not used."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SHOWN = ("roc_auc", "accuracy", "recall", "specificity")
 
 
 def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
-    """Train and evaluate every fold; returns a row of figures for each.
+    """Train and evaluate every fold; returns a table with the metrics of each fold.
 
-    The same call after an interruption goes on where it stopped. Raises `UserError` for bad input.
+    Repeating the call after an interruption continues it. Raises `UserError` for invalid input.
     """
     train = config.train
     name = f"crossval-{train.strategy}-{config.folds}"
@@ -43,21 +43,21 @@ def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
 
 
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
-    """(figures by fold, the report of all out-of-fold predictions together)."""
+    """(metrics per fold, report of the pooled out-of-fold predictions)."""
     tables = [LoggedRun.open(run_id).predictions("fold") for run_id in run_ids]
     reports = [evaluate(table, "fold", HALF, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
-    pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="the same for all folds")
+    pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="same for all folds")
     return pd.DataFrame(rows), pooled
 
 
 def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
-    """Tables, figures and summary in the parent run; returns the lines for a person."""
+    """Log tables, figures and summary to the parent run; returns the summary lines."""
     name = f"{config.train.strategy}, {config.folds} folds"
     mean, sd = table[list(SHOWN)].mean(), table[list(SHOWN)].std(ddof=1)
-    lines = [f"{name} (by patient; test not used), mean and sd over folds, threshold 0.5:"]
+    lines = [f"{name} (by patient, without the test split), mean and sd over folds, threshold 0.5:"]
     lines += [f"{m}: {mean[m]:.4f} +- {sd[m]:.4f}; pooled {format_interval(pooled.interval(m))}" for m in SHOWN]
-    lines.append(f"pooled: the predictions of these {config.folds} models together; the intervals are by patient alone")
+    lines.append(f"pooled: out-of-fold predictions of the {config.folds} models; the intervals cover patients only")
     parent.table(table, Artifact.FOLDS)
     parent.table(pooled.table, Artifact.OUT_OF_FOLD)
     parent.text(pooled.text(), Artifact.CROSSVAL_REPORT)

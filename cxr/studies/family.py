@@ -1,4 +1,4 @@
-"""A parent run whose children are training runs: made or resumed, one after the other."""
+"""A parent run with training runs as children, which are created or resumed one after the other."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run_family(
     own: Mapping[str, str],
     say: Say,
 ) -> Iterator[tuple[MlflowTracker, list[str]]]:
-    """Run `members` (name -> configuration) as child runs of one parent run, which is the block's.
+    """Run `members` (name -> configuration) as child runs of one parent run.
 
-    Yields (the parent, the ids of its finished children); the parent ends with the block. A new parent gets `name`, the
-    tag `cxr.kind`, `tags` and, beside the children's parameters, its `own`. The same call after an interruption goes on
-    in the same parent: finished children are taken as they are, others are resumed. Raises `UserError` for bad input,
-    before a run is made.
+    Yields (the parent, the IDs of its finished children); the parent ends with the block. A new parent gets `name`, the
+    tag `cxr.kind`, `tags` and, in addition to the parameters of the children, its `own`. Repeating the call after an
+    interruption continues in the same parent: finished children are reused, others are resumed. Raises `UserError` for
+    invalid input before a run is created.
     """
     data = read_data(next(iter(members.values())))
     ready_machine(config)
@@ -52,17 +52,17 @@ def run_family(
 
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
-    """Names a comparison or cross-validation by what it runs, on which data and from which weights."""
+    """Identifies a comparison or cross-validation by its runs, data and weights."""
     text = json.dumps([*origin, *(result_parameters(member) for member in members)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _run_child(parent: str, existing: Mapping[str, LoggedRun], name: str, config: TrainConfig, say: Say) -> str:
-    """The id of the finished child run `name` of a parent: the one among `existing` (name -> run), gone on with if it
-    is not finished and can be, or a new one by `config`."""
+    """Finish the child run `name` of a parent and return its ID: the one in `existing` (name -> run), resumed if
+    unfinished and resumable, or a new one."""
     child = existing.get(name)
     if child is not None and child.finished:
-        say(f"{name}: finished before, in run {child.run_id}")
+        say(f"{name}: already finished, run {child.run_id}")
         return child.run_id
     tags: dict[str, str] = {
         Tag.KIND: RunKind.MEMBER,

@@ -1,4 +1,4 @@
-"""Optuna's side of a search: storage, the queue of trials, samplers, pruners, tables and figures."""
+"""The Optuna study of a search: storage, queued trials, samplers, pruners, tables and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cxr.errors import UserError
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 _BASE = "parameters"
 MAX_RETRIES = 3
-MISSED_HEARTBEATS = 6  # after so many, a worker is taken for dead
+MISSED_HEARTBEATS = 6  # after which a worker is considered dead
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
 OnStale = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -44,24 +44,24 @@ def study_name(config: TuneConfig) -> str:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Turn the errors of a storage that cannot be used into one line."""
+    """Translate errors of an unusable storage into a `UserError`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, for years now
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats are marked experimental
             yield
     except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
         reason = str(cause or error).strip().splitlines()[0][:200]
         missing = isinstance(error, ImportError) and url.startswith("postgresql")
-        hint = "`uv run --extra postgres …` brings the driver" if missing else "check --storage"
+        hint = "install the driver with `uv run --extra postgres …`" if missing else "check --storage"
         raise UserError(f"--storage {without_password(url)}: {reason}; {hint}") from error
 
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """One worker at a time, on all machines that share the storage; the lock ends with the process that holds it.
+    """A lock shared by all workers on all machines that use the storage; it is released when the process exits.
 
-    PostgreSQL's and MySQL's advisory locks; for SQLite, which one machine uses alone, a locked file.
+    Advisory locks of PostgreSQL and MySQL; for SQLite, which is used on one machine only, a file lock.
     """
     database = make_url(url).database if url.startswith("sqlite") else None
     if database:
@@ -69,18 +69,18 @@ def locked(url: str) -> Iterator[None]:
             yield
         return
     engine = create_engine(url, poolclass=NullPool)
-    take = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
-    with engine.connect() as connection:  # a connection of its own: closing it lets go
-        if connection.execute(text(take)).scalar() == 0:  # MySQL's answer after 600 s; PostgreSQL waits
+    acquire = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
+    with engine.connect() as connection:  # a separate connection: closing it releases the lock
+        if connection.execute(text(acquire)).scalar() == 0:  # MySQL gives up after 600 s; PostgreSQL waits
             raise UserError(
-                f"--storage {without_password(url)}: another worker has held the study for ten minutes; "
-                "start again later"
+                f"--storage {without_password(url)}: another worker has locked the study for ten minutes; "
+                "try again later"
             )
         yield
 
 
 def _file_lock(database: Path) -> FileLock:
-    if not database.parent.is_dir():  # FileLock would make the folder
+    if not database.parent.is_dir():  # FileLock would create the folder
         raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: {database.parent}")
     return FileLock(f"{database}.lock")
 
@@ -88,15 +88,14 @@ def _file_lock(database: Path) -> FileLock:
 def open_study(
     config: TuneConfig, origin: dict[str, str], make_parent: Callable[[], str], on_stale: OnStale
 ) -> optuna.Study:
-    """The study, made or continued, with all its trials in the queue.
+    """Create or continue the study, with all its trials in the queue.
 
-    `origin` names the data and the weights that are really used; `make_parent` makes the parent run of a new study's
-    trials and returns its id. Raises `UserError` for a storage that cannot be used, and for a study that was begun
-    with other parameters.
+    `origin` identifies the data and the weights in use; `make_parent` creates the parent run of a new study and returns
+    its ID. Raises `UserError` for an unusable storage, and for a study that was started with other parameters.
     """
     name = study_name(config)
     with storage_errors(config.storage), locked(config.storage):
-        storage = RDBStorage(  # locked, as two processes cannot create the tables at once
+        storage = RDBStorage(  # under the lock, as two processes cannot create the tables concurrently
             config.storage,
             heartbeat_interval=config.heartbeat,
             grace_period=MISSED_HEARTBEATS * config.heartbeat,
@@ -104,7 +103,7 @@ def open_study(
         )
         if config.resumed and name not in optuna.get_all_study_names(storage):
             raise UserError(
-                f"--resume {name}: no such study in {without_password(config.storage)}; `--study {name}` begins one"
+                f"--resume {name}: no such study in {without_password(config.storage)}; `--study {name}` starts one"
             )
         direction = StudyDirection.MINIMIZE if config.objective == "val_loss" else StudyDirection.MAXIMIZE
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
@@ -127,32 +126,31 @@ def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str
     if theirs is None:
         study.set_user_attr(_BASE, mine)
         return
-    # A study that is older than a parameter had its default.
+    # Parameters introduced after the study was created had their default values.
     theirs = {**mine, **_parameters(TuneConfig()), **theirs}
     other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
     if other:
         raise UserError(
-            f"study {study.study_name} was begun with other parameters: {', '.join(other)}; use another --study"
+            f"study {study.study_name} was started with other parameters: {', '.join(other)}; use another --study"
         )
 
 
 def slots(study: optuna.Study) -> list[FrozenTrial]:
-    """The latest attempt at each trial: of one that a dead worker lost, only its retry."""
+    """The latest attempt of each trial: trials lost by a dead worker are represented by their retry."""
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     return [trial for trial in trials if trial.number not in retried]
 
 
 def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:
-    """Queue trials up to `trials`: the first has the defaults, the others are left to the sampler."""
-    there = len(slots(study))
-    for number in range(there, config.trials):
+    """Queue trials up to `trials`: the first uses the default values, the others are sampled."""
+    for number in range(len(slots(study)), config.trials):
         defaults = {name: getattr(config.train, name) for name in config.searched()}
         study.enqueue_trial(defaults if number == 0 else {})
 
 
 def _sampler(config: TuneConfig, trials: int) -> optuna.samplers.BaseSampler:
-    """Seeded by the study's seed; a worker that joins later has another, or it would draw the same points again."""
+    """The sampler, seeded by the seed of the study; workers that join later get other seeds to sample other points."""
     seed = config.train.seed if trials == 0 else (config.train.seed + 7919 * trials + os.getpid()) % 2**31
     if config.sampler == "TPESampler":
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
@@ -173,7 +171,7 @@ def _pruner(config: TuneConfig) -> optuna.pruners.BasePruner:
 
 
 def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
-    """The parameters of a trial. A range is widened to hold the default."""
+    """The suggested parameters of a trial. Ranges are widened to include the default."""
     chosen: dict[str, Any] = {}
     for name in config.searched():
         spec, default = search_range(name), getattr(config.train, name)
@@ -187,18 +185,18 @@ def suggest(trial: Trial, config: TuneConfig) -> TrainConfig:
 
 
 def trial_config(config: TuneConfig, params: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a trial with those parameters."""
+    """The configuration of a trial with these parameters."""
     return replace(config.train, **params)
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, limit: int | None = None) -> None:
-    """Queue a trial that was broken off again, unless it was retried `limit` times already."""
+    """Queue an interrupted trial again, unless it was already retried `limit` times."""
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         RetryHeartbeatStaleTrialCallback(max_retry=limit)(study, trial)
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """A row for each attempt: trial, state, value, the parameters, epochs reported, run, error."""
+    """A row per attempt: trial, state, value, parameters, number of reports, run, error."""
     rows = [
         {
             "trial": trial.number,
@@ -217,7 +215,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 
 
 def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
-    """Optuna's own figures, as far as the study has enough trials for them."""
+    """Optuna's figures, those for which the study has enough trials."""
     import optuna.visualization.matplotlib as draw
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -234,12 +232,12 @@ def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
     with warnings.catch_warnings(action="ignore"), plt.style.context("default"):
         figures = {kind: _figure_of(make()) for kind, make in kinds.items()}
     if objective == "val_loss" and complete:
-        figures["intermediate_values"].axes[0].set_yscale("log")  # a trial that diverged would hide the others
+        figures["intermediate_values"].axes[0].set_yscale("log")  # a diverged trial would dominate a linear scale
     return figures
 
 
 def _figure_of(axes: Any) -> Figure:
-    """The figure that Optuna drew, removed from pyplot and made large enough to read."""
+    """The figure of axes from Optuna, detached from pyplot and enlarged."""
     figure: Figure = (axes.ravel()[0] if hasattr(axes, "ravel") else axes).figure
     plt.close(figure)
     figure.set_size_inches(9.6, 6.0)

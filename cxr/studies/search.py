@@ -1,9 +1,8 @@
-"""A search: each trial of a study is a child run of one parent run.
+"""Hyperparameter search: each trial of a study is a child run of one parent run.
 
-Every trial has the study's seeds and split (common random numbers), so that trials differ by their parameters alone.
-The test split is absent during a search; only the refit of the winner, an ordinary run, uses it. The trials wait in the
-study's queue, so that any number of workers share them; the trial of a worker that dies is queued again (Optuna's
-heartbeat).
+All trials use the same seeds and split (common random numbers), so that they differ only in their parameters. The test
+split is not loaded during a search; only the refit of the best trial, an ordinary run, uses it. Trials wait in a queue
+in the study, which any number of workers can share; the trial of a dead worker is requeued (Optuna's heartbeat).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from cxr.tracking.signals import handlers
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process at work on a study."""
+    """One process that runs trials of a study."""
 
     search: Search
     study: optuna.Study
@@ -54,16 +53,16 @@ class Worker:
     say: Say
 
     def work(self) -> None:
-        """Run trials until none is left; a trial that is broken off is queued again.
+        """Run trials until none is left; an interrupted trial is queued again.
 
-        The first Ctrl-C ends the search after the running trial; a second one, or SIGTERM, at once. Raises
-        `KeyboardInterrupt` when it was stopped.
+        The first Ctrl-C stops the search after the current trial; a second one, or SIGTERM, immediately. Raises
+        `KeyboardInterrupt` if it was stopped.
         """
         with handlers({signal.SIGINT: self._interrupt, signal.SIGTERM: self._interrupt}):
             try:
                 self.queue.work(self.runner.objective, self._finished)
             except (KeyboardInterrupt, MachineError):
-                self.queue.requeue_broken_off()
+                self.queue.requeue_interrupted()
                 raise
         if self.queue.stopping:
             raise KeyboardInterrupt
@@ -76,16 +75,16 @@ class Worker:
         if self.queue.stopping or number == signal.SIGTERM:
             raise KeyboardInterrupt
         self.queue.stop()
-        self.say("stopping after this trial; Ctrl-C again to stop at once")
+        self.say("stopping after the current trial; press Ctrl-C again to stop immediately")
 
 
 def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
-    """Search, then train the winner. Returns the winner's run; None without `refit`, or if another worker has it.
+    """Search, then refit the best trial. Returns the refit; None without `refit`, or if another worker trains it.
 
-    The same call again continues the study in the same parent run. Raises `UserError` for bad input, and
-    `KeyboardInterrupt` when it was stopped, with every trial finished or queued again.
+    Repeating the call continues the study in the same parent run. Raises `UserError` for invalid input, and
+    `KeyboardInterrupt` if it was stopped, with every trial finished or queued again.
     """
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # our own lines and the runs say it
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the search prints its own lines
     worker = open_worker(config, say)
     study, parent = worker.study, worker.search.parent
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
@@ -101,12 +100,12 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
 
 
 def open_worker(config: TuneConfig, say: Say) -> Worker:
-    """Make or continue the study and its parent run. Raises `UserError` for bad input, before anything is made."""
+    """Create or continue the study and its parent run. Raises `UserError` for invalid input before creating either."""
     train = config.train
     data = read_data(train)
     if train.strict:
         audited(train, data, None)
-    _, weights = build_model(train.arch, train.weights, train.seed)  # missing weights are no trial's failure
+    _, weights = build_model(train.arch, train.weights, train.seed)  # missing weights fail here, not in every trial
     machine = ready_machine(train)
     origin = {"data": data.without("test").fingerprint, "weights": weights}
     study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)
@@ -126,7 +125,7 @@ def _make_parent(config: TuneConfig, origin: dict[str, str]) -> str:
 
 
 def _on_stale(study: optuna.Study, trial: FrozenTrial) -> None:
-    """A worker stopped sending heartbeats: its trial is queued again, and its run ended."""
+    """A worker stopped sending heartbeats: requeue its trial and end its run."""
     requeue(study, trial, MAX_RETRIES)
     for run in children(str(study.user_attrs[PARENT])):  # by name: a worker may die before the study knows its run
         if run.name == run_name(trial.number) and run.status in ("RUNNING", "FINISHED"):
@@ -134,16 +133,16 @@ def _on_stale(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def _refit(worker: Worker) -> RunResult | None:
-    """Train the winner as `train` does, in a child run of its own; one worker does it, and a crash is resumed."""
+    """Train the best parameters as `train` does, in a child run; only one worker does it, and a crash is resumed."""
     study, search, best = worker.study, worker.search, best_trial(worker.study)
     if best is None:
-        raise UserError(f"study {study.study_name}: no trial was completed, so there is no winner to train")
+        raise UserError(f"study {study.study_name}: no trial was completed, so there is nothing to refit")
     config = trial_config(search.config, best.params)
     run_id = _claim_refit(worker, best, config)
     if is_finished(run_id):
-        worker.say(f"refit: finished before, in run {run_id}")
+        worker.say(f"refit: already finished, run {run_id}")
         return None
-    worker.say(f"refit of trial {best.number}, in run {run_id}")
+    worker.say(f"refit of trial {best.number}: run {run_id}")
     try:
         return run_tracked(config, worker.say, run_id, search.parent.run_id)
     except InUseError as error:
@@ -152,9 +151,9 @@ def _refit(worker: Worker) -> RunResult | None:
 
 
 def _claim_refit(worker: Worker, best: FrozenTrial, config: TrainConfig) -> str:
-    """The run that trains the winner, the same for all workers.
+    """The ID of the run that trains the best trial, the same for all workers.
 
-    Its parameters are recorded before it begins: whatever happens now, `train --resume` knows what to do.
+    Its parameters are recorded before it starts, so that `train --resume` works whenever it is interrupted.
     """
     study, storage = worker.study, worker.search.config.storage
     with storage_errors(storage), locked(storage):

@@ -1,4 +1,4 @@
-"""What a search says and logs about itself: a line per trial, tables and figures in the parent run, the summary."""
+"""The output of a search: a line per trial, tables and figures in the parent run, the summary."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cxr.tracking.tracker import MlflowTracker
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The best of the completed trials, if there is one."""
+    """The best completed trial, if any."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return study.best_trial if complete else None
 
 
 def count_states(study: optuna.Study) -> str:
-    """`3 complete, 1 waiting`."""
+    """The number of trials in each state: `3 complete, 1 waiting`."""
     states = [trial.state for trial in slots(study)]
     counted = ((state.name.lower(), states.count(state)) for state in TrialState)
     return ", ".join(f"{count} {name}" for name, count in counted if count)
 
 
 def trial_line(study: optuna.Study, trial: FrozenTrial, config: TuneConfig) -> str:
-    """A finished trial in one line; `*` marks the best so far."""
+    """A finished trial as one line; `*` marks the best so far."""
     parameters = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
     done = sum(slot.state not in OPEN for slot in slots(study))
     head = f"trial {trial.number:3}  {trial.state.name.lower():8} {done}/{config.trials}"
@@ -69,11 +69,11 @@ def _outcome(study: optuna.Study, config: TuneConfig) -> list[str]:
 
 
 def summary(study: optuna.Study, parent: MlflowTracker, config: TuneConfig, winner: RunResult | None) -> list[str]:
-    """What won, where to look, what to do next."""
+    """The summary: the best trial, where to find the results, possible next commands."""
     lines = _outcome(study, config)
     if winner:
         test = ", ".join(f"{m} {format_interval(winner.test.interval(m))}" for m in ("accuracy", "roc_auc"))
-        lines += [f"the winner, trained again, on test: {test}", winner.registered]
+        lines += [f"refit of the best trial, on test: {test}", winner.registered]
     return [
         *lines,
         *(f"look: {where}" for where in parent.where()),

@@ -16,7 +16,7 @@ from torchvision.models import ResNet
 from cxr.config import TrainConfig, TuneConfig, flatten
 from cxr.data.load import Data
 from cxr.errors import Pruned, Stopped
-from cxr.machine import Machine, memory_explained, seed_everything
+from cxr.machine import Machine, memory_errors, seed_everything
 from cxr.network.resnet import build_model
 from cxr.runs.record import card_of
 from cxr.runs.resume import checkpoints_of
@@ -32,7 +32,7 @@ from cxr.training.loop import EpochRecord
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a worker's trials have in common. `data` has no test split; `weights` names those really used."""
+    """What the trials of a worker share. `data` has no test split; `weights` describes those in use."""
 
     config: TuneConfig
     data: Data
@@ -47,14 +47,14 @@ def run_name(trial: int) -> str:
 
 
 class TrialRunner:
-    """Trains the trials of one worker, and keeps the weights of the best one with its run."""
+    """Trains the trials of one worker, and logs the weights of the best one to its run."""
 
     def __init__(self, search: Search):
         self.search = search
         self._model: ResNet | None = None  # of the last trial's first seed
 
     def objective(self, trial: Trial) -> float:
-        """Train in a run of its own; what Optuna minimises or maximises."""
+        """Train in a new child run and return the objective value."""
         search = self.search
         try:
             config = suggest(trial, search.config)
@@ -72,7 +72,7 @@ class TrialRunner:
             raise
 
     def keep_if_best(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Keep the weights of the study's best trial, and of no other."""
+        """Keep only the weights of the best trial of the study."""
         if trial.state != TrialState.COMPLETE:
             return
         with locked(self.search.config.storage):
@@ -80,10 +80,10 @@ class TrialRunner:
                 self._keep_weights(trial)
 
     def _train(self, trial: Trial, config: TrainConfig, tracker: MlflowTracker) -> float:
-        """The mean objective over the seeds."""
+        """Train every seed and return the mean objective."""
         seeds, values = self.search.config.seeds, list[float]()
         try:
-            with memory_explained():
+            with memory_errors():
                 for number in range(seeds):
                     values.append(self._train_seed(trial, replace(config, seed=config.seed + number), tracker, number))
                     if seeds > 1:
@@ -101,17 +101,17 @@ class TrialRunner:
         model, _ = build_model(config.arch, config.weights, config.seed)
         model.to(device=search.machine.device, memory_format=torch.channels_last)
 
-        def watch(record: EpochRecord) -> None:
+        def report_epoch(record: EpochRecord) -> None:
             if search.config.seeds == 1:
                 self._report(trial, record.metrics[objective], record.epoch, "epoch")
 
         label = f"seed{number}_" if number else ""
         records, _ = train_model(
-            config, tracker, search.data, search.machine, model, _silent, watch, label, search.config.trials
+            config, tracker, search.data, search.machine, model, _silent, report_epoch, label, search.config.trials
         )
         if number == 0:
             self._model = model
-        return [record for record in records if record.improved][-1].metrics[objective]  # of the epoch that is kept
+        return [record for record in records if record.improved][-1].metrics[objective]  # of the best epoch
 
     def _report(self, trial: Trial, value: float, step: int, unit: str) -> None:
         config = self.search.config
@@ -128,4 +128,4 @@ class TrialRunner:
 
 
 def _silent(line: str) -> None:
-    """Epochs of a trial print nothing: a trial has one line, when it ends."""
+    """Discard the lines of the epochs: a trial prints one line when it ends."""

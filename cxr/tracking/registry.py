@@ -172,7 +172,7 @@ def promote(name: str, number: str) -> str:
     """Make a version champion; the one before is kept as tag `champion_before`. Returns what was done, in words."""
     import mlflow
 
-    with _explained(f"{name} version {number}"):
+    with _registry_errors(f"{name} version {number}"):
         client = mlflow.MlflowClient()
         client.get_model_version(name, number)
         before = _by_alias(name, CHAMPION)
@@ -186,7 +186,7 @@ def versions(name: str) -> pd.DataFrame:
     """The versions of a registered model, newest first: version, aliases, strategy, val_loss, champion_before, run."""
     import mlflow
 
-    with _explained(name):
+    with _registry_errors(name):
         client = mlflow.MlflowClient()
         aliases = client.get_registered_model(name).aliases
         found = client.search_model_versions(f"name = '{name}'")
@@ -210,7 +210,7 @@ def load(uri: str) -> Predictor:
     """
     import mlflow
 
-    with _explained(uri):
+    with _registry_errors(uri):
         local = Path(mlflow.artifacts.download_artifacts(uri))
     cards = list(local.glob(f"**/{CARD}"))
     if len(cards) != 1:
@@ -222,7 +222,7 @@ def load(uri: str) -> Predictor:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _registry_errors(what: str) -> Iterator[None]:
     """MLflow's own errors as one line, its waits bounded."""
     prepare()
     try:

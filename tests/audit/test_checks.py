@@ -1,4 +1,4 @@
-"""What the audit says of a manifest, and what becomes of unreadable images."""
+"""The findings of the audit for a manifest, and the handling of unreadable images."""
 
 import io
 from collections.abc import Callable
@@ -49,10 +49,10 @@ def test_images_are_counted_by_split_and_class() -> None:
     )
 
 
-def test_a_prior_that_shifts_between_splits_is_a_warning() -> None:
+def test_a_class_balance_that_differs_between_splits_is_a_warning() -> None:
     rows = [("train", 1, "a"), ("train", 1, "b"), ("train", 0, "c"), ("test", 1, "d"), ("test", 0, "e")]
     finding = find(audit(manifest(rows), {}), "share of pneumonia")
-    assert finding.line() == "WARN share of pneumonia: test 50.0%, train 66.7% (the prior shifts)"
+    assert finding.line() == "WARN share of pneumonia: test 50.0%, train 66.7% (class balance differs)"
 
 
 def test_corrupt_files_are_named_with_their_reasons() -> None:
@@ -62,12 +62,12 @@ def test_corrupt_files_are_named_with_their_reasons() -> None:
     )
 
 
-def test_names_that_tell_no_patient_are_counted() -> None:
+def test_file_names_that_do_not_identify_patients_are_counted() -> None:
     table = sound()
     table.loc[:1, "group"] = table.loc[:1, "path"]
     finding = find(audit(table, {}), "patients")
     assert not finding.ok
-    assert "6 groups; 2 file names tell no patient" in finding.detail
+    assert "6 groups; 2 file names do not identify patients" in finding.detail
 
 
 @pytest.mark.parametrize(("crossing", "said"), [(1, "1 (p0)"), (5, "5 (p0, p1, p2, p3, p4)"), (6, "p4, …)")])
@@ -105,7 +105,7 @@ Images = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 @pytest.fixture(scope="module")
 def films() -> Images:
-    """Twelve children's films, [12, 64, 64]."""
+    """Films of twelve patients, [12, 64, 64]."""
     rng = np.random.default_rng(11)
     return np.stack([phantom(rng, "virus" if n % 2 else "normal", 64) for n in range(12)])
 
@@ -174,12 +174,12 @@ def test_identical_files_within_a_split_are_counted_but_no_leak() -> None:
     table["digest"] = ["d0", "d1", "d0", "d1", "d4", "d5", "d4", *table["digest"][7:]]
     findings = audit(table, {})
     assert find(findings, "identical files").line() == (
-        "WARN identical files: 3 groups (train 2, val 1), 3 images counted more than once"
+        "WARN identical files: 3 groups (train 2, val 1), 3 redundant images"
     )
     assert leaks(findings) == []
 
 
-def test_duplicates_of_both_classes_are_named(films: Images) -> None:
+def test_duplicates_with_different_labels_are_listed(films: Images) -> None:
     table = digested(films)
     table.loc[1, "digest"] = "d0"
     assert find(audit(table, {}), "duplicates with different labels").line() == (
@@ -190,7 +190,7 @@ def test_duplicates_of_both_classes_are_named(films: Images) -> None:
     assert not find(audit(digested(images), {}, images=images), "duplicates with different labels").ok
 
 
-def test_many_duplicates_are_told_by_a_few() -> None:
+def test_of_many_duplicates_only_a_few_are_listed() -> None:
     table = digested(np.zeros((12, 1, 1), np.uint8))
     table["digest"] = [f"d{n % 6}" for n in range(12)]
     said = find(audit(table, {}), "identical files in more than one split").detail
@@ -219,11 +219,11 @@ def test_a_class_of_larger_images_is_a_shortcut_and_unrelated_cues_are_not(tmp_p
     assert finding.detail.endswith("(a model may learn width and aspect ratio)")
 
 
-def test_classes_made_alike_have_no_shortcut(tmp_path: Path) -> None:
+def test_classes_with_the_same_acquisition_have_no_shortcut(tmp_path: Path) -> None:
     assert find(audit(write_films(tmp_path, "neither"), {}, root=tmp_path), "shortcuts").ok
 
 
-def test_shortcuts_are_not_looked_for_in_test(tmp_path: Path) -> None:
+def test_the_test_split_is_not_searched_for_shortcuts(tmp_path: Path) -> None:
     table = write_films(tmp_path, "PNEUMONIA").assign(split="test")
     alike = write_films(tmp_path / "alike", "neither", 8).assign(split="train")
     alike["path"] = "alike/" + alike["path"]
@@ -234,13 +234,13 @@ def test_shortcuts_are_not_looked_for_in_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("moved", "said"),
     [
-        ({"test"}, "validation cannot stand for test"),
-        ({"val"}, "validation is unlike train"),
-        ({"val", "test"}, "neither validation nor test is like train"),
+        ({"test"}, "validation does not represent test"),
+        ({"val"}, "validation differs from train"),
+        ({"val", "test"}, "validation and test both differ from train"),
         (set(), "train and test NORMAL"),
     ],
 )
-def test_a_shift_between_splits_is_said_with_what_follows(moved: set[str], said: str) -> None:
+def test_a_shift_between_splits_is_reported_with_its_consequence(moved: set[str], said: str) -> None:
     table = manifest(
         [(split, y, f"{split}{y}{n}") for split in ("train", "val", "test") for y in (0, 1) for n in range(60)]
     )
@@ -252,9 +252,9 @@ def test_a_shift_between_splits_is_said_with_what_follows(moved: set[str], said:
     assert said in finding.detail
 
 
-def test_splits_too_small_to_compare_are_said_to_be() -> None:
+def test_splits_too_small_to_compare_are_inconclusive() -> None:
     finding = find(audit(sound(), {}, features=np.zeros((6, 2), np.float32)), "shift between splits")
-    assert finding.line() == "?    shift between splits: too few images in val and test to tell"
+    assert finding.line() == "?    shift between splits: inconclusive, too few images in val and test"
 
 
 def test_images_or_features_of_another_data_set_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Copies are found whatever was done to them, and different films are not taken for copies."""
+"""Modified copies are detected, and different films are not mistaken for copies."""
 
 import io
 from collections.abc import Callable
@@ -18,10 +18,10 @@ FILMS = 24
 
 @pytest.fixture(scope="module")
 def films() -> UInt8:
-    """Films of 12 children, two each: one healthy, one ill, [24, 96, 96]."""
+    """Films of 12 patients, two each: one healthy, one with pneumonia, [24, 96, 96]."""
     rng = np.random.default_rng(3)
-    children = [draw_anatomy(rng) for _ in range(FILMS // 2)]
-    return np.stack([phantom(rng, kind, 96, child) for child in children for kind in ("normal", "virus")])
+    patients = [draw_anatomy(rng) for _ in range(FILMS // 2)]
+    return np.stack([phantom(rng, kind, 96, patient) for patient in patients for kind in ("normal", "virus")])
 
 
 def saved_again(film: UInt8) -> UInt8:
@@ -68,7 +68,7 @@ def test_a_crop_is_found_where_the_cropped_one_comes_first(films: UInt8) -> None
     assert found[["a", "b"]].to_numpy().tolist() == [[0, 1]]
 
 
-def test_a_crop_that_no_first_guess_meets_is_fitted_closely(films: UInt8) -> None:
+def test_a_crop_far_from_every_starting_point_is_fitted_closely(films: UInt8) -> None:
     corner = (0, 0, 0.95 * 96, 0.95 * 96)
     pictures = [Image.fromarray(film).resize((96, 96), Image.Resampling.BILINEAR, box=corner) for film in films]
     found = near_duplicates(np.concatenate([films, np.stack([np.asarray(picture) for picture in pictures])]))
@@ -82,7 +82,7 @@ def test_different_films_are_no_duplicates(films: UInt8) -> None:
     assert pixel_duplicates(films) == []
 
 
-def test_equal_pixels_are_a_group_of_their_own_and_the_first_stands_for_it(films: UInt8) -> None:
+def test_identical_pixels_form_a_group_represented_by_its_first_image(films: UInt8) -> None:
     images = np.stack([films[0], films[1], films[0], saved_again(films[0]), films[0]])
     assert pixel_duplicates(images) == [[0, 2, 4]]
     assert near_duplicates(images)[["a", "b"]].to_numpy().tolist() == [[0, 3]]

@@ -1,4 +1,4 @@
-"""Cues of how an image was made, how well each tells the classes apart, and whether the splits are alike."""
+"""Acquisition cues, how well each separates the classes, and the shift between splits."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def noise(seed: int) -> Floats:
     return np.random.default_rng(seed).normal(size=len(LABELS))
 
 
-def test_a_cue_that_tells_the_classes_apart_is_near_one() -> None:
+def test_a_cue_that_separates_the_classes_is_near_one() -> None:
     assert separability(noise(0) + 6 * LABELS, LABELS, GROUPS) > 0.97
     assert separability(noise(0) - 6 * LABELS, LABELS, GROUPS) > 0.97
 
@@ -34,7 +34,7 @@ def test_an_unrelated_cue_is_far_from_a_shortcut(seed: int) -> None:
     assert 0.5 <= separability(noise(seed), LABELS, GROUPS) < 0.65
 
 
-def test_a_constant_or_missing_cue_tells_nothing() -> None:
+def test_a_constant_or_missing_cue_is_uninformative() -> None:
     assert separability(np.full(len(LABELS), 3.0), LABELS, GROUPS) == 0.5
     assert separability(np.full(len(LABELS), np.nan), LABELS, GROUPS) == 0.5
 
@@ -44,14 +44,14 @@ def test_that_a_value_is_missing_is_a_cue() -> None:
 
 
 @given(st.integers(0, 5), st.sampled_from([1e-9, 0.3, 1.0, 7.0, 1e9]))
-def test_scale_plays_no_part(seed: int, scale: float) -> None:
+def test_the_scale_of_a_cue_does_not_matter(seed: int, scale: float) -> None:
     values = noise(seed) + LABELS
     expected = separability(values, LABELS, GROUPS)
     assert separability(values * scale, LABELS, GROUPS) == expected
     assert separability(np.exp(values), LABELS, GROUPS) == expected
 
 
-def test_a_cue_of_the_patient_is_not_taken_for_one_of_the_class() -> None:
+def test_a_cue_of_the_patient_is_not_mistaken_for_one_of_the_class() -> None:
     groups = np.repeat(np.arange(8), 20)
     labels = np.repeat(np.array([0, 1, 0, 1, 1, 0, 1, 0]), 20)
     assert separability(groups.astype(float), labels, groups) < 0.8
@@ -104,7 +104,7 @@ def halves(other: str) -> tuple[np.ndarray, Ints, Ints]:
     return np.tile(np.array(["train", other, "train", other]), 40), np.zeros(160, np.int64), np.arange(160)
 
 
-def test_a_brightened_split_is_told_from_train(pooled: Floats) -> None:
+def test_a_brightened_split_is_distinguished_from_train(pooled: Floats) -> None:
     splits, labels, groups = halves("test")
     features = (pooled + 40 * (splits == "test")[:, None]).astype(np.float32)
     assert shift(features, splits, labels, groups)["test", "NORMAL"] > 0.9

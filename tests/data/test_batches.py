@@ -1,4 +1,4 @@
-"""From store and manifest to batches: every image once, in the asked order, seen through the asked view."""
+"""From store and manifest to batches: every image once, in the requested order and view."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def make(count: int, size: int = 32) -> Split:
-    """A split whose images lie in the store in another order."""
+    """A split whose images are stored in a different order."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count + 3, size, size), np.uint8)
     rows = rng.permutation(count + 3)[:count]
@@ -33,7 +33,7 @@ def make(count: int, size: int = 32) -> Split:
 
 @settings(max_examples=60)
 @given(st.integers(0, 200), st.integers(2, 70), st.integers(0, 10**9), st.integers(0, 300))
-def test_an_epoch_holds_every_image_once_less_a_last_batch_of_one(n: int, batch_size: int, seed: int, e: int) -> None:
+def test_an_epoch_has_every_image_once_without_a_last_batch_of_one(n: int, batch_size: int, seed: int, e: int) -> None:
     batches = epoch_order(n, batch_size, seed, e)
     seen = torch.cat([*batches, torch.empty(0, dtype=torch.int64)]).tolist()
     assert len(seen) == len(set(seen)) == n - (n % batch_size == 1)
@@ -42,7 +42,7 @@ def test_an_epoch_holds_every_image_once_less_a_last_batch_of_one(n: int, batch_
     assert all(2 <= len(batch) <= batch_size for batch in batches)
 
 
-def test_the_order_is_told_by_seed_and_epoch() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     orders = [torch.cat(epoch_order(50, 8, *of)).tolist() for of in ((0, 0), (0, 0), (1, 0), (0, 1))]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
@@ -54,7 +54,7 @@ def test_an_image_left_out_of_one_epoch_is_in_another() -> None:
     assert seen == set(range(9))
 
 
-def test_straight_order_keeps_a_last_batch_of_one() -> None:
+def test_sequential_order_keeps_a_last_batch_of_one() -> None:
     assert [batch.tolist() for batch in straight_order(make(5), 2)] == [[0, 1], [2, 3], [4]]
 
 
@@ -79,7 +79,7 @@ def test_batches_are_in_the_given_order_and_not_augmented_without_a_view() -> No
         assert torch.equal(inputs, to_input(stored))
 
 
-def test_an_image_looks_the_same_in_any_order_and_batch() -> None:
+def test_an_image_is_the_same_in_any_order_and_batch() -> None:
     split = make(6)
     straight = torch.cat([x for x, _ in view_batches(split, straight_order(split, 6), 1, View(2), CPU)])
     order = [torch.tensor([5, 0, 3, 1]), torch.tensor([2, 4])]
@@ -87,7 +87,7 @@ def test_an_image_looks_the_same_in_any_order_and_batch() -> None:
     assert torch.equal(shuffled, straight[torch.cat(order)])
 
 
-def test_a_view_is_that_of_the_images_own_key() -> None:
+def test_a_view_depends_on_the_key_of_the_image() -> None:
     split = make(3)
     ((inputs, _),) = view_batches(split, straight_order(split, 3), 7, View(1), CPU)
     stored = torch.from_numpy(split.dataset.images[split.dataset.rows])
@@ -96,7 +96,7 @@ def test_a_view_is_that_of_the_images_own_key() -> None:
 
 
 @pytest.mark.parametrize(("seed", "view"), [(1, 0), (0, 1)])
-def test_another_seed_or_view_looks_different(seed: int, view: int) -> None:
+def test_a_different_seed_or_view_gives_different_images(seed: int, view: int) -> None:
     split = make(2)
     ((first, _),) = view_batches(split, straight_order(split, 2), 0, View(0), CPU)
     ((other, _),) = view_batches(split, straight_order(split, 2), seed, View(view), CPU)
@@ -118,7 +118,7 @@ def real(phantoms: Path, own_cache: Path) -> tuple[pd.DataFrame, Store]:
     return table, open_store(files, list(table["digest"]), 32, "squash", Cache(own_cache))
 
 
-def test_the_splits_of_a_folder_hold_its_images_in_the_manifests_order(real: tuple[pd.DataFrame, Store]) -> None:
+def test_the_splits_of_a_folder_have_its_images_in_the_order_of_the_manifest(real: tuple[pd.DataFrame, Store]) -> None:
     table, store = real
     splits = {name: make_split(table, store, name) for name in ("train", "val", "test")}
     assert sum(len(split) for split in splits.values()) == len(table)
@@ -130,7 +130,7 @@ def test_the_splits_of_a_folder_hold_its_images_in_the_manifests_order(real: tup
         np.testing.assert_array_equal(split.dataset[len(part) - 1][0], store.images[store.rows[last]])
 
 
-def test_an_image_without_a_row_is_not_passed_over(real: tuple[pd.DataFrame, Store]) -> None:
+def test_an_image_without_a_row_is_not_skipped_silently(real: tuple[pd.DataFrame, Store]) -> None:
     table, store = real
     table.loc[table.index[table["split"] == "val"][0], "digest"] = "0" * 64
     with pytest.raises(KeyError):
@@ -143,10 +143,8 @@ def test_a_split_of_no_images_gives_no_batches(real: tuple[pd.DataFrame, Store])
     assert epoch_order(len(empty), 8, 0, 0) == []
 
 
-def test_batches_from_the_devices_own_memory_are_the_same(
-    splits: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a GPU does, on the CPU."""
+def test_batches_from_device_memory_are_the_same(splits: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code path of a GPU, on the CPU."""
     train, cpu = splits[0], torch.device("cpu")
     order = epoch_order(len(train), 8, 3, 0)
     loaded = list(view_batches(train, order, 3, View(1), cpu))
@@ -157,7 +155,7 @@ def test_batches_from_the_devices_own_memory_are_the_same(
         assert torch.equal(labels, again)
 
 
-def test_batches_made_ahead_are_the_same_and_an_error_reaches_who_asks() -> None:
+def test_prefetched_batches_are_the_same_and_errors_reach_the_consumer() -> None:
     items = [(torch.tensor([n]), torch.tensor([n]), torch.tensor([n])) for n in range(7)]
     assert list(dataset._ahead(items)) == items
     assert next(dataset._ahead(items)) == items[0]  # who stops early gets no more

@@ -1,4 +1,4 @@
-"""The download: what is said when it cannot be done, and the folder it gives when it can."""
+"""The download: error messages, and the returned folder."""
 
 import sys
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from cxr.errors import UserError
 
 
 def install(monkeypatch: pytest.MonkeyPatch, download: Callable[[str], str]) -> None:
-    """A kagglehub that downloads by the given function."""
+    """Replace kagglehub by a stub that downloads with the given function."""
     monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=download))
 
 
-def test_without_kagglehub_it_says_how_to_get_it_and_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kagglehub_the_error_names_the_extra_and_the_manual_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     with pytest.raises(UserError, match="kagglehub is not installed") as caught:
         fetch()
@@ -33,7 +33,7 @@ def test_without_kagglehub_it_says_how_to_get_it_and_how_to_do_without(monkeypat
         (ValueError("x" * 500), r"\(x{160}\)"),
     ],
 )
-def test_offline_it_says_why_in_one_line_and_what_to_do(
+def test_offline_the_error_gives_reason_and_instructions_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def fail(handle: str) -> str:
@@ -46,13 +46,13 @@ def test_offline_it_says_why_in_one_line_and_what_to_do(
     assert "\n" not in str(caught.value)
 
 
-def test_it_gives_the_folder_that_holds_the_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_with_the_splits_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / HANDLE / "chest_xray/chest_xray/train").mkdir(parents=True)
     install(monkeypatch, lambda handle: str(tmp_path / handle))
     assert fetch() == tmp_path / HANDLE / "chest_xray/chest_xray"
 
 
-def test_a_download_that_holds_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_without_the_data_set_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, lambda handle: str(tmp_path))
-    with pytest.raises(UserError, match="holds no train/"):
+    with pytest.raises(UserError, match="contains no train/"):
         fetch()

@@ -1,4 +1,4 @@
-"""Folder -> manifest -> splits: what is found, what is refused, and that no patient is on two sides."""
+"""Folder -> manifest -> splits: indexing, rejected folders, and that no patient is in two splits."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def test_finds_a_relative_and_a_home_folder(tmp_path: Path, monkeypatch: pytest.
     assert find_root("data") == find_root("~/data") == tmp_path / "data"
 
 
-def test_the_outer_folder_wins_where_kaggle_nests_a_copy(tmp_path: Path) -> None:
+def test_the_outer_folder_takes_precedence_over_a_nested_copy(tmp_path: Path) -> None:
     fill(tmp_path / "chest_xray")
     fill(tmp_path / "chest_xray/chest_xray")
     assert find_root(tmp_path) == tmp_path / "chest_xray"
@@ -56,7 +56,7 @@ def test_the_outer_folder_wins_where_kaggle_nests_a_copy(tmp_path: Path) -> None
     ("where", "says"),
     [("gone", "no such folder"), ("file", "no such folder"), ("empty", "no train/"), ("x" * 5000, "cannot be read")],
 )
-def test_a_folder_that_cannot_be_the_data_is_refused_by_name(tmp_path: Path, where: str, says: str) -> None:
+def test_an_unusable_data_folder_is_rejected_by_name(tmp_path: Path, where: str, says: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=says) as caught:
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_the_data_is_refused_by_name(tmp_path: Path, whe
     assert str(tmp_path / where) in str(caught.value)
 
 
-def test_the_home_of_nobody_is_refused() -> None:
+def test_an_unknown_home_folder_is_rejected() -> None:
     with pytest.raises(UserError, match=r"--data-dir ~no-such-user/x: cannot be read"):
         find_root("~no-such-user/x")
 
@@ -79,7 +79,7 @@ def test_manifest_has_a_row_for_each_image(tmp_path: Path) -> None:
     assert table["digest"].str.fullmatch("[0-9a-f]{64}").all()
 
 
-def test_all_suffixes_are_taken_in_any_case_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_known_suffixes_are_indexed_in_any_case(tmp_path: Path) -> None:
     folder = fill(tmp_path) / "train/NORMAL"
     for name in ("a.jpg", "b.png", "c.JPEG", "d.PNG", "e.txt", "f.dcm", "jpeg"):
         (folder / name).write_bytes(name.encode())
@@ -88,7 +88,7 @@ def test_all_suffixes_are_taken_in_any_case_and_nothing_else(tmp_path: Path) -> 
     assert {name for name in added if not name.startswith("person")} == {"a.jpg", "b.png", "c.JPEG", "d.PNG"}
 
 
-def test_what_apple_leaves_behind_is_ignored(tmp_path: Path) -> None:
+def test_macos_metadata_files_are_ignored(tmp_path: Path) -> None:
     clean = index_folder(fill(tmp_path))
     fill(tmp_path / "__MACOSX")
     for folder in (tmp_path, tmp_path / "train", tmp_path / "train/NORMAL"):
@@ -98,7 +98,7 @@ def test_what_apple_leaves_behind_is_ignored(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(index_folder(tmp_path), clean)
 
 
-def test_a_stray_file_beside_the_class_folders_is_ignored(tmp_path: Path) -> None:
+def test_a_stray_file_next_to_the_class_folders_is_ignored(tmp_path: Path) -> None:
     (fill(tmp_path) / "train/README.txt").touch()
     assert len(index_folder(tmp_path)) == 12
 
@@ -112,31 +112,31 @@ def test_class_folders_may_be_in_any_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", ["NORMAL", "PNEUMONIA"])
 @pytest.mark.parametrize("left", ["nothing", "an empty folder"])
-def test_a_class_missing_from_train_or_test_is_refused_by_place(
+def test_a_class_missing_from_train_or_test_is_rejected_with_its_folder(
     tmp_path: Path, split: str, name: str, left: str
 ) -> None:
     folder = fill(tmp_path) / split / name
     shutil.rmtree(folder)
     if left == "an empty folder":
         folder.mkdir()
-    with pytest.raises(UserError, match=f"{folder}: holds no .jpeg"):
+    with pytest.raises(UserError, match=f"{folder}: contains no .jpeg"):
         index_folder(tmp_path)
 
 
-def test_images_without_class_folders_are_refused_by_place(tmp_path: Path) -> None:
+def test_images_without_class_folders_are_rejected_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train/IM-0001-0001.jpeg").touch()
-    with pytest.raises(UserError, match=f"{tmp_path}/train/NORMAL: holds no"):
+    with pytest.raises(UserError, match=f"{tmp_path}/train/NORMAL: contains no"):
         index_folder(tmp_path)
 
 
-def test_an_unknown_class_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_class_folder_is_rejected_by_name(tmp_path: Path) -> None:
     (fill(tmp_path) / "test/COVID").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path}/test/COVID: not a class folder; .*NORMAL and PNEUMONIA"):
         index_folder(tmp_path)
 
 
-def test_a_file_in_the_place_of_a_class_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_class_folder_is_rejected_by_name(tmp_path: Path) -> None:
     shutil.rmtree(fill(tmp_path) / "val/NORMAL")
     (tmp_path / "val/NORMAL").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/val/NORMAL: cannot be read"):
@@ -145,7 +145,7 @@ def test_a_file_in_the_place_of_a_class_folder_is_refused_by_name(tmp_path: Path
 
 @pytest.fixture
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """Paths in this set cannot be read; done without chmod, which does not bind root."""
+    """Paths in this set cannot be read; implemented without chmod, which has no effect for root."""
     paths: set[Path] = set()
 
     def guard(method: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -161,13 +161,13 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     return paths
 
 
-def test_an_unreadable_folder_is_refused_by_name(tmp_path: Path, forbidden: set[Path]) -> None:
+def test_an_unreadable_folder_is_rejected_by_name(tmp_path: Path, forbidden: set[Path]) -> None:
     forbidden.add(fill(tmp_path) / "train/PNEUMONIA")
     with pytest.raises(UserError, match=f"{tmp_path}/train/PNEUMONIA: cannot be read .Permission denied"):
         index_folder(tmp_path)
 
 
-def test_an_unreadable_file_is_kept_with_a_digest_that_says_so(tmp_path: Path, forbidden: set[Path]) -> None:
+def test_an_unreadable_file_is_indexed_with_an_unreadable_digest(tmp_path: Path, forbidden: set[Path]) -> None:
     file = fill(tmp_path) / "train/NORMAL/IM-0000-0001.jpeg"
     forbidden.add(file)
     digests = list(index_folder(tmp_path)["digest"])
@@ -206,7 +206,7 @@ def test_official_split_is_the_folders(tmp_path: Path) -> None:
     assert "split" not in table
 
 
-def test_grouped_split_pools_train_and_val_and_leaves_test_alone(tmp_path: Path) -> None:
+def test_grouped_split_pools_train_and_val_and_keeps_test(tmp_path: Path) -> None:
     table = index_folder(fill(tmp_path, images=10))
     split = assign_splits(table, "grouped", 0.25, 0)
     assert ((split["split"] == "test") == (table["official"] == "test")).all()
@@ -227,7 +227,7 @@ def test_a_class_of_one_patient_cannot_be_split(tmp_path: Path) -> None:
         assign_splits(table, "grouped", 0.1, 0)
 
 
-def test_a_class_skipped_out_of_test_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_test_images_after_skipping_is_rejected(tmp_path: Path) -> None:
     table = index_folder(fill(tmp_path))
     table = table[(table["official"] != "test") | (table["label"] == 0)]
     with pytest.raises(UserError, match="no PNEUMONIA image in test"):
@@ -245,7 +245,7 @@ def patients(draw: st.DrawFn) -> tuple[pd.Series, pd.Series]:
 
 @settings(max_examples=40)
 @given(patients(), st.floats(0.01, 0.5), st.integers(0, 2**32))
-def test_holdout_keeps_patients_whole_and_the_share_of_each_class(
+def test_holdout_keeps_patients_together_and_the_fraction_of_each_class(
     data: tuple[pd.Series, pd.Series], fraction: float, seed: int
 ) -> None:
     groups, labels = data
@@ -271,7 +271,7 @@ def test_holdout_does_not_depend_on_the_order_of_rows(data: tuple[pd.Series, pd.
     np.testing.assert_array_equal(grouped_holdout(groups[order], labels[order], 0.3, 0), held[order])
 
 
-def test_holdout_changes_with_the_seed_and_keeps_a_mixed_patient_whole() -> None:
+def test_holdout_changes_with_the_seed_and_keeps_a_mixed_patient_together() -> None:
     groups = pd.Series([f"p{n // 2}" for n in range(80)])
     labels = pd.Series([0] * 39 + [1] * 41)  # p19 has one image of each class
     masks = [grouped_holdout(groups, labels, 0.5, seed) for seed in range(8)]
@@ -280,7 +280,7 @@ def test_holdout_changes_with_the_seed_and_keeps_a_mixed_patient_whole() -> None
         assert mask[38] == mask[39]
 
 
-def test_fingerprint_tells_images_labels_and_splits_and_not_their_order() -> None:
+def test_fingerprint_depends_on_images_labels_and_splits_but_not_their_order() -> None:
     table = pd.DataFrame({"digest": ["a", "b", "c"], "label": [0, 1, 1], "split": ["train", "val", "test"]})
     name = fingerprint(table)
     assert len(name) == 12

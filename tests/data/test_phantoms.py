@@ -1,4 +1,4 @@
-"""The phantom data set: what it writes, that it repeats, and that only disease tells classes apart."""
+"""The phantom data set: files, reproducibility, and that only pathology separates the classes."""
 
 import hashlib
 import re
@@ -37,19 +37,19 @@ def pairwise_auc(low: list[float], high: list[float]) -> float:
 
 
 @pytest.mark.parametrize("size", [32, 65, 224])
-def test_phantom_has_the_asked_size_and_a_wide_range(size: int) -> None:
+def test_phantom_has_the_requested_size_and_a_wide_range(size: int) -> None:
     film = phantom(np.random.default_rng(0), "normal", size)
     assert film.shape == (size, size)
     assert film.dtype == np.uint8
     assert np.percentile(film, 98) - np.percentile(film, 2) > 100
 
 
-def test_phantom_refuses_a_size_too_small_to_draw() -> None:
+def test_phantom_rejects_a_size_too_small_to_draw() -> None:
     with pytest.raises(ValueError, match="at least 32"):
         phantom(np.random.default_rng(0), "normal", 31)
 
 
-def test_phantom_repeats_for_the_same_seed_and_not_for_another() -> None:
+def test_phantom_is_reproducible_and_changes_with_the_seed() -> None:
     first, again, other = (phantom(np.random.default_rng(seed), "virus", 64) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -62,7 +62,7 @@ def test_anatomy_shapes_the_film() -> None:
     assert np.abs(films[0] - films[1]).mean() > 1
 
 
-def test_films_of_one_patient_are_more_alike_than_those_of_two() -> None:
+def test_films_of_one_patient_are_more_similar_than_those_of_two() -> None:
     rng = np.random.default_rng(3)
     patients = [draw_anatomy(rng) for _ in range(8)]
     films = np.stack([[phantom(rng, "normal", 48, a).ravel() for _ in range(3)] for a in patients]).astype(float)
@@ -102,7 +102,7 @@ def test_bacteria_are_more_focal_than_viruses() -> None:
     assert evenness("virus") > evenness("bacteria") + 0.2
 
 
-def test_brightness_alone_does_not_tell_the_classes_apart() -> None:
+def test_brightness_alone_does_not_separate_the_classes() -> None:
     rng = np.random.default_rng(0)
     normal = [phantom(rng, "normal", 48).mean() for _ in range(100)]
     ill = [phantom(rng, kind, 48).mean() for kind in ILL for _ in range(50)]
@@ -116,7 +116,7 @@ def test_write_is_byte_identical_for_the_same_seed(tmp_path: Path) -> None:
     assert digests(first) != digests(other)
 
 
-def test_write_lays_out_folders_and_names_as_on_kaggle(tmp_path: Path) -> None:
+def test_write_uses_the_kaggle_layout_and_file_names(tmp_path: Path) -> None:
     folder = write_synthetic(tmp_path, **SMALL)
     assert folder == tmp_path / "chest_xray"
     for split in ("train", "val", "test"):
@@ -129,7 +129,7 @@ def test_write_lays_out_folders_and_names_as_on_kaggle(tmp_path: Path) -> None:
         assert all(re.fullmatch(r"person\d+_(bacteria|virus)_\d+\.jpeg", name) for name in ill)
 
 
-def test_write_saves_grey_jpegs_of_the_asked_size(tmp_path: Path) -> None:
+def test_write_saves_grey_jpegs_of_the_requested_size(tmp_path: Path) -> None:
     for path in write_synthetic(tmp_path, **SMALL).rglob("*.jpeg"):
         with Image.open(path) as film:
             assert (film.format, film.mode, film.size) == ("JPEG", "L", (40, 40))
@@ -159,7 +159,7 @@ def test_no_patient_is_in_two_splits_and_each_has_one_to_four_films(tmp_path: Pa
     assert sum("train" in splits for splits in films.values()) == SMALL["train_patients"]
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def interrupted(*args: Any) -> synthetic.GrayBytes:
@@ -185,7 +185,7 @@ def test_a_second_call_returns_without_drawing(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"size": 48}, {"train_patients": 13}, {"test_patients": 7}])
-def test_other_parameters_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_different_parameters_are_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = write_synthetic(tmp_path, **SMALL)
     before = digests(folder)
     with pytest.raises(ValueError, match="was written with"):
@@ -193,7 +193,7 @@ def test_other_parameters_are_refused(tmp_path: Path, change: dict[str, Any]) ->
     assert digests(folder) == before
 
 
-def test_a_folder_that_is_not_synthetic_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_synthetic_is_not_changed(tmp_path: Path) -> None:
     real = tmp_path / "chest_xray" / "train" / "NORMAL" / "IM-0115-0001.jpeg"
     real.parent.mkdir(parents=True)
     real.write_bytes(b"a patient's film")
@@ -209,7 +209,7 @@ def test_concurrent_calls_agree_on_one_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["chest_xray"]
 
 
-def test_too_few_patients_are_refused(tmp_path: Path) -> None:
+def test_too_few_patients_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least"):
         write_synthetic(tmp_path, train_patients=3, test_patients=6, size=40)
     assert list(tmp_path.iterdir()) == []

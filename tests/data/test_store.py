@@ -1,4 +1,4 @@
-"""Decoding of what people call images, and the store that decodes each of them once."""
+"""Decoding of images, and the store that decodes each of them once."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ def noise(height: int, width: int, *channels: int, seed: int = 0) -> UInt8:
 
 
 def ramp(height: int, width: int) -> UInt8:
-    """Grey that rises from left to right, so that a wrong place shows."""
+    """A horizontal grey ramp, so that displaced pixels are detected."""
     return np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1))
 
 
@@ -57,7 +57,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises so many pixels and holds none."""
+    """A PNG header that declares a size, without pixels."""
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes([8, 0, 0, 0, 0])) + chunk(b"IDAT", zlib.compress(b"\0"))
 
@@ -65,7 +65,7 @@ def png_header(width: int, height: int) -> bytes:
 # Decoding
 
 
-def test_grey_of_the_asked_size_comes_back_unchanged_with_its_shape() -> None:
+def test_grey_of_the_requested_size_is_unchanged() -> None:
     image = noise(64, 64)
     decoded, shape = decode_gray(encode(image), 64, "squash")
     np.testing.assert_array_equal(decoded, image)
@@ -92,14 +92,14 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "CMYK", "RGBA"])
-def test_other_modes_decode_to_the_grey_they_show(mode: str) -> None:
+def test_other_modes_decode_to_equivalent_grey(mode: str) -> None:
     image = Image.fromarray(np.where(ramp(64, 64) > 127, 255, 0).astype(np.uint8)).convert("RGB").convert(mode)
     decoded = decode(encode(image, "JPEG" if mode == "CMYK" else "PNG"))
     assert decoded[:, :28].max() < 10
     assert decoded[:, 36:].min() > 245
 
 
-def test_transparency_lies_over_black() -> None:
+def test_transparent_pixels_become_black() -> None:
     image = np.full((64, 64, 4), 255, np.uint8)
     image[:, :20, 3], image[:, 20:40, 3] = 0, 128
     decoded = decode(encode(image))
@@ -113,7 +113,7 @@ def test_a_transparent_palette_entry_is_black() -> None:
     assert decode(encode(image, transparency=1)).max() == 0
 
 
-def test_exif_orientation_is_obeyed() -> None:
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by half a circle
     turned = decode(encode(np.ascontiguousarray(ramp(64, 64)[:, ::-1]), "JPEG", exif=exif, quality=95))
@@ -137,20 +137,20 @@ def test_exif_orientation_is_obeyed() -> None:
     ],
     ids=["zero", "text", "html", "gif", "cut jpeg", "cut png", "1x1", "thin", "tiff", "large", "bomb"],
 )
-def test_what_is_no_usable_image_is_refused_with_the_reason(data: bytes, reason: str) -> None:
+def test_an_unusable_image_is_rejected_with_the_reason(data: bytes, reason: str) -> None:
     with warnings.catch_warnings(action="ignore"), pytest.raises(ImageError, match=reason) as caught:
         decode(data)
     assert "\n" not in str(caught.value)
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="more than"):
         decode(png_header(7_000, 9_000))
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_modes_of_unknown_range_are_refused(mode: str) -> None:
+def test_modes_of_unknown_range_are_rejected(mode: str) -> None:
     with pytest.raises(ImageError, match=f"mode {mode}"):
         check_shape(64, 64, mode)
 
@@ -165,7 +165,7 @@ def test_damaged_bytes_give_an_image_or_an_image_error(format: str, start: int, 
         assert decode(bytes(data), 32).shape == (32, 32)
 
 
-def test_short_memory_is_not_taken_for_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_does_not_mark_an_image_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*args: object) -> UInt8:
         raise MemoryError
 
@@ -180,14 +180,14 @@ def test_squash_shows_the_whole_rectangle() -> None:
     assert (int(squashed[0, 0]), int(squashed[0, -1])) == pytest.approx((0, 255), abs=4)
 
 
-def test_crop_shows_the_centre_at_its_own_aspect() -> None:
+def test_crop_shows_the_centre_without_distortion() -> None:
     cropped = decode(encode(ramp(40, 120)), resize="crop")
     assert cropped.shape == (64, 64)
     assert (int(cropped[0, 0]), int(cropped[0, -1])) == pytest.approx((85, 170), abs=4)
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_pad_shows_the_whole_at_its_own_aspect_between_black_bars(upright: bool) -> None:
+def test_pad_shows_the_whole_image_without_distortion_between_black_bars(upright: bool) -> None:
     image = np.full((120, 60) if upright else (60, 120), 200, np.uint8)
     padded = decode(encode(image), resize="pad")
     padded = padded.T if upright else padded
@@ -243,7 +243,7 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return calls
 
 
-def test_the_store_holds_every_image(tmp_path: Path, own_cache: Path) -> None:
+def test_the_store_contains_every_image(tmp_path: Path, own_cache: Path) -> None:
     paths = make_files(tmp_path / "data", 5)
     store = build(paths, own_cache)
     assert store.images.shape == (5, 32, 32)
@@ -251,7 +251,9 @@ def test_the_store_holds_every_image(tmp_path: Path, own_cache: Path) -> None:
     assert_right(store, paths)
 
 
-def test_a_second_opening_decodes_nothing(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_an_existing_store_decodes_nothing(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = make_files(tmp_path / "data", 3)
     build(paths, own_cache)
     refuse_to_decode(monkeypatch)
@@ -262,15 +264,13 @@ def test_a_second_opening_decodes_nothing(tmp_path: Path, own_cache: Path, monke
     assert_right(store, moved)
 
 
-def test_the_images_cannot_be_written_to(tmp_path: Path, own_cache: Path) -> None:
+def test_the_images_are_read_only(tmp_path: Path, own_cache: Path) -> None:
     images = build(make_files(tmp_path / "data", 1), own_cache).images
     with pytest.raises(ValueError, match="read-only"):
         images[0] = 0
 
 
-def test_a_changed_file_is_decoded_and_the_others_are_taken_over(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_changed_file_is_decoded_again(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = make_files(tmp_path / "data", 5)
     build(paths, own_cache)
     paths[2].write_bytes(encode(noise(40, 48, seed=99)))
@@ -280,7 +280,7 @@ def test_a_changed_file_is_decoded_and_the_others_are_taken_over(
     assert_right(store, paths)
 
 
-def test_another_size_or_resize_is_another_store(tmp_path: Path, own_cache: Path) -> None:
+def test_a_different_size_or_resize_is_a_different_store(tmp_path: Path, own_cache: Path) -> None:
     paths = make_files(tmp_path / "data", 1)
     digests = digest_files(paths)
     for size, resize in ((32, "squash"), (48, "squash"), (32, "crop"), (32, "pad")):
@@ -289,7 +289,7 @@ def test_another_size_or_resize_is_another_store(tmp_path: Path, own_cache: Path
     assert len(list(own_cache.glob("store/*/*/images.u8"))) == 4
 
 
-def test_rows_of_another_decoder_are_not_taken_over(
+def test_rows_of_another_decoder_version_are_not_reused(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_files(tmp_path / "data", 3)
@@ -324,7 +324,7 @@ def test_bad_files_are_listed_with_their_reasons_and_have_no_row(tmp_path: Path,
         assert_right(store, paths[2:3])
 
 
-def test_damaged_exif_does_not_cost_the_image(tmp_path: Path, own_cache: Path) -> None:
+def test_an_image_with_damaged_exif_is_kept(tmp_path: Path, own_cache: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "a description that is long enough to lie behind the directory"
     data = encode(ramp(64, 64), "JPEG", exif=exif)
@@ -335,14 +335,14 @@ def test_damaged_exif_does_not_cost_the_image(tmp_path: Path, own_cache: Path) -
     np.testing.assert_array_equal(store.images[0], decode(data, 32))
 
 
-def test_a_store_of_nothing_but_bad_files_is_empty(tmp_path: Path, own_cache: Path) -> None:
+def test_a_store_of_only_bad_files_is_empty(tmp_path: Path, own_cache: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"x")
     for _ in range(2):
         store = build([tmp_path / "x.png"], own_cache)
         assert (len(store.images), len(store.bad)) == (0, 1)
 
 
-def test_a_file_changed_while_we_looked_is_refused_and_nothing_is_kept(tmp_path: Path, own_cache: Path) -> None:
+def test_a_file_changed_during_the_build_is_rejected_and_nothing_is_kept(tmp_path: Path, own_cache: Path) -> None:
     paths = make_files(tmp_path / "data", 2)
     digests = digest_files(paths)
     original = paths[0].read_bytes()
@@ -381,7 +381,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_is_noticed_and_built_again(tmp_path: Path, own_cache: Path, damage: str) -> None:
+def test_a_damaged_store_is_detected_and_rebuilt(tmp_path: Path, own_cache: Path, damage: str) -> None:
     paths = make_files(tmp_path / "data", 2)
     build(paths, own_cache)
     folder = folder_of(own_cache)
@@ -393,7 +393,7 @@ def test_a_damaged_store_is_noticed_and_built_again(tmp_path: Path, own_cache: P
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_damaged_store_beside_is_not_taken_over(tmp_path: Path, own_cache: Path) -> None:
+def test_rows_of_a_damaged_store_are_not_reused(tmp_path: Path, own_cache: Path) -> None:
     paths = make_files(tmp_path / "data", 3)
     build(paths[:2], own_cache)
     flip(folder_of(own_cache) / "images.u8", 5)
@@ -402,7 +402,7 @@ def test_a_damaged_store_beside_is_not_taken_over(tmp_path: Path, own_cache: Pat
     assert_right(store, paths)
 
 
-def test_a_store_that_another_run_drops_is_built_once_more(
+def test_a_store_removed_by_another_run_is_rebuilt(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_files(tmp_path / "data", 2)
@@ -419,7 +419,7 @@ def test_a_store_that_another_run_drops_is_built_once_more(
     assert not drops
 
 
-def test_dropping_what_another_run_has_dropped_is_no_error(tmp_path: Path) -> None:
+def test_removing_an_already_removed_store_is_no_error(tmp_path: Path) -> None:
     remove_folder(tmp_path / "gone")
     assert not list(tmp_path.iterdir())
 
@@ -441,8 +441,8 @@ def test_a_run_that_lost_the_race_uses_the_winners_store(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def build_when_told(folder: str, cache: str, ready: Any, go: Any, results: Any) -> None:
-    """In a process of its own."""
+def build_on_signal(folder: str, cache: str, ready: Any, go: Any, results: Any) -> None:
+    """Build the store in a separate process."""
     paths = sorted(Path(folder).iterdir())
     ready.release()
     go.wait()
@@ -452,12 +452,12 @@ def build_when_told(folder: str, cache: str, ready: Any, go: Any, results: Any) 
 
 
 @pytest.mark.slow
-def test_two_processes_building_the_same_store_both_get_it_right(tmp_path: Path, own_cache: Path) -> None:
+def test_two_processes_can_build_the_same_store(tmp_path: Path, own_cache: Path) -> None:
     make_files(tmp_path / "data", 20)
     context = multiprocessing.get_context("spawn")
     ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
     arguments = (str(tmp_path / "data"), str(own_cache), ready, go, results)
-    processes = [context.Process(target=build_when_told, args=arguments) for _ in range(2)]
+    processes = [context.Process(target=build_on_signal, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     assert all(ready.acquire(timeout=60) for _ in processes)
@@ -488,7 +488,7 @@ def test_half_built_folders_of_dead_processes_are_removed_and_others_are_not(tmp
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "meta"])
-def test_a_full_disk_is_said_and_nothing_is_left_behind(
+def test_a_full_disk_is_reported_and_no_files_remain(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def full(*args: object, **kwargs: object) -> Any:
@@ -534,9 +534,7 @@ def test_a_full_disk_stops_the_decoding_of_the_rest(
     assert len(done) < 60
 
 
-def test_an_interrupted_build_leaves_nothing_behind(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_leaves_no_files(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -546,14 +544,14 @@ def test_an_interrupted_build_leaves_nothing_behind(
     assert not list(own_cache.glob("store/*/*"))
 
 
-def test_a_cache_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_cache_path_that_is_a_file_is_rejected_by_name(tmp_path: Path) -> None:
     paths = make_files(tmp_path / "data", 1)
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=rf"{tmp_path}/taken.*Not a directory"):
         build(paths, tmp_path / "taken")
 
 
-def test_decoding_in_threads_leaves_the_warning_filters_as_they_were(tmp_path: Path, own_cache: Path) -> None:
+def test_decoding_in_threads_does_not_change_the_warning_filters(tmp_path: Path, own_cache: Path) -> None:
     before = list(warnings.filters)
     build(make_files(tmp_path / "data", 60), own_cache)
     assert list(warnings.filters) == before

@@ -1,4 +1,4 @@
-"""Views: what each parameter does, that they depend on nothing but (seed, image, view), and JPEG against Pillow."""
+"""Views: the effect of each parameter, dependence on (seed, image, view) only, and JPEG compared with Pillow."""
 
 import io
 from typing import Any
@@ -31,7 +31,7 @@ def disc(size: int = 64, radius: int = 12, dx: int = 0, dy: int = 0) -> Tensor:
 
 
 def changed(image: Tensor, **parameters: float) -> Tensor:
-    """The view of one image by the given parameters, the others neutral and the compression as good as none."""
+    """The view of one image with the given parameters, the others neutral and almost no compression."""
     row = {**NEUTRAL, "quality": 100, **parameters}
     return augment(image.unsqueeze(0), torch.tensor([[float(row[name]) for name in RANGES]]))[0]
 
@@ -102,7 +102,7 @@ def test_a_view_keeps_the_size_and_gives_whole_grey_levels() -> None:
         assert torch.equal(seen, seen.round())
 
 
-def test_a_view_is_the_same_alone_and_in_any_batch_and_leaves_its_input_alone() -> None:
+def test_a_view_is_the_same_in_any_batch_and_does_not_change_its_input() -> None:
     images, parameters = films(7), torch.from_numpy(view_parameters(0, np.arange(7, dtype=np.uint64), 0))
     before = images.clone()
     whole = augment(images, parameters)
@@ -127,20 +127,20 @@ def test_zoom_above_one_enlarges_about_the_centre() -> None:
     assert centre_of_white(changed(disc(), zoom=1.25)) == pytest.approx((31.5, 31.5), abs=0.3)
 
 
-def test_what_comes_in_from_outside_is_black() -> None:
+def test_pixels_from_outside_the_image_are_black() -> None:
     small = changed(torch.full((64, 64), 200, dtype=torch.uint8), zoom=0.5)
     assert small[:14].max() < 5
     assert small[18:46, 18:46].min() > 195
 
 
-def test_shifts_move_by_a_share_of_the_side_along_their_own_axis() -> None:
+def test_shifts_are_fractions_of_the_side_along_their_axis() -> None:
     x, y = centre_of_white(changed(disc(), shift_x=0.125))
     assert (abs(x - 31.5), y) == pytest.approx((8, 31.5), abs=0.3)
     x, y = centre_of_white(changed(disc(), shift_y=0.125))
     assert (x, abs(y - 31.5)) == pytest.approx((31.5, 8), abs=0.3)
 
 
-def test_a_right_angle_is_a_turn_and_not_a_mirror() -> None:
+def test_a_right_angle_rotates_and_does_not_mirror() -> None:
     image = disc(dx=15, dy=6)
     turned = changed(image, angle=90)
     assert min((turned - torch.rot90(image, k).float()).abs().max() for k in (1, -1)) <= 2
@@ -174,7 +174,7 @@ def test_blur_spreads_an_edge_as_a_gaussian_does() -> None:
     assert sharpness[0] > 1.5 * sharpness[2]
 
 
-def test_blur_is_of_each_image_its_own() -> None:
+def test_blur_is_independent_for_each_image() -> None:
     images = torch.stack([disc(), disc()])
     rows = torch.tensor([[float({**NEUTRAL, "quality": 100, "blur": b}[name]) for name in RANGES] for b in (0.1, 1.2)])
     sharp, soft = augment(images, rows)
@@ -194,8 +194,8 @@ def through_pillow(image: Tensor, quality: int) -> Tensor:
 
 @pytest.mark.parametrize("quality", [15, 30, 49, 50, 70])
 @pytest.mark.parametrize("size", [64, 61])
-def test_compression_leaves_what_pillows_jpeg_leaves(size: int, quality: int) -> None:
-    """Nearly everywhere to the level: libjpeg's integer DCT rounds a coefficient near a tie another way."""
+def test_compression_agrees_with_pillows_jpeg(size: int, quality: int) -> None:
+    """Equal for nearly all pixels: libjpeg's integer DCT rounds coefficients near a tie differently."""
     images = films(4, size)
     expected = torch.stack([through_pillow(image, quality) for image in images])
     difference = (_compress(images.float(), torch.full((4,), float(quality))) - expected).abs()
@@ -204,7 +204,7 @@ def test_compression_leaves_what_pillows_jpeg_leaves(size: int, quality: int) ->
     assert (expected - images).abs().mean() > 10 * difference.mean()  # the agreement is not the images' own
 
 
-def test_compression_loses_more_at_lower_quality_and_is_of_each_image_its_own() -> None:
+def test_compression_loses_more_at_lower_quality_and_is_independent_for_each_image() -> None:
     image = films(1).float()
     qualities = torch.tensor([15.0, 40.0, 70.0])
     together = _compress(image.expand(3, -1, -1), qualities)
@@ -214,7 +214,7 @@ def test_compression_loses_more_at_lower_quality_and_is_of_each_image_its_own() 
         assert torch.equal(_compress(image, quality.view(1))[0], alone)
 
 
-def test_compression_takes_any_memory_layout() -> None:
+def test_compression_accepts_any_memory_layout() -> None:
     image = films(2).float()
     quality = torch.tensor([20.0, 60.0])
     turned = image.transpose(1, 2)
@@ -233,6 +233,6 @@ def test_input_is_three_equal_channels_by_imagenets_mean_and_std() -> None:
     np.testing.assert_allclose(x[0, :, 0, 1], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rtol=1e-5)
 
 
-def test_a_view_and_the_stored_image_are_brought_to_the_same_scale() -> None:
+def test_a_view_and_the_stored_image_are_normalised_to_the_same_scale() -> None:
     image = films(1)
     assert torch.equal(to_input(image), to_input(image.float()))

@@ -38,7 +38,7 @@ def test_platt_finds_slope_and_offset() -> None:
     assert (fitted.slope, fitted.offset) == (pytest.approx(0.4, rel=0.05), pytest.approx(-1.2, rel=0.05))
 
 
-def test_platt_fits_at_least_as_well_as_temperature_and_that_as_nothing() -> None:
+def test_platt_fits_at_least_as_well_as_temperature_and_temperature_as_none() -> None:
     margins, labels = sample(0.3, 0.8, 3000)
     losses = [log_loss(labels, fit_calibration(m, margins, labels).apply(margins)) for m in ("platt", "temperature")]
     assert losses[0] < losses[1] < log_loss(labels, Calibration("none").apply(margins))
@@ -50,11 +50,11 @@ def test_perfect_separation_gives_a_finite_slope() -> None:
     assert 0 < fitted.slope < 10
 
 
-def test_a_ranking_is_never_turned_round() -> None:
+def test_a_ranking_is_never_inverted() -> None:
     margins, labels = sample(-1, 0, 500)
     fitted = fit_calibration("temperature", margins, labels)
     assert (fitted.slope, fitted.offset) == (1, 0)
-    assert "turn the ranking round" in fitted.words()
+    assert "invert the ranking" in fitted.words()
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["temperature", "platt"]))
@@ -72,7 +72,7 @@ scored = st.lists(st.tuples(st.booleans(), shares), min_size=4, max_size=40).fil
 
 
 def brute(rule: str, labels: Ints, decided: npt.NDArray[np.bool_]) -> float:
-    """The rule's aim, by scikit-learn."""
+    """The objective of the rule, computed with scikit-learn."""
     tn, fp, fn, tp = confusion_matrix(labels, decided, labels=[0, 1]).ravel()
     if rule == "youden":
         return float(tp / (tp + fn) + tn / (tn + fp))
@@ -80,7 +80,7 @@ def brute(rule: str, labels: Ints, decided: npt.NDArray[np.bool_]) -> float:
 
 
 @given(scored, st.sampled_from(["youden", "f1", "cost 5:2"]))
-def test_no_other_threshold_serves_the_rule_better(pairs: list[tuple[bool, float]], rule: str) -> None:
+def test_no_other_threshold_is_better_by_the_rule(pairs: list[tuple[bool, float]], rule: str) -> None:
     labels, scores = np.array([a for a, _ in pairs], np.int64), np.array([b for _, b in pairs])
     chosen = choose_threshold(rule, labels, scores)
     others = [brute(rule, labels, scores >= t) for t in [0.0, *np.unique(scores), 1.1]]
@@ -89,7 +89,7 @@ def test_no_other_threshold_serves_the_rule_better(pairs: list[tuple[bool, float
 
 
 @given(scored, st.floats(0.1, 1))
-def test_the_sensitivity_asked_for_is_reached_by_the_highest_threshold(
+def test_the_required_sensitivity_is_reached_by_the_highest_threshold(
     pairs: list[tuple[bool, float]], wanted: float
 ) -> None:
     labels, scores = np.array([a for a, _ in pairs], np.int64), np.array([b for _, b in pairs])
@@ -102,18 +102,18 @@ def test_the_sensitivity_asked_for_is_reached_by_the_highest_threshold(
         assert higher < round(wanted, 3) or above[0] == scores.max()
 
 
-def test_a_number_is_taken_as_it_is() -> None:
+def test_a_number_is_used_unchanged() -> None:
     assert choose_threshold("0.3", np.array([0, 1]), np.array([0.2, 0.9])) == 0.3
 
 
 @pytest.mark.parametrize("rule", ["best", "sensitivity>=1.5", "sensitivity>=0", "cost 0:0", "cost 5", "1.5", "", "-1"])
-def test_what_is_no_rule_is_refused(rule: str) -> None:
+def test_an_invalid_rule_is_rejected(rule: str) -> None:
     with pytest.raises(UserError, match="--threshold"):
         check_rule(rule)
 
 
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.001, 0.999))
-def test_a_prior_corrected_there_and_back_is_as_before(before: float, after: float, probability: float) -> None:
+def test_a_prior_correction_can_be_reversed(before: float, after: float, probability: float) -> None:
     there = correct_prior(np.array([probability]), before, after)
     assert correct_prior(there, after, before)[0] == pytest.approx(probability, abs=1e-9)
     assert (there[0] > probability) == (after > before) or there[0] == pytest.approx(probability)
@@ -123,10 +123,10 @@ def test_the_prior_of_unlabelled_images_is_estimated() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random(20_000) < 0.4).astype(np.int64)
     margins = rng.normal(2 * (2 * labels - 1), 2)  # log likelihood ratio is the margin itself
-    probabilities = expit(margins + np.log(0.75 / 0.25))  # made for a share of 0.75
+    probabilities = expit(margins + np.log(0.75 / 0.25))  # these assume a prevalence of 0.75
     assert estimate_prior(probabilities, 0.75) == pytest.approx(0.4, abs=0.02)
 
 
-def test_full_sensitivity_is_had_of_probabilities_that_are_as_good_as_zero() -> None:
+def test_full_sensitivity_is_reached_with_probabilities_close_to_zero() -> None:
     labels, probabilities = np.array([0, 1, 1, 1]), np.array([0.2, 1e-14, 0.7, 0.9])
     assert choose_threshold("sensitivity>=1", labels, probabilities) <= 1e-12

@@ -89,7 +89,7 @@ def test_a_probability_at_the_threshold_is_positive() -> None:
     assert confusion(LABELS, PROBABILITIES, 0.4).tolist() == [[1, 2], [0, 3]]
 
 
-def test_nothing_predicted_positive_is_no_warning_and_precision_zero() -> None:
+def test_no_positive_predictions_give_precision_zero_without_a_warning() -> None:
     values = point_metrics(LABELS, PROBABILITIES, 1.0)
     assert (values["precision"], values["f1"], values["recall"]) == (0, 0, 0)
 
@@ -114,14 +114,14 @@ def test_calibration_error_is_the_gap_between_probability_and_frequency_in_bins(
 
 @given(cases())
 @settings(max_examples=60)
-def test_the_confusion_matrix_holds_every_image_once(case: Case) -> None:
+def test_the_confusion_matrix_counts_every_image_once(case: Case) -> None:
     labels, probabilities, threshold = case
     counts = confusion(labels, probabilities, threshold)
     assert counts.sum(1).tolist() == [(labels == 0).sum(), (labels == 1).sum()]
     assert counts[:, 1].sum() == (probabilities >= threshold).sum()
 
 
-def test_recall_by_subtype_looks_at_positives_only() -> None:
+def test_recall_by_subtype_uses_positives_only() -> None:
     subtypes = pd.Series(["normal", "normal", "normal", "virus", "bacteria", "bacteria"], index=range(7, 13))
     assert recall_by_subtype(LABELS, PROBABILITIES, subtypes, 0.5) == {"virus": 0.0, "bacteria": 1.0}
 
@@ -134,7 +134,7 @@ def test_the_text_report_names_the_classes() -> None:
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=20), st.integers(1, 5), st.integers(0, 9))
 @settings(max_examples=60)
-def test_groups_are_drawn_whole_and_as_many_as_there_are(groups: list[str], resamples: int, seed: int) -> None:
+def test_a_resample_draws_as_many_whole_groups_as_there_are(groups: list[str], resamples: int, seed: int) -> None:
     weights = group_weights(groups, resamples, seed)
     assert weights.shape == (resamples, len(groups))
     firsts = [groups.index(group) for group in sorted(set(groups))]
@@ -143,13 +143,13 @@ def test_groups_are_drawn_whole_and_as_many_as_there_are(groups: list[str], resa
         assert (weights[:, column] == weights[:, groups.index(group)]).all()
 
 
-def test_a_missing_group_is_not_taken_for_another_one() -> None:
+def test_missing_groups_are_a_group_of_their_own() -> None:
     groups: list[Any] = [None, "a"]
     weights = group_weights(groups, 50)
     assert (weights[:, 0] != weights[:, 1]).any()
 
 
-def test_group_weights_depend_on_nothing_but_the_seed() -> None:
+def test_group_weights_depend_only_on_the_seed() -> None:
     groups = list("aabbcdde")
     assert (group_weights(groups, 5, 1) == group_weights(groups, 5, 1)).all()
     assert (group_weights(groups, 5, 1) != group_weights(groups, 5, 2)).any()
@@ -171,14 +171,14 @@ def test_intervals_are_ordered_within_bounds_and_wider_at_a_higher_level(case: C
         assert 0 <= wide[name][0] <= narrow[name][0] <= narrow[name][1] <= wide[name][1] <= largest + 1e-12, name
 
 
-def test_one_group_has_nothing_to_vary_and_so_no_interval() -> None:
+def test_one_group_has_no_interval() -> None:
     labels, probabilities = np.array([0, 1, 1]), np.array([0.2, 0.9, 0.4])
     found = intervals(labels, probabilities, ["a", "a", "a"], 0.5, 20)
     assert all(np.isnan(bounds).all() for bounds in found.values())
 
 
-def test_where_nothing_was_missed_the_interval_is_the_exact_one_for_the_patients() -> None:
-    """Clopper and Pearson: 20 of 20 leaves 0.025^(1/20) at the lower end."""
+def test_perfect_recall_gets_the_exact_interval_for_the_patients() -> None:
+    """Clopper and Pearson: for 20 of 20 the lower bound is 0.025^(1/20)."""
     labels = np.repeat([0, 1], [40, 40])
     probabilities = np.where(labels == 1, 0.9, np.tile([0.1, 0.2, 0.6, 0.3], 20))
     found = intervals(labels, probabilities, [f"p{i // 2}" for i in range(80)], 0.5, 200)

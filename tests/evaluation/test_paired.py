@@ -30,7 +30,7 @@ LABELS = np.repeat([0, 1], [120, 180])
 
 
 def run(strategy: str, seed: int = 0, signal: float = 2.0, noise: float = 0.2) -> RunData:
-    """A run whose scores share the images' difficulty and add `noise` of their own."""
+    """A run whose scores combine a difficulty shared by all runs with independent `noise`."""
     difficulty = np.random.default_rng(7).normal(size=300)
     own = np.random.default_rng([seed, *strategy.encode()]).normal(size=300)
     margin = signal * (LABELS - 0.5) * 2 + difficulty + noise * own
@@ -58,7 +58,7 @@ def judged(runs: list[RunData], margin: float = 0.02) -> Verdict:
     return decide(*tables(runs), margin)
 
 
-def test_the_table_holds_means_and_spreads_over_seeds() -> None:
+def test_the_table_has_means_and_standard_deviations_over_seeds() -> None:
     runs = [run("frozen", s, noise=2) for s in range(3)] + [run("full")]
     table, _ = tables(runs)
     aucs = [roc_auc_score(LABELS, r.test["probability"]) for r in runs[:3]]
@@ -71,7 +71,7 @@ def test_the_table_holds_means_and_spreads_over_seeds() -> None:
     assert table.loc["full", "chosen_recall"] > table.loc["full", "recall"]
 
 
-def test_pairing_tells_apart_what_separate_intervals_do_not() -> None:
+def test_pairing_distinguishes_strategies_whose_intervals_overlap() -> None:
     runs = [run("frozen", s, signal=1.3, noise=0.1) for s in range(3)]
     runs += [run("partial", s, signal=1.6, noise=0.1) for s in range(3)]
     table, pairs = tables(runs)
@@ -87,7 +87,7 @@ def test_equal_strategies_are_not_distinguishable() -> None:
     assert [pair.outcome for pair in judged(runs).pairs] == [PairOutcome.NOT_DISTINGUISHABLE] * 2
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_an_interval_has_about_its_nominal_coverage() -> None:
     rng, hits = np.random.default_rng(0), 0
     for trial in range(60):
         a, b = run("frozen", trial, noise=1), run("partial", trial, noise=1)
@@ -136,7 +136,7 @@ def test_a_steadier_equal_refutes_the_claim_and_wide_intervals_leave_it_open() -
     assert judged(runs, margin=1e-5).claim.reason is Reason.NOT_SHOWN_NON_INFERIOR
 
 
-def test_spreads_that_three_seeds_do_not_tell_apart_decide_nothing() -> None:
+def test_variances_that_three_seeds_cannot_distinguish_decide_nothing() -> None:
     runs = [run(name, seed, 2.2, 0.3) for name in ("partial", "full") for seed in range(3)]
     open_claim = Claim(ClaimOutcome.NOT_DECIDED, Reason.SPREADS_NOT_DISTINGUISHABLE, ("full",))
     assert judged(runs, margin=0.03).claim == open_claim
@@ -151,15 +151,15 @@ def test_a_strategy_worse_within_the_margin_does_not_refute_the_claim() -> None:
     assert verdict.claim.reason is not Reason.WORSE
 
 
-def test_seeds_that_differ_are_no_proof_of_a_difference() -> None:
-    """Both strategies are the same, but for the luck of three seeds; resampling images alone would find p < 0.05."""
+def test_seeds_that_differ_do_not_prove_a_difference() -> None:
+    """Both strategies are equal except for chance in three seeds; resampling only images would give p < 0.05."""
     lucky = {"frozen": (1.6, 2.0, 2.1), "partial": (2.2, 2.4, 2.6)}
     runs = [run(name, seed, signal, 0.05) for name, signals in lucky.items() for seed, signal in enumerate(signals)]
     assert tables(runs)[1]["p"].iloc[0] > 0.05
 
 
 def equal_strategies(rng: np.random.Generator, seeds: tuple[int, ...], patients: float, training: float) -> Replicates:
-    """Strategies that are all the same, 0.9: those sds over patients and over seeds, resamples as a bootstrap's."""
+    """Equal strategies with a mean of 0.9, the given sds over patients and seeds, and simulated bootstrap resamples."""
     names = ("frozen", "partial", "full", "gradual")[: len(seeds)]
     means = {name: 0.9 + rng.normal(0, patients) for name in names}
     points = {n: {PRIMARY: means[n] + rng.normal(0, training, k)} for n, k in zip(names, seeds, strict=True)}
@@ -169,15 +169,15 @@ def equal_strategies(rng: np.random.Generator, seeds: tuple[int, ...], patients:
 
 @pytest.mark.parametrize("seeds", [(3, 3, 3, 3), (5, 5, 5, 5), (3, 3, 1, 1), (2, 2)])
 @pytest.mark.parametrize("patients", [0.004, 0.0005])
-def test_equal_strategies_are_called_different_as_seldom_as_stated(seeds: tuple[int, ...], patients: float) -> None:
-    """5% of families, here of few seeds that vary much. Resampling the seeds calls up to 38% different."""
+def test_the_family_wise_error_rate_is_as_stated(seeds: tuple[int, ...], patients: float) -> None:
+    """5% of families, here with few seeds of high variance. Resampling the seeds would reject up to 38%."""
     rng, runs, wrong = np.random.default_rng(0), [run(s) for s in ("frozen", "partial", "full", "gradual")], 0
     for _ in range(200):
         wrong += bool((paired_table(runs, equal_strategies(rng, seeds, patients, 0.0075))["p_holm"] <= 0.05).any())
     assert wrong <= 22
 
 
-def test_a_strategys_interval_covers_the_truth_though_few_seeds_vary_much() -> None:
+def test_the_interval_of_a_strategy_has_its_coverage_with_few_seeds_of_high_variance() -> None:
     rng, hits = np.random.default_rng(0), 0
     for _ in range(100):
         replicates = equal_strategies(rng, (3, 3, 3, 3), 0.002, 0.0075)
@@ -203,22 +203,22 @@ def test_the_variance_test_is_one_sided_and_knows_no_difference_between_constant
     assert variance_test(np.ones(3), np.ones(3)) == 0.5
 
 
-def test_one_strategy_is_nothing_to_compare() -> None:
+def test_one_strategy_has_nothing_to_compare() -> None:
     verdict = judged([run("full")])
     assert verdict.pairs == ()
     assert verdict.claim == Claim(ClaimOutcome.NOT_TESTED, Reason.ONE_STRATEGY)
 
 
-def test_runs_on_other_images_and_doubles_are_refused() -> None:
+def test_runs_on_different_images_and_duplicates_are_rejected() -> None:
     other = run("full")
     moved = RunData("x", "full", 0, 0.5, other.val, other.test.iloc[::-1], other.history, {})
     with pytest.raises(UserError, match="different images"):
         require_same_images([run("partial"), moved])
-    with pytest.raises(UserError, match="twice: full seed 0"):
+    with pytest.raises(UserError, match="duplicate runs: full seed 0"):
         require_same_images([other, other])
 
 
-def test_stability_is_told_from_the_history() -> None:
+def test_stability_is_computed_from_the_history() -> None:
     table = stability_table([run("full", s) for s in range(2)])
     assert table.loc["full", "epoch_spread"] == pytest.approx(0.15)
     assert table.loc["full", "overfitting_gap"] == pytest.approx(0.4)

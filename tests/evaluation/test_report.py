@@ -17,7 +17,7 @@ from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval,
 
 
 def images(n: int) -> pd.DataFrame:
-    """A manifest's rows with an index that does not start at 0."""
+    """Rows of a manifest with an index that does not start at 0."""
     return pd.DataFrame(
         {
             "path": [f"{i}.jpeg" for i in range(n)],
@@ -57,19 +57,19 @@ def test_a_tie_is_decided_positive_at_one_half() -> None:
     assert list(table["decision"]) == [1, 0]
 
 
-def test_logits_for_another_number_of_images_are_refused() -> None:
+def test_logits_of_a_different_length_are_rejected() -> None:
     with pytest.raises(ValueError, match="length"):
         predictions_table(images(4), np.zeros((3, 2), np.float32))
 
 
-def test_every_figure_can_be_computed_again_from_the_table_as_text() -> None:
+def test_every_metric_can_be_recomputed_from_the_table_as_csv() -> None:
     first = report()
     text = io.StringIO(first.table.to_csv(index=False))
     again = evaluate(pd.read_csv(text), "test", 0.4, 50, 0.7)
-    assert again.figures() == pytest.approx(first.figures(), abs=1e-12)
+    assert again.metrics() == pytest.approx(first.metrics(), abs=1e-12)
 
 
-def test_a_report_holds_scikit_learns_values_at_both_thresholds_and_before_calibration() -> None:
+def test_a_report_has_scikit_learns_values_at_both_thresholds_and_before_calibration() -> None:
     got = report()
     assert got.values == point_metrics(got.labels, got.probabilities, 0.5)
     chosen, before = point_metrics(got.labels, got.probabilities, 0.4), point_metrics(got.labels, got.uncalibrated)
@@ -81,8 +81,8 @@ def test_a_report_holds_scikit_learns_values_at_both_thresholds_and_before_calib
     assert list(got.table["decision"]) == (got.probabilities >= 0.4).astype(int).tolist()
 
 
-def test_figures_carry_the_split_the_bounds_and_the_subtypes() -> None:
-    names = set(report().figures())
+def test_metric_names_include_split_bounds_and_subtypes() -> None:
+    names = set(report().metrics())
     metrics = {*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS)}
     bounds = {f"test_{name}_{end}" for name in metrics for end in ("low", "high")}
     others = {"recall_virus", "recall_bacteria", *(f"uncalibrated_{name}" for name in CALIBRATED)}
@@ -92,27 +92,27 @@ def test_figures_carry_the_split_the_bounds_and_the_subtypes() -> None:
 
 
 def test_without_resamples_no_bound_is_logged() -> None:
-    figures = report(0).figures()
-    assert not any(name.endswith(("_low", "_high")) for name in figures)
-    assert np.isfinite(list(figures.values())).all()
+    values = report(0).metrics()
+    assert not any(name.endswith(("_low", "_high")) for name in values)
+    assert np.isfinite(list(values.values())).all()
 
 
 def test_the_text_shows_each_metric_with_its_interval() -> None:
     got = report()
     assert "20 images of 10 groups" in got.text()
-    assert "threshold 0.4, the model's own" in got.text()
+    assert "threshold 0.4, stored with the model" in got.text()
     for name in METRICS:
         assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
     assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
-    assert "share of pneumonia: 0.700 is what the probabilities are made for, 0.500 here" in got.text()
+    assert "prevalence of pneumonia: 0.700 assumed by the probabilities, 0.500 in these images" in got.text()
 
 
-def test_a_report_says_where_its_threshold_comes_from() -> None:
+def test_a_report_describes_the_origin_of_its_threshold() -> None:
     assert origin_of("youden", "test") == "chosen by youden on validation"
     assert origin_of("cost 5:1", "val") == "chosen by cost 5:1 on these images"
-    assert origin_of("0.3", "test") == "given"
+    assert origin_of("0.3", "test") == "fixed"
 
 
-def test_an_interval_is_shown_only_where_there_is_one() -> None:
+def test_a_missing_interval_is_not_shown() -> None:
     assert format_interval((0.87, 0.8421, 0.8958)) == "0.8700 [0.8421, 0.8958]"
     assert format_interval((0.87, float("nan"), float("nan"))) == "0.8700"

@@ -1,4 +1,4 @@
-"""The benchmarks of input and search, run as they are called, on a few phantoms."""
+"""The benchmark scripts of input, search and checkpoints, run on a few phantoms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run(folder: Path, *command: str) -> tuple[str, pd.DataFrame]:
-    """(what it printed, its table) of a script that runs in an empty folder, and leaves nothing else there."""
+    """(output, table) of a script that runs in an empty folder and leaves no other files there."""
     folder.mkdir()
     out = folder.parent / "table.csv"
     paths = os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])  # the script's own folder, and this cxr
@@ -54,7 +54,9 @@ def test_the_input_benchmark_times_every_way_without_mlflow(phantoms: Path, tmp_
 
 
 @pytest.mark.slow
-def test_the_search_benchmark_compares_studies_with_notebook_epochs_and_grows(phantoms: Path, tmp_path: Path) -> None:
+def test_the_search_benchmark_compares_studies_with_notebook_epochs_and_scales_them(
+    phantoms: Path, tmp_path: Path
+) -> None:
     script = str(EXPERIMENTS / "bench_search.py")
     sizes = ["--image-size", "64", "--batch-size", "16", "--epochs", "1", "--trials", "2", "--trials-without", "1"]
     growth = ["--growth", "--growth-trials", "1", "--copies", "1,2", "--notebook-epochs", "1"]
@@ -73,7 +75,7 @@ def test_the_search_benchmark_compares_studies_with_notebook_epochs_and_grows(ph
 
 
 @pytest.mark.slow
-def test_the_checkpoint_benchmark_takes_turns(tmp_path: Path) -> None:
+def test_the_checkpoint_benchmark_alternates(tmp_path: Path) -> None:
     script, out = str(EXPERIMENTS / "bench_checkpoint.py"), tmp_path / "table.csv"
     options = ["--arch", "resnet18", "--epoch-seconds", "0.1", "--epochs", "2", "--device", "cpu", "--out", str(out)]
     done = subprocess.run([sys.executable, script, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Scripts of `experiments/`, run as they are called."""
+"""Scripts of `experiments/`, run as commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of examples."""
+"""Selection of examples and their panel."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_examples_do_not_depend_on_the_order_of_the_rows(
     )
 
 
-def test_an_image_stored_twice_is_chosen_once() -> None:
+def test_a_duplicate_image_is_chosen_once() -> None:
     table = predictions([(1, 0.9), (1, 0.9), (0, 0.2)]).assign(digest=["a", "a", "b"])
     assert list(examples.choose_examples(table, 0.5)["path"]) == ["image00", "image02"]
 

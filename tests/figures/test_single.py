@@ -62,14 +62,14 @@ def test_phase_names_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("lr", [3e-4, 0.0])
-def test_learning_curves_take_a_constant_rate(lr: float) -> None:
+def test_learning_curves_accept_a_constant_rate(lr: float) -> None:
     figure = plots.learning_curves(history(("full", 3), lr=lr), 2, "curves")
     low, high = figure.axes[2].get_ylim()
     assert low < lr < high
     save(figure)
 
 
-def test_learning_curves_refuse_a_best_epoch_outside_the_history() -> None:
+def test_learning_curves_reject_a_best_epoch_outside_the_history() -> None:
     with pytest.raises(ValueError, match="best epoch 3"):
         plots.learning_curves(history(("full", 3)), 3, "curves")
 
@@ -106,7 +106,7 @@ def test_pr_curve_marks_precision_at_the_threshold() -> None:
     save(figure)
 
 
-def test_roc_curve_computes_the_area_where_none_is_given() -> None:
+def test_roc_curve_computes_the_auc_if_none_is_given() -> None:
     # Of the 24 pairs, the five with the negative at 0.9 above a positive are in the wrong order.
     figure = plots.roc_curve(LABELS, PROBABILITIES, None, "roc")
     assert line(figure.axes[0], "AUC").get_label() == f"AUC {19 / 24:.3f}"
@@ -124,7 +124,7 @@ def test_curves_draw_equal_probabilities(
 
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("labels", [np.zeros(10, int), np.ones(10, int)])
-def test_curves_refuse_labels_of_one_class(curve: Curve, labels: NDArray[np.int_]) -> None:
+def test_curves_reject_labels_of_one_class(curve: Curve, labels: NDArray[np.int_]) -> None:
     with pytest.raises(ValueError, match="both classes"):
         curve(labels, PROBABILITIES, None, "one class")
 
@@ -133,7 +133,7 @@ def test_curves_refuse_labels_of_one_class(curve: Curve, labels: NDArray[np.int_
     ("probabilities", "expected"),
     [(PROBABILITIES, [1, 2, 2, 2, 3]), (np.zeros(10), [10, 0, 0, 0, 0]), (np.ones(10), [0, 0, 0, 0, 10])],
 )
-def test_reliability_bins_hold_every_image(probabilities: NDArray[np.float64], expected: list[int]) -> None:
+def test_reliability_bins_count_every_image(probabilities: NDArray[np.float64], expected: list[int]) -> None:
     figure = plots.reliability_diagram(LABELS, probabilities, 0.1, "reliability", bins=5)
     bars = [patch for patch in figure.axes[1].patches if isinstance(patch, Rectangle)]
     assert [bar.get_height() for bar in bars] == expected
@@ -151,7 +151,7 @@ def test_reliability_points_are_bin_means_with_wilson_intervals() -> None:
     save(figure)
 
 
-def test_metric_bars_print_values_and_leave_out_missing_intervals() -> None:
+def test_metric_bars_print_values_and_omit_missing_intervals() -> None:
     values = {"accuracy": (0.9, 0.85, 0.95), "F1": (0.8, np.nan, np.nan), "kappa": (np.nan, np.nan, np.nan)}
     figure = plots.metric_bars(values, "metrics")
     assert texts(figure.axes[0]) == ["0.900 (0.850 to 0.950)", "0.800", "n/a"]
@@ -169,13 +169,13 @@ def test_image_grid_shows_every_image_with_its_caption(count: int, columns: int)
     save(figure)
 
 
-def test_image_grid_refuses_missing_captions() -> None:
+def test_image_grid_rejects_missing_captions() -> None:
     with pytest.raises(ValueError, match="2 images and 1 captions"):
         plots.image_grid(np.zeros((2, 3, 3), np.uint8), ["one"], "grid")
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 4), (2, 2), (6, 4), (12, 4)])
-def test_explanation_panel_lays_each_heat_over_its_image(count: int, columns: int) -> None:
+def test_explanation_panel_overlays_each_heat_map_on_its_image(count: int, columns: int) -> None:
     images = np.arange(count * 16, dtype=np.uint8).reshape(count, 4, 4)
     heats = np.linspace(0, 1, count * 16).reshape(count, 4, 4)
     figure = plots.explanation_panel(images, heats, [f"borderline {i}" for i in range(count)], "panel", columns)
@@ -184,7 +184,7 @@ def test_explanation_panel_lays_each_heat_over_its_image(count: int, columns: in
     for layer, values in enumerate((images, heats)):
         np.testing.assert_array_equal([axes.images[layer].get_array() for axes in shown], values)
     assert all(axes.images[1].get_clim() == (0, 1) for axes in shown)
-    assert "own maximum" in bar.get_xlabel().replace("\n", " ")
+    assert "maximum of each image" in bar.get_xlabel().replace("\n", " ")
     save(figure)
     assert figure.bbox.width <= 864
     assert min(axes.bbox.width for axes in shown) > 170
@@ -197,12 +197,12 @@ def test_heat_is_invisible_at_zero_and_never_hides_the_image() -> None:
     assert opacity[-1] < 0.8
 
 
-def test_explanation_panel_refuses_missing_heat_maps() -> None:
+def test_explanation_panel_rejects_missing_heat_maps() -> None:
     with pytest.raises(ValueError, match="2 images and 1 heat maps"):
         plots.explanation_panel(np.zeros((2, 3, 3), np.uint8), np.zeros((1, 3, 3)), ["a", "b"], "panel")
 
 
-def test_plots_leave_pyplot_alone() -> None:
+def test_plots_do_not_use_pyplot() -> None:
     plots.metric_bars({"accuracy": (0.9, 0.8, 1.0)}, "metrics")
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []

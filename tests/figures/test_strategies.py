@@ -96,7 +96,7 @@ def all_figures(seeds: int) -> dict[str, Figure]:
     }
 
 
-def test_every_strategy_has_a_look_of_its_own() -> None:
+def test_every_strategy_has_a_distinct_style() -> None:
     assert set(plots.STYLES) == set(STRATEGIES)
     for key in ("color", "linestyle", "marker"):
         assert len({style[key] for style in plots.STYLES.values()}) == len(plots.STYLES)
@@ -111,18 +111,18 @@ def test_figures_are_wide_titled_and_keep_legends_off_the_data(seeds: int) -> No
         assert name == "confusion" or legend_is_outside(figure), name
 
 
-def test_a_strategy_looks_the_same_in_every_figure() -> None:
+def test_a_strategy_has_the_same_style_in_every_figure() -> None:
     figures = all_figures(2)
     looks = {name: (style["color"], style["marker"]) for name, style in plots.STYLES.items()}
     assert [legend_looks(figures[name]) for name in ("curves", "roc", "cost")] == [looks] * 3
 
 
-def test_an_unknown_strategy_is_refused() -> None:
+def test_an_unknown_strategy_is_rejected() -> None:
     with pytest.raises(ValueError, match="'linear' has no style"):
         plots.strategy_curves({"linear": [history(2)]}, "curves")
 
 
-def test_strategy_curves_average_the_seeds_that_got_that_far() -> None:
+def test_strategy_curves_average_the_seeds_that_reached_the_epoch() -> None:
     figure = plots.strategy_curves({"full": [history(2), history(4, loss=0.5)], "frozen": [history(7)]}, "curves")
     loss = figure.axes[0]
     mean = np.asarray(line(loss, "full").get_xydata(), dtype=float)
@@ -133,7 +133,7 @@ def test_strategy_curves_average_the_seeds_that_got_that_far() -> None:
     save(figure)
 
 
-def test_strategy_curves_take_one_epoch_missing_scores_and_no_seed() -> None:
+def test_strategy_curves_accept_one_epoch_missing_scores_and_no_seed() -> None:
     histories = {"full": [history(1).assign(val_roc_auc=np.nan)], "frozen": []}
     figure = plots.strategy_curves(histories, "curves")
     assert legend_texts(figure) == ["full (1 seed)", "frozen (0 seeds)"]
@@ -151,7 +151,7 @@ def test_metric_intervals_draw_value_interval_and_seeds() -> None:
     assert [tick.get_text() for tick in axes.get_yticklabels()] == NAMES
 
 
-def test_metric_intervals_zoom_each_metric_and_say_so() -> None:
+def test_metric_intervals_have_zoomed_axes_labelled_as_such() -> None:
     table = comparison().join(comparison("brier").drop(columns="seconds"))
     table[["brier", "brier_low", "brier_high"]] /= 10
     table["brier_seeds"] = [[]] * 4
@@ -165,7 +165,7 @@ def test_metric_intervals_zoom_each_metric_and_say_so() -> None:
     assert all("zoomed" in axes.get_xlabel() for axes in figure.axes)
 
 
-def test_metric_intervals_show_what_is_missing() -> None:
+def test_metric_intervals_mark_missing_values() -> None:
     table = comparison(seeds=1)
     table.loc["partial", ["roc_auc", "roc_auc_low", "roc_auc_high"]] = np.nan
     table[["roc_auc_low", "roc_auc_high"]] = np.nan
@@ -206,7 +206,7 @@ def test_mean_roc_needs_both_classes_and_a_seed() -> None:
         plots.mean_roc(LABELS, [])
 
 
-def test_roc_overlay_prints_areas_with_their_spread_over_seeds() -> None:
+def test_roc_overlay_prints_aucs_with_their_standard_deviation_over_seeds() -> None:
     worse = PROBABILITIES[::-1]
     figure = plots.roc_overlay({"full": (LABELS, [PROBABILITIES]), "gradual": (LABELS, [PROBABILITIES, worse])}, "roc")
     areas = [roc_auc_score(LABELS, seed) for seed in (PROBABILITIES, worse)]
@@ -257,7 +257,7 @@ def test_confusion_row_labels_do_not_overlap() -> None:
 
 
 @given(st.lists(st.tuples(coordinate, coordinate), max_size=8))
-def test_pareto_front_holds_exactly_what_nothing_dominates(points: list[tuple[float, float]]) -> None:
+def test_pareto_front_contains_exactly_the_undominated_points(points: list[tuple[float, float]]) -> None:
     front = plots.pareto_front(points)
     known = [i for i, point in enumerate(points) if not np.isnan(point).any()]
     for i in known:
@@ -286,13 +286,13 @@ def test_quality_cost_leaves_a_dominated_strategy_off_the_front() -> None:
     np.testing.assert_allclose(np.asarray(front.get_ydata()), [0.90, 0.95, 0.97, 0.97])
 
 
-def test_quality_cost_prefers_less_of_an_error() -> None:
+def test_quality_cost_prefers_a_lower_error() -> None:
     figure = plots.quality_cost(comparison("brier"), "brier", "seconds", "cost")
     assert line(figure.axes[0], "Pareto front").get_label() == "Pareto front: frozen"
     save(figure)
 
 
-def test_quality_cost_names_what_is_missing() -> None:
+def test_quality_cost_marks_missing_values() -> None:
     table = comparison()
     table.loc["frozen", "seconds"] = 0.0
     table.loc["partial", "roc_auc"] = np.nan
@@ -355,7 +355,7 @@ def test_paired_differences_shade_the_margin_on_the_worse_side(
 
 
 @pytest.mark.parametrize("margin", [0.0, -0.01, np.nan])
-def test_paired_differences_refuse_a_margin_that_is_none(margin: float) -> None:
+def test_paired_differences_reject_an_invalid_margin(margin: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         plots.paired_differences(differences((0, 0, 0, 1)), "roc_auc", margin, "differences")
 
@@ -374,13 +374,13 @@ def test_calibration_pair_titles_each_side_with_its_error() -> None:
     save(figure)
 
 
-def test_calibration_pair_takes_one_class_and_refuses_no_image() -> None:
+def test_calibration_pair_accepts_one_class_and_rejects_no_images() -> None:
     save(single.calibration_pair(np.zeros(4, int), np.zeros(4), np.ones(4), "one class"))
     with pytest.raises(ValueError, match="no image"):
         single.calibration_pair(np.zeros(0, int), np.zeros(0), np.zeros(0), "empty")
 
 
-def test_folds_print_mean_and_spread_and_show_each_fold() -> None:
+def test_folds_print_mean_and_standard_deviation_and_show_each_fold() -> None:
     table = pd.DataFrame({"roc_auc": [0.9, 0.92, np.nan], "f1": [0.7, np.nan, np.nan], "ece": np.nan})
     figure = single.folds(table, ["roc_auc", "f1", "ece"], "folds")
     roc, f1, ece = figure.axes[:3]
@@ -392,7 +392,7 @@ def test_folds_print_mean_and_spread_and_show_each_fold() -> None:
     save(figure)
 
 
-def test_figures_leave_pyplot_alone() -> None:
+def test_figures_do_not_use_pyplot() -> None:
     single.folds(comparison()[["roc_auc"]], ["roc_auc"], "folds")
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []

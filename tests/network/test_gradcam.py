@@ -1,4 +1,4 @@
-"""Tests of gradcam."""
+"""Grad-CAM heat maps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cxr.strategies import STAGES
 
 @pytest.fixture(scope="module")
 def squares() -> tuple[UInt8, Bools]:
-    """(images with a square that the finder has not seen, where it is)."""
+    """(held-out images with a square, mask of the square)."""
     images, labels, inside = planted(999, 40)
     return images[labels == 1], inside[labels == 1]
 
 
 def correlation(a: Floats, b: Floats) -> float:
-    """The mean correlation of pairs of maps; a map that is the same everywhere correlates with none."""
+    """The mean correlation of pairs of maps; 0 for a constant map."""
     pairs = [(x.ravel(), y.ravel()) for x, y in zip(a, b, strict=True)]
     return float(np.mean([np.corrcoef(x, y)[0, 1] if x.std() > 0 and y.std() > 0 else 0.0 for x, y in pairs]))
 
@@ -44,8 +44,8 @@ def test_a_map_has_the_images_size_and_its_own_maximum_is_one(finder: ResNet, sq
 
 
 @pytest.mark.parametrize("target", [0, 1])
-def test_before_a_pooled_head_grad_cam_is_the_heads_own_sum(finder: ResNet, target: int) -> None:
-    """With global average pooling and one linear layer, Grad-CAM is CAM (Zhou et al. 2016) but for a factor."""
+def test_before_a_pooled_head_grad_cam_equals_cam(finder: ResNet, target: int) -> None:
+    """With global average pooling and one linear layer, Grad-CAM is CAM (Zhou et al. 2016) up to a factor."""
     images = planted(5, 6)[0]
     features = run_stages(finder, to_input(torch.from_numpy(images)), STAGES[:-1])
     maps = torch.einsum("c,nchw->nhw", finder.fc.weight[target], features).relu()
@@ -91,7 +91,7 @@ def test_maps_do_not_depend_on_the_other_images(finder: ResNet) -> None:
         np.testing.assert_allclose(gradcam.heatmaps(finder, [images[place]])[0], heats[place], atol=1e-4)
 
 
-def test_images_that_cannot_be_written_to_are_taken(finder: ResNet, tmp_path: Path) -> None:
+def test_read_only_images_are_accepted(finder: ResNet, tmp_path: Path) -> None:
     images = planted(3, 2)[0]
     images.tofile(tmp_path / "images")
     stored = np.memmap(tmp_path / "images", np.uint8, "r", shape=images.shape)
@@ -99,7 +99,7 @@ def test_images_that_cannot_be_written_to_are_taken(finder: ResNet, tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", ["in use", "in training", "partly frozen"])
-def test_the_model_is_left_as_it_was(tiny: ResNet, mode: str) -> None:
+def test_the_model_is_not_changed(tiny: ResNet, mode: str) -> None:
     tiny.train(mode != "in use").requires_grad_(mode != "in use")
     if mode == "partly frozen":
         tiny.layer1.eval().requires_grad_(False)

@@ -46,7 +46,7 @@ def refuses(path: Path | str, *words: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_architecture_is_made_of_the_six_stages(arch: str) -> None:
+def test_every_architecture_consists_of_the_six_stages(arch: str) -> None:
     with torch.device("meta"):
         model, used = build_model(arch, "random", 0)
     assert used == "random"
@@ -73,7 +73,7 @@ def test_resnet18_parameters_are_counted_by_stage() -> None:
     assert count_parameters(model) == 11_177_538
 
 
-def test_the_seed_decides_the_model_and_the_head_whatever_was_drawn_before(
+def test_the_seed_determines_the_model_and_the_head_independent_of_earlier_draws(
     published: StateDict, tmp_path: Path
 ) -> None:
     torch.save(published, tmp_path / "published.pth")
@@ -107,7 +107,7 @@ def test_published_weights_load_from_any_format(
     assert model.fc.weight.shape == (2, 512)
 
 
-def test_a_head_of_two_classes_is_taken_over(tmp_path: Path) -> None:
+def test_a_head_of_two_classes_is_loaded(tmp_path: Path) -> None:
     source, _ = build_model("resnet18", "random", 5)
     torch.save(source.state_dict(), tmp_path / "w.pth")
     model, _ = build_model("resnet18", str(tmp_path / "w.pth"), 6)
@@ -128,7 +128,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("keep", [0, 3, 500, 20_000])
-def test_a_truncated_file_is_refused(tiny: ResNet, tmp_path: Path, name: str, keep: int) -> None:
+def test_a_truncated_file_is_rejected(tiny: ResNet, tmp_path: Path, name: str, keep: int) -> None:
     path = tmp_path / name
     state = tiny.to(memory_format=torch.contiguous_format).state_dict()
     (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
@@ -137,7 +137,7 @@ def test_a_truncated_file_is_refused(tiny: ResNet, tmp_path: Path, name: str, ke
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_weights_file_is_refused_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
+def test_code_in_a_weights_file_is_rejected_and_does_not_run(tmp_path: Path, legacy: bool) -> None:
     mark, path = tmp_path / "mark", tmp_path / "evil.pth"
     if legacy:
         path.write_bytes(pickle.dumps({"conv1.weight": Payload(mark)}, protocol=2))
@@ -152,12 +152,12 @@ def test_code_in_a_weights_file_is_refused_and_does_not_run(tmp_path: Path, lega
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {3: torch.zeros(1)}, {"state_dict": "none"}, torch.zeros(3)])
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+def test_an_invalid_state_dict_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
     refuses(tmp_path / "w.pth", "not a state dict")
 
 
-def test_weights_of_another_architecture_list_what_does_not_fit(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_rejected_with_the_mismatches(tmp_path: Path) -> None:
     torch.save(models.resnet34().state_dict(), tmp_path / "34.pth")
     refuses(tmp_path / "34.pth", "does not fit --arch", "unknown: layer1.2.conv1.weight", "more")
     state = {**models.resnet18(num_classes=3).state_dict(), "extra": torch.zeros(1)}
@@ -166,14 +166,14 @@ def test_weights_of_another_architecture_list_what_does_not_fit(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(tiny: ResNet, number: float) -> None:
+def test_weights_that_are_not_finite_are_rejected(tiny: ResNet, number: float) -> None:
     state = copy.deepcopy(tiny.state_dict())
     state["layer2.0.conv1.weight"][0, 0, 0, 0] = number
     with pytest.raises(UserError, match=r"not finite: layer2\.0\.conv1\.weight$"):
         fit_weights(tiny, state, "here")
 
 
-def test_refused_weights_leave_the_model_as_it_was(tiny: ResNet) -> None:
+def test_rejected_weights_do_not_change_the_model(tiny: ResNet) -> None:
     before = checksum(tiny)
     with pytest.raises(UserError):
         fit_weights(tiny, models.resnet18(num_classes=1000).state_dict(), "here")
@@ -189,7 +189,7 @@ def broken_cache(*_: object, **__: object) -> StateDict:
 
 
 @pytest.mark.parametrize("failure", [no_network, broken_cache])
-def test_offline_auto_starts_from_random_and_says_so(
+def test_offline_auto_uses_random_weights_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, failure: Callable[..., StateDict]
 ) -> None:
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", failure)
@@ -199,7 +199,7 @@ def test_offline_auto_starts_from_random_and_says_so(
     assert checksum(model) == checksum(build_model("resnet18", "random", 3)[0])
 
 
-def test_offline_imagenet_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_imagenet_fails_with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", no_network)
     refuses("imagenet", "Network is unreachable", "--weights PATH", "--weights random")
 
@@ -234,7 +234,7 @@ def test_applying_a_phase_freezes_the_prefix_and_readies_the_suffix(tiny: ResNet
 
 
 @pytest.mark.parametrize("phase", [HEAD, TOP, ALL])
-def test_a_training_step_moves_the_suffix_alone(tiny: ResNet, phase: Phase) -> None:
+def test_a_training_step_changes_only_the_trainable_stages(tiny: ResNet, phase: Phase) -> None:
     optimizer = torch.optim.SGD(apply_phase(tiny, phase), 0.1)
     before = {stage: checksum(tiny, [stage]) for stage in STAGES}
     nn.functional.cross_entropy(tiny(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 0, 1])).backward()
@@ -267,7 +267,7 @@ def test_autocast_is_off_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_folding_takes_batchnorm_out_of_the_stages_alone_and_changes_only_rounding(arch: str) -> None:
+def test_folding_removes_batchnorm_only_from_the_stages_and_changes_only_rounding(arch: str) -> None:
     model, _ = build_model(arch, "random", 0)
     torch.manual_seed(0)
     for module in model.modules():
@@ -285,7 +285,7 @@ def test_folding_takes_batchnorm_out_of_the_stages_alone_and_changes_only_roundi
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bit_sums_tell_the_smallest_step(tiny: ResNet, stage: str) -> None:
+def test_bit_sums_detect_the_smallest_change(tiny: ResNet, stage: str) -> None:
     before = bit_sums(tiny, STAGES)
     assert before == bit_sums(tiny, STAGES)
     tensor = next(iter(stage_state(tiny, (stage,)).values()))

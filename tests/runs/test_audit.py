@@ -27,14 +27,14 @@ def config(phantoms: Path) -> TrainConfig:
 
 
 def leaky(phantoms: Path, tmp_path: Path) -> Path:
-    """A copy in which a training image lies in test, too."""
+    """A copy in which a training image is also in test."""
     folder = Path(shutil.copytree(phantoms, tmp_path / "leaky"))
     source = sorted((folder / "train" / "NORMAL").iterdir())[0]
     shutil.copy(source, folder / "test" / "NORMAL" / "IM-9999-0001.jpeg")
     return folder
 
 
-def test_features_are_in_the_manifests_order_and_shift_is_looked_for(config: TrainConfig) -> None:
+def test_features_are_in_the_order_of_the_manifest_and_shift_is_tested(config: TrainConfig) -> None:
     data, (model, _) = read_data(config), build_model("resnet18", "random", 0)
     features = pooled_features(config, data, model, "fp32")
     assert features.shape == (len(data.manifest), 512)
@@ -44,7 +44,7 @@ def test_features_are_in_the_manifests_order_and_shift_is_looked_for(config: Tra
     assert {"shift between splits", "shortcuts", "near duplicates"} <= checks
 
 
-def test_what_was_found_is_kept_until_something_changes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_are_cached_until_an_input_changes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_data(config)
     first = audited(config, data, None)
     monkeypatch.setattr(auditing, "audit", lambda *arguments, **options: pytest.fail("looked again"))
@@ -72,7 +72,7 @@ def test_strict_turns_a_leak_into_an_error_and_exit_code_2(
     assert audited(replace(strict, data_dir=str(phantoms)), read_data(config), None)
 
 
-def test_a_run_keeps_its_audit(finished: tuple[TrainConfig, RunResult, mlflow.entities.Run]) -> None:
+def test_a_run_logs_its_audit(finished: tuple[TrainConfig, RunResult, mlflow.entities.Run]) -> None:
     run = finished[2]
     audit = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/data/audit.txt")
     assert "shift between splits" in audit
@@ -93,14 +93,14 @@ def test_explain_writes_heat_maps(
     assert not (tmp_path / "none").exists()
 
 
-def test_an_external_set_on_which_the_model_fails_is_called_so(
+def test_an_external_set_on_which_the_model_fails_gets_a_warning(
     finished: tuple[TrainConfig, RunResult, mlflow.entities.Run],
     in_store: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The labels of the other set are the wrong way round, so that a good ranking becomes a bad one."""
+    """The labels of the external set are swapped, so that a good ranking becomes a bad one."""
     source = Path(finished[0].data_dir) / "test"
     shutil.copytree(source / "NORMAL", tmp_path / "other" / "PNEUMONIA")
     shutil.copytree(source / "PNEUMONIA", tmp_path / "other" / "NORMAL")

@@ -21,7 +21,7 @@ from cxr.tracking.tracker import NullTracker
 
 @pytest.fixture
 def tiny(phantoms: Path) -> TrainConfig:
-    """A run of seconds: 64 pixels, two epochs, no download."""
+    """A run that takes seconds: 64 pixels, two epochs, no download."""
     return small(TrainConfig, phantoms, epochs=2, val_split="official", bootstrap=50)
 
 
@@ -43,7 +43,7 @@ def test_every_strategy_runs_and_logs_everything(tiny: TrainConfig, strategy: st
     assert any("test, threshold 0.5" in line for line in summary(config, tracker, result))
 
 
-def test_the_same_seed_gives_the_same_numbers(tiny: TrainConfig) -> None:
+def test_the_same_seed_gives_the_same_result(tiny: TrainConfig) -> None:
     first, second, other = (
         run(config, NullTracker(), say=lambda line: None) for config in (tiny, tiny, replace(tiny, seed=1))
     )
@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_numbers(tiny: TrainConfig) -> None:
     assert not np.array_equal(first.test.probabilities, other.test.probabilities)
 
 
-def test_the_cache_changes_no_number(tiny: TrainConfig, own_cache: Path) -> None:
+def test_the_cache_does_not_change_the_result(tiny: TrainConfig, own_cache: Path) -> None:
     first = run(tiny, NullTracker(), say=lambda line: None)
     assert list(own_cache.glob("store/64-squash/*/images.u8"))
     shutil.rmtree(own_cache)
@@ -97,7 +97,7 @@ def test_bad_images_stop_the_run_or_are_skipped_and_counted(tiny: TrainConfig, p
     assert any("2 unreadable images SKIPPED" in line for line in summary(config, tracker, result))
 
 
-def test_random_weights_are_said_in_tag_and_summary(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_are_reported_in_tag_and_summary(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models import ResNet18_Weights
 
     def offline(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Tests of explain."""
+"""Grad-CAM overlays of files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cxr.serving import explain
 from cxr.serving.predictor import ModelCard, Predictor
 
 
-def test_an_overlay_is_the_image_where_there_is_no_heat() -> None:
+def test_an_overlay_shows_the_image_where_the_heat_map_is_zero() -> None:
     image = np.arange(256, dtype=np.uint8).reshape(16, 16)
     plain = explain.overlay(image, np.zeros((16, 16)))
     assert plain.dtype == np.uint8
     np.testing.assert_array_equal(plain, np.repeat(image[:, :, None], 3, 2))
 
 
-def test_an_overlay_warms_with_the_heat() -> None:
+def test_an_overlay_gets_warmer_with_the_heat_map() -> None:
     red, _, blue = explain.overlay(np.full((1, 5), 128, np.uint8), np.linspace(0, 1, 5)[None])[0].astype(int).T
     assert (np.diff(red - blue)[1:] > 20).all()
     assert red[-1] - blue[-1] > 100
@@ -63,7 +63,7 @@ def test_a_picture_names_file_decision_and_probability(
 
 
 @pytest.mark.parametrize("name", ["a$x_{$.png", "\u80ba.png", "two\nlines.png", "a" * 200 + ".png"])
-def test_no_name_breaks_a_picture(predictor: Predictor, files: list[Path], tmp_path: Path, name: str) -> None:
+def test_unusual_file_names_are_rendered(predictor: Predictor, files: list[Path], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(files[0].read_bytes())
     (written,) = explain.explain_files(predictor, [tmp_path / name], tmp_path / "out")
     assert written.stat().st_size > 0

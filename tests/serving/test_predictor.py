@@ -36,7 +36,7 @@ CARD_OF_TEST = ModelCard(
 
 @pytest.fixture(scope="module")
 def model() -> ResNet:
-    """A network whose BatchNorm has seen something, so that a lost buffer would show."""
+    """A network with non-default BatchNorm statistics, so that a lost buffer is detected."""
     model, _ = build_model("resnet18", "random", 4)
     model.train()(torch.randn(4, 3, 32, 32))
     return model
@@ -56,7 +56,7 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_package_gives_the_probabilities_that_evaluation_gave(
+def test_a_package_reproduces_the_probabilities_of_the_evaluation(
     predictor: Predictor, model: ResNet, phantoms: Path
 ) -> None:
     files = sorted(phantoms.glob("test/*/*.jpeg"))
@@ -78,20 +78,20 @@ def test_more_images_than_a_batch_keep_their_order(predictor: Predictor) -> None
     assert len(set(whole)) == 40
 
 
-def test_the_card_is_kept(predictor: Predictor) -> None:
+def test_the_model_card_survives_saving_and_loading(predictor: Predictor) -> None:
     kept = {name: getattr(predictor.card, name) for name in ("arch", "image_size", "resize", "class_to_index")}
     assert kept == {"arch": "resnet18", "image_size": 32, "resize": "pad", "class_to_index": CLASS_TO_INDEX}
     assert not predictor.model.training
 
 
-def test_a_package_holds_no_pickle(model: ResNet, tmp_path: Path) -> None:
+def test_a_package_contains_no_pickle(model: ResNet, tmp_path: Path) -> None:
     save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD}
     assert json.loads((tmp_path / CARD).read_text())["data_fingerprint"] == "0123456789ab"
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_the_cards_threshold_decides(model: ResNet, png: bytes, above: bool) -> None:
+def test_the_threshold_of_the_model_card_is_used(model: ResNet, png: bytes, above: bool) -> None:
     image = Predictor(model, CARD_OF_TEST).prepare(png)
     probability = Predictor(model, CARD_OF_TEST).predict([image])["probability"][0]
     threshold = np.nextafter(probability, 1) if above else probability  # at the threshold is positive
@@ -143,7 +143,7 @@ def test_bytes_text_and_arrays_of_one_image_agree(predictor: Predictor, png: byt
     ],
     ids=repr,
 )
-def test_what_is_no_image_is_refused(predictor: Predictor, image: object) -> None:
+def test_an_invalid_image_is_rejected(predictor: Predictor, image: object) -> None:
     with pytest.raises(ImageError):
         predictor.prepare(image)
 
@@ -155,12 +155,12 @@ def test_text_never_reads_a_file(predictor: Predictor, png: bytes, tmp_path: Pat
         predictor.prepare(str(tmp_path / "x.png"))
 
 
-def test_a_truncated_image_is_refused(predictor: Predictor, png: bytes) -> None:
+def test_a_truncated_image_is_rejected(predictor: Predictor, png: bytes) -> None:
     with pytest.raises(ImageError):
         predictor.prepare(png[: len(png) // 2])
 
 
-def test_onnx_answers_as_the_predictor_does(predictor: Predictor, tmp_path: Path) -> None:
+def test_onnx_agrees_with_the_predictor(predictor: Predictor, tmp_path: Path) -> None:
     import onnxruntime
 
     files = predictor.export(tmp_path, onnx=True)

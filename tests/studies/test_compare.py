@@ -1,4 +1,4 @@
-"""Comparisons, cross-validation and the audit of evaluations, on tiny phantoms."""
+"""Comparisons, cross-validation and verification, on tiny phantoms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Finished = tuple[TrainConfig, RunResult, Run]
 
 @pytest.fixture
 def config(in_store: str, phantoms: Path) -> CompareConfig:
-    """A comparison of seconds."""
+    """A comparison that takes seconds."""
     return small(CompareConfig, phantoms, bootstrap=20, register="none", strategies="frozen,partial", seeds=2)
 
 
@@ -68,9 +68,7 @@ def test_a_comparison_has_children_tables_figures_report_and_verdict(config: Com
     assert [run.metrics["test_uses_before"] for run in runs] == sorted(run.metrics["test_uses_before"] for run in runs)
 
 
-def test_an_interrupted_comparison_reuses_what_is_finished(
-    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_comparison_reuses_finished_runs(config: CompareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = config.replace(seed=10)
     ended = pipeline.log_end
 
@@ -92,10 +90,10 @@ def test_an_interrupted_comparison_reuses_what_is_finished(
     assert newest_parent("comparison").run_id == parent.run_id
     assert before.items() <= after.items()
     assert len(after) == 4
-    assert any("frozen-s10: finished before" in line for line in said)
+    assert any("frozen-s10: already finished" in line for line in said)
 
 
-def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(config: CompareConfig) -> None:
+def test_a_comparison_on_another_host_is_not_joined_and_reuse_gb_is_not_part_of_it(config: CompareConfig) -> None:
     fresh = config.replace(seed=20, seeds=1)
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(UserError("disk full")))
@@ -109,15 +107,15 @@ def test_a_comparison_elsewhere_is_left_alone_and_space_is_no_parameter_of_it(co
         compare_tracked(fresh, quiet)
     assert LoggedRun.open(parent).status == "RUNNING"
     client.set_terminated(parent, "KILLED")
-    (broken_off,) = children(parent)
+    (interrupted,) = children(parent)
     compare_tracked(fresh.replace(reuse_gb=0.001), quiet)
     assert newest_parent("comparison").run_id == parent
     outcomes = {run.run_id: run.status for run in children(parent)}
-    assert outcomes.pop(broken_off.run_id) == "FAILED"  # it had recorded another reuse_gb
+    assert outcomes.pop(interrupted.run_id) == "FAILED"  # recorded with a different reuse_gb
     assert list(outcomes.values()) == ["FINISHED"] * 2
 
 
-def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfig, own_cache: Path) -> None:
+def test_a_child_whose_checkpoint_was_pruned_is_restarted(config: CompareConfig, own_cache: Path) -> None:
     fresh = config.replace(seed=30, seeds=1)
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(pipeline, "log_end", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -137,7 +135,7 @@ def test_a_child_whose_checkpoint_was_pruned_is_begun_again(config: CompareConfi
     MlflowClient().set_terminated(parent, "FINISHED")
 
 
-def test_runs_of_a_strategy_that_differ_in_more_than_the_seed_are_named(config: CompareConfig) -> None:
+def test_runs_that_differ_in_more_than_the_seed_are_named(config: CompareConfig) -> None:
     compare_tracked(config, quiet)
     runs = [load_run(run.run_id) for run in children(newest_parent("comparison").run_id)]
     assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
@@ -151,14 +149,14 @@ def test_runs_of_a_strategy_that_differ_in_more_than_the_seed_are_named(config: 
     )
 
 
-def test_finished_runs_are_compared_and_others_refused(config: CompareConfig, finished: Finished) -> None:
+def test_finished_runs_are_compared_and_others_rejected(config: CompareConfig, finished: Finished) -> None:
     compare_tracked(config, quiet)
     ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
     verdict = compare_runs(ids, 0.01, quiet)
     assert verdict == compare_runs(ids, 0.01, quiet)
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="duplicate runs"):
         compare_runs([ids[0], ids[0]], 0.01, quiet)
-    with pytest.raises(UserError, match=r"different images|twice"):
+    with pytest.raises(UserError, match=r"different images|duplicate runs"):
         moved = replace(load_run(ids[0]), test=load_run(ids[0]).test.iloc[::-1].reset_index(drop=True))
         from cxr.evaluation.paired import require_same_images
 
@@ -169,7 +167,7 @@ def test_finished_runs_are_compared_and_others_refused(config: CompareConfig, fi
     ("options", "says"),
     [
         (("--strategies", "frozen,best"), "--strategies frozen,best"),
-        (("--strategies", "frozen,frozen"), "different ones"),
+        (("--strategies", "frozen,frozen"), "at most once"),
         (("--epochs-each", "full:3"), "--epochs-each full:3"),
         (("--seeds", "0"), "--seeds 0"),
         (("--strategy", "full"), "--strategy"),
@@ -177,7 +175,7 @@ def test_finished_runs_are_compared_and_others_refused(config: CompareConfig, fi
         (("--runs", "0" * 32), "0" * 32),
     ],
 )
-def test_bad_input_of_a_comparison_is_one_line(
+def test_invalid_input_of_a_comparison_is_one_line(
     in_store: str,
     options: tuple[str, str],
     says: str,
@@ -188,12 +186,12 @@ def test_bad_input_of_a_comparison_is_one_line(
     assert says in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_epochs_of_single_strategies(config: CompareConfig) -> None:
+def test_epochs_of_individual_strategies(config: CompareConfig) -> None:
     own = config.replace(epochs=7, epochs_each="full=3,gradual=2")
     assert own.epochs_of() == {"frozen": 7, "partial": 7, "full": 3, "gradual": 2}
 
 
-def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
+def test_crossval_holds_out_each_image_once_and_never_uses_the_test_folder(
     in_store: str, phantoms: Path, config: CompareConfig
 ) -> None:
     folds = small(CrossvalConfig, phantoms, strategy="frozen", bootstrap=20, folds=3, val_fraction=0.3)
@@ -227,18 +225,18 @@ def test_crossval_holds_out_each_image_once_and_never_meets_the_test_folder(
         lambda: TuneConfig(pruner="WilcoxonPruner"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(make: Callable[[], CommandConfig]) -> None:
+def test_options_that_would_be_ignored_are_rejected(make: Callable[[], CommandConfig]) -> None:
     with pytest.raises(UserError, match="--"):
         make()
 
 
 @pytest.mark.parametrize("fold", ["0/3", "4/3", "2/1", "x", "1/999"])
-def test_what_is_no_fold_is_refused(fold: str) -> None:
+def test_an_invalid_fold_is_rejected(fold: str) -> None:
     with pytest.raises(UserError, match="--fold"):
         TrainConfig(fold=fold)
 
 
-def test_verify_accepts_an_honest_run_by_id_and_by_model(
+def test_verify_accepts_an_unaltered_run_by_id_and_by_model(
     finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_id = finished[1].run_id
@@ -247,11 +245,11 @@ def test_verify_accepts_an_honest_run_by_id_and_by_model(
     assert len(findings) == 9
     version = MlflowClient().search_model_versions(f"run_id = '{run_id}'")[0]
     assert run_main(monkeypatch, "models", "verify", f"models:/{version.name}/{version.version}") == 0
-    assert "figures equal" in capsys.readouterr().out
+    assert "metrics equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("altered", ["metric", "predictions", "threshold", "rows", "epoch", "stressed"])
-def test_verify_fails_on_altered_figures(
+def test_verify_fails_on_altered_metrics(
     config: CompareConfig, altered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = pipeline.run_tracked(replace(config.train, strategy="frozen"), quiet)
@@ -281,7 +279,7 @@ def test_verify_fails_on_altered_figures(
     assert expected[altered] in output
 
 
-def test_verify_says_when_other_code_made_a_run_that_differs(
+def test_verify_reports_a_run_of_a_different_commit(
     finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = finished[1].run_id
@@ -291,9 +289,7 @@ def test_verify_says_when_other_code_made_a_run_that_differs(
     assert "and this is another; test_accuracy" in verify(run_id)[0].line()
 
 
-def test_verify_says_when_the_images_are_others(
-    finished: Finished, phantoms: Path, tmp_path: Path, in_store: str
-) -> None:
+def test_verify_reports_different_images(finished: Finished, phantoms: Path, tmp_path: Path, in_store: str) -> None:
     copy = Path(shutil.copytree(phantoms, tmp_path / "other"))
     next((copy / "test" / "NORMAL").iterdir()).unlink()
     found = {finding.check: finding for finding in verify(finished[1].run_id, str(copy))}
@@ -302,6 +298,6 @@ def test_verify_says_when_the_images_are_others(
 
 
 @pytest.mark.parametrize("target", ["0" * 32, "models:/nothing@champion", "runs:/x/model"])
-def test_verify_of_what_is_not_there_is_a_user_error(target: str, in_store: str) -> None:
+def test_verify_of_an_unknown_target_is_a_user_error(target: str, in_store: str) -> None:
     with pytest.raises(UserError):
         verify(target)

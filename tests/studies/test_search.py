@@ -1,4 +1,4 @@
-"""Searches on tiny phantoms: what Optuna and MLflow say after each way a trial can end."""
+"""Searches on tiny phantoms: the states in Optuna and MLflow after every way in which a trial can end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = [
 
 @pytest.fixture
 def config(in_store: str, phantoms: Path, tmp_path: Path) -> TuneConfig:
-    """A search of seconds."""
+    """A search that takes seconds."""
     return small(
         TuneConfig,
         phantoms,
@@ -62,7 +62,7 @@ OPENED: list[optuna.storages.RDBStorage] = []
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """psycopg complains of connections that are left to the garbage collector."""
+    """Close connections: psycopg warns about those left to the garbage collector."""
     yield
     for storage in OPENED:
         storage.remove_session()
@@ -113,7 +113,7 @@ def test_a_search_is_repeatable(config: TuneConfig, tmp_path: Path) -> None:
     assert [t.value for t in load(config).trials] == [t.value for t in load(other).trials]
 
 
-def test_a_search_never_meets_the_test_split(
+def test_a_search_never_uses_the_test_split(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch, phantoms: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
@@ -147,7 +147,7 @@ def test_more_trials_continue_the_same_study_and_parent(config: TuneConfig) -> N
     assert len(family(config)[1]) == 5
 
 
-def test_a_study_begun_with_other_parameters_is_not_continued(config: TuneConfig) -> None:
+def test_a_study_with_other_parameters_is_not_continued(config: TuneConfig) -> None:
     tune_tracked(config.replace(trials=1), quiet)
     with pytest.raises(UserError, match=r"other parameters: epochs was 2.*--study"):
         tune_tracked(config.replace(epochs=3), quiet)
@@ -169,7 +169,7 @@ def test_a_pruned_trial_is_pruned_in_optuna_and_killed_in_mlflow(
     assert len(load(config).trials[1].intermediate_values) == 1
 
 
-def test_steps_run_on_across_phases(config: TuneConfig) -> None:
+def test_steps_continue_across_phases(config: TuneConfig) -> None:
     gradual = config.replace(strategy="gradual", trials=1)
     tune_tracked(gradual, quiet)
     (trial,) = load(gradual).trials
@@ -185,7 +185,7 @@ def test_steps_run_on_across_phases(config: TuneConfig) -> None:
         (ZeroDivisionError("by nothing"), "ZeroDivisionError: by nothing"),
     ],
 )
-def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
+def test_a_trial_that_raises_is_marked_failed_and_the_search_continues(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
 ) -> None:
     train = trial_module.train_model
@@ -204,7 +204,7 @@ def test_a_trial_that_raises_is_fail_and_failed_and_the_search_goes_on(
     assert says in load(config).trials[1].user_attrs["error"]
 
 
-def test_a_lost_store_or_a_full_disk_ends_the_search_and_costs_no_trial(
+def test_a_lost_store_or_a_full_disk_ends_the_search_without_losing_a_trial(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = trial_module.train_model
@@ -234,7 +234,7 @@ def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, p
         tune_tracked(config.replace(trials=3, data_dir=str(moved)), quiet)
 
 
-def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None:
+def test_the_value_is_that_of_the_best_epoch(config: TuneConfig) -> None:
     judged = config.replace(objective="val_roc_auc", epochs=4, trials=1, strategy="partial")
     tune_tracked(judged, quiet)
     (trial,) = load(judged).trials
@@ -246,7 +246,7 @@ def test_the_value_is_that_of_the_epoch_that_is_kept(config: TuneConfig) -> None
     assert trial.value == history["val_roc_auc"][int(np.argmin(history["val_loss"]))]
 
 
-def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
+def test_a_search_whose_first_trials_all_fail_stops_with_the_reason(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: Any) -> Any:
@@ -259,7 +259,7 @@ def test_a_search_whose_first_trials_all_fail_stops_and_says_why(
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
+def test_ctrl_c_stops_after_the_trial_or_immediately_if_repeated_and_the_study_continues(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch, presses: int
 ) -> None:
     train, pressed = trial_module.train_model, []
@@ -285,7 +285,7 @@ def test_ctrl_c_ends_after_the_trial_and_twice_at_once_and_the_study_goes_on(
     assert family(config)[0].status == "FINISHED"
 
 
-def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: TuneConfig) -> None:
+def test_the_refit_reproduces_the_best_trial_and_runs_only_once(config: TuneConfig) -> None:
     refitting = config.replace(refit=True, trials=2)
     result = tune_tracked(refitting, quiet)
     assert result is not None
@@ -296,7 +296,7 @@ def test_the_winner_is_trained_again_to_the_same_numbers_and_only_once(config: T
     assert [run.status for run in refits] == ["FINISHED"]
 
 
-def test_a_refit_that_was_broken_off_is_resumed(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_refit_is_resumed(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     refitting = config.replace(refit=True, trials=1)
     with monkeypatch.context() as broken:
         broken.setattr("cxr.runs.train.log_end", lambda *arguments: 1 / 0)
@@ -327,7 +327,7 @@ def test_pruners_run_by_their_names(config: TuneConfig, pruner: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["TPESampler", "RandomSampler", "QMCSampler", "GPSampler"])
-def test_samplers_stay_in_range_and_search_what_they_are_told(config: TuneConfig, sampler: str) -> None:
+def test_samplers_stay_in_range_and_search_the_chosen_parameters(config: TuneConfig, sampler: str) -> None:
     wide = config.replace(sampler=sampler, search="gamma,lr,batch_size,weight_decay", objective="val_roc_auc", epochs=1)
     tune_tracked(wide, quiet)
     for trial in load(wide).trials:
@@ -349,7 +349,7 @@ def test_samplers_stay_in_range_and_search_what_they_are_told(config: TuneConfig
         (("--weights", "/no/file.pth"), "--weights /no/file.pth: no such file"),
     ],
 )
-def test_bad_input_of_a_search_is_one_line(
+def test_invalid_input_of_a_search_is_one_line(
     config: TuneConfig,
     options: tuple[str, str],
     says: str,
@@ -370,7 +370,7 @@ def test_bad_input_of_a_search_is_one_line(
 
 
 def start(config: TuneConfig, store: str, cache: Path, *options: str) -> subprocess.Popen[str]:
-    """`cxr tune` in a process of its own."""
+    """Start `cxr tune` in a new process."""
     train = config.train
     command = [
         sys.executable,
@@ -392,8 +392,8 @@ def start(config: TuneConfig, store: str, cache: Path, *options: str) -> subproc
     )
 
 
-def kill_in_mid_trial(config: TuneConfig, process: subprocess.Popen[str], after: str) -> None:
-    """SIGKILL while a trial of that process runs, once it has said `after`."""
+def kill_during_trial(config: TuneConfig, process: subprocess.Popen[str], after: str) -> None:
+    """Send SIGKILL while the process runs a trial, after it has printed `after`."""
     assert process.stdout
     for line in process.stdout:
         if after in line:
@@ -408,8 +408,8 @@ def kill_in_mid_trial(config: TuneConfig, process: subprocess.Popen[str], after:
     process.communicate()
 
 
-def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
-    """So many trials, each once; nothing RUNNING in either system; a killed run for each trial that was lost."""
+def assert_complete(config: TuneConfig, trials: int, lost: int) -> None:
+    """Every trial once; nothing RUNNING in Optuna or MLflow; a KILLED run for each lost trial."""
     found = load(config)
     assert [trial.state.name for trial in slots(found)] == ["COMPLETE"] * trials
     assert len(found.trials) == trials + lost
@@ -423,7 +423,7 @@ def assert_whole(config: TuneConfig, trials: int, lost: int) -> None:
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
-def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(config: TuneConfig, status: str) -> None:
+def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_does_not_know_it(config: TuneConfig, status: str) -> None:
     worker = open_worker(config, quiet)
     with warnings.catch_warnings(action="ignore"):  # heartbeats are for `optimize`
         trial = worker.study.ask()
@@ -439,21 +439,21 @@ def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_was_not_told_of_it(c
 
 
 @pytest.mark.slow
-def test_a_search_killed_in_mid_trial_goes_on_to_exactly_its_count(
+def test_a_search_killed_during_a_trial_continues_to_exactly_its_number_of_trials(
     config: TuneConfig, store: str, own_cache: Path
 ) -> None:
     long = config.replace(strategy="full", trials=4, epochs=3)
-    kill_in_mid_trial(long, start(long, store, own_cache), "trial   0")
+    kill_during_trial(long, start(long, store, own_cache), "trial   0")
     assert "RUNNING" in states(long)
     again = start(long, store, own_cache)
     output, _ = again.communicate(timeout=200)
     assert again.returncode == 0, output
-    assert_whole(long, 4, lost=1)
+    assert_complete(long, 4, lost=1)
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an empty database on a server of its own. Needs PostgreSQL's programs, which .ci/run installs."""
+    """The URL of an empty database on a new server. Needs the PostgreSQL binaries, which .ci/run installs."""
     places = [Path(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
     programs = next((place for place in places if (place / "initdb").exists()), None)
     found = shutil.which("initdb")
@@ -481,16 +481,16 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_study_and_a_dead_ones_trial_is_not_lost(
+def test_two_workers_share_a_study_and_the_trial_of_a_dead_one_is_not_lost(
     config: TuneConfig, store: str, own_cache: Path, postgres: str
 ) -> None:
     shared = config.replace(strategy="full", trials=12, epochs=1, storage=postgres)
     first = start(shared, store, own_cache)
     second = start(shared, store, own_cache)
-    kill_in_mid_trial(shared, first, "trial ")
+    kill_during_trial(shared, first, "trial ")
     output, _ = second.communicate(timeout=250)
     assert second.returncode == 0, output
     lost = len(load(shared).trials) - 12
     assert lost in (0, 1)  # none where the kill fell between two trials
-    assert_whole(shared, 12, lost)
+    assert_complete(shared, 12, lost)
     assert len({trial.params["lr_all"] for trial in slots(load(shared))}) == 12

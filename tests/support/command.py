@@ -1,4 +1,4 @@
-"""The command line, run in the test's own process."""
+"""Runs the command line in the process of the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code in a pickle, as a malicious weights file holds it."""
+"""Code in a pickle, as in a malicious weights file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Payload:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, mark: Path):
         self.mark = mark

@@ -1,4 +1,4 @@
-"""Shared by tests."""
+"""Synthetic images with planted evidence, for tests of Grad-CAM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 def planted(seed: int, count: int) -> tuple[UInt8, npt.NDArray[np.int64], Bools]:
-    """(noise, every other image with a bright square somewhere, class 1 for those, and where the square is)."""
+    """(noise images, every other one with a bright square; labels, 1 with a square; masks of the squares)."""
     random = np.random.default_rng(seed)
     images = random.integers(60, 120, (count, SIDE, SIDE), np.uint8)
     labels, inside = np.arange(count) % 2, np.zeros(images.shape, bool)

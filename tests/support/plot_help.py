@@ -1,4 +1,4 @@
-"""What tests of figures share: an example with known curves, and ways to read what was drawn."""
+"""Helpers for tests of figures: an example with known curves, and access to the drawn artists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of seconds: their parameters, and a `say` for those whose lines nobody reads."""
+"""Configurations of runs that take seconds, and a `say` that discards its lines."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def small(kind: type[Config], folder: Path, **options: Any) -> Config:
 
 
 def quiet(line: str) -> None:
-    """Say nothing."""
+    """Discard the line."""

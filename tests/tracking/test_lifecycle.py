@@ -29,7 +29,7 @@ from cxr.tracking.tracker import MlflowTracker
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_finished_run_says_what_it_was(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+def test_a_finished_run_has_its_tags(finished: tuple[TrainConfig, RunResult, Run]) -> None:
     config, _, logged = finished
     assert logged.info.status == "FINISHED"
     assert logged.info.run_name == "gradual-s0"
@@ -45,7 +45,7 @@ def test_checkpoints_of_a_finished_run_are_removed(finished: tuple[TrainConfig, 
     assert not list((Path(finished[0].cache_dir) / "runs").iterdir())
 
 
-def test_each_epoch_is_logged_once_and_steps_count_on(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+def test_each_epoch_is_logged_once_with_consecutive_steps(finished: tuple[TrainConfig, RunResult, Run]) -> None:
     _, result, _ = finished
     history = mlflow.MlflowClient().get_metric_history(result.run_id, "val_loss")
     assert [entry.step for entry in history] == [0, 1, 2]
@@ -70,12 +70,12 @@ def test_artifacts_are_complete(finished: tuple[TrainConfig, RunResult, Run]) ->
     assert wanted <= artifacts(result.run_id)
 
 
-def test_figures_can_be_computed_again_from_the_predictions(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+def test_metrics_can_be_recomputed_from_the_predictions(finished: tuple[TrainConfig, RunResult, Run]) -> None:
     from cxr.evaluation.report import evaluate
 
     config, result, logged = finished
     file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
-    again = evaluate(pd.read_csv(file), "test", 0.5, config.bootstrap).figures()
+    again = evaluate(pd.read_csv(file), "test", 0.5, config.bootstrap).metrics()
     assert len(again) > 30
     for name, value in again.items():
         assert logged.data.metrics[name] == pytest.approx(value, abs=1e-12), name
@@ -86,7 +86,7 @@ def test_data_is_logged_as_inputs(finished: tuple[TrainConfig, RunResult, Run]) 
     assert sorted(contexts) == ["testing", "training", "validation"]
 
 
-def test_the_logged_model_holds_no_pickle_and_predicts_what_the_run_predicted(
+def test_the_logged_model_has_no_pickle_and_reproduces_the_predictions_of_the_run(
     finished: tuple[TrainConfig, RunResult, Run],
 ) -> None:
     config, result, _ = finished
@@ -101,7 +101,7 @@ def test_the_logged_model_holds_no_pickle_and_predicts_what_the_run_predicted(
     assert {metric.key for metric in model.metrics or []} >= {"test_roc_auc", "val_roc_auc"}
 
 
-def test_the_run_that_mlflow_opened_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_created_by_mlflow_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.set_experiment("cxr")
     with mlflow.start_run() as opened:
         pass
@@ -114,7 +114,7 @@ def test_the_run_that_mlflow_opened_is_used(store: str, monkeypatch: pytest.Monk
     assert mlflow.get_run(opened.info.run_id).info.run_name == "partial-s0"
 
 
-def test_a_name_that_a_person_chose_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_name_chosen_by_the_user_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.set_experiment("cxr")
     with mlflow.start_run(run_name="chest-xray-1") as opened:
         pass
@@ -128,7 +128,7 @@ def test_a_name_that_a_person_chose_is_kept(store: str, monkeypatch: pytest.Monk
     ("error", "status"),
     [(UserError("bad folder"), "FAILED"), (ZeroDivisionError("defect"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
 )
-def test_a_run_that_ends_early_says_why(store: str, error: BaseException, status: str) -> None:
+def test_a_run_that_ends_early_records_the_reason(store: str, error: BaseException, status: str) -> None:
     runs: list[MlflowTracker] = []
 
     def fail() -> None:
@@ -177,7 +177,7 @@ def test_probabilities_survive_csv(finished: tuple[TrainConfig, RunResult, Run])
     assert np.array_equal(pd.read_csv(file)["probability"].to_numpy(), result.test.probabilities)
 
 
-def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Path, own_cache: Path) -> None:
+def test_a_run_in_use_by_another_process_is_not_touched(store: str, phantoms: Path, own_cache: Path) -> None:
     mlflow.set_tracking_uri(store)
     with open_run("partial-s0") as tracker, exclusive(own_cache / "runs" / tracker.run_id):
         tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
@@ -186,7 +186,7 @@ def test_a_run_in_use_by_another_process_is_left_alone(store: str, phantoms: Pat
         assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
 
 
-def test_a_run_that_goes_on_on_another_machine_is_left_alone(store: str, phantoms: Path) -> None:
+def test_a_run_in_use_on_another_machine_is_not_touched(store: str, phantoms: Path) -> None:
     mlflow.set_tracking_uri(store)
     with open_run("partial-s0") as tracker:
         tracker.params(flatten(TrainConfig(data_dir=str(phantoms))))
@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_on_another_machine_is_left_alone(store: str, phantom
             run_tracked(TrainConfig(), run_id=tracker.run_id)
 
 
-def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) -> None:
+def test_a_resume_without_a_checkpoint_is_rejected(store: str, phantoms: Path) -> None:
     mlflow.set_tracking_uri(store)
     with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
         tracker.params(flatten(TrainConfig(data_dir=str(phantoms), image_size=64, weights="random")))
@@ -206,7 +206,7 @@ def test_a_resume_without_its_checkpoint_is_refused(store: str, phantoms: Path) 
         run_tracked(TrainConfig(), run_id=tracker.run_id, say=lambda line: None)
 
 
-def test_a_resume_without_recorded_parameters_is_refused(store: str) -> None:
+def test_a_resume_without_recorded_parameters_is_rejected(store: str) -> None:
     mlflow.set_tracking_uri(store)
     with pytest.raises(KeyboardInterrupt), open_run("partial-s0") as tracker:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The registry, and a model in use: from a finished run to another person's hands."""
+"""The registry, and use of a registered model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def image_of(finished: Finished, row: int = 0) -> Path:
     return Path(finished[0].data_dir) / finished[1].test.table["path"][row]
 
 
-def test_a_finished_run_becomes_a_version_with_all_it_needs(finished: Finished, in_store: str) -> None:
+def test_a_finished_run_becomes_a_complete_version(finished: Finished, in_store: str) -> None:
     _, result, logged = finished
     assert "version 1 (candidate); champion, as the first" in logged.data.tags["registered"]
     version = mlflow.MlflowClient().get_model_version("cxr-pneumonia", "1")
@@ -54,7 +54,7 @@ def test_a_finished_run_becomes_a_version_with_all_it_needs(finished: Finished, 
 
 
 @pytest.mark.parametrize("shape", ["bytes", "base64", "array", "list of bytes", "list of base64"])
-def test_the_champion_takes_images_in_every_documented_shape(finished: Finished, in_store: str, shape: str) -> None:
+def test_the_champion_accepts_images_in_every_documented_form(finished: Finished, in_store: str, shape: str) -> None:
     from PIL import Image
 
     data = image_of(finished).read_bytes()
@@ -71,7 +71,7 @@ def test_the_champion_takes_images_in_every_documented_shape(finished: Finished,
     assert answer["probability"].to_numpy() == pytest.approx(np.full(len(answer), expected), abs=1e-5)
 
 
-def test_the_plain_torchvision_module_is_one_call_away(finished: Finished, in_store: str) -> None:
+def test_the_plain_torchvision_module_is_available(finished: Finished, in_store: str) -> None:
     network = mlflow.pyfunc.load_model(CHAMPION).unwrap_python_model().network()
     assert type(network) is ResNet
     assert not network.training
@@ -95,7 +95,7 @@ print(model.predict(pandas.DataFrame({{"image": [open({str(image_of(finished))!r
     assert float(answer.stdout.split()[-1]) == pytest.approx(finished[1].test.table["probability"][0], abs=1e-5)
 
 
-def test_predict_prints_what_the_run_predicted(
+def test_predict_prints_the_predictions_of_the_run(
     finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, "predict", str(image_of(finished)), str(image_of(finished, 1)), "--json") == 0
@@ -118,7 +118,7 @@ def test_predict_names_every_bad_file(
     assert "gone.png (No such file" in error
 
 
-def test_evaluate_repeats_the_test_figures_and_names_a_flat_folder_external(
+def test_evaluate_reproduces_the_test_metrics_and_calls_a_flat_folder_external(
     finished: Finished, in_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, result, _ = finished
@@ -157,7 +157,9 @@ def test_champion_moves_only_when_validation_on_the_same_images_improves(finishe
     assert list(registry.versions("moving")["version"]) == [4, 3, 2, 1]
 
 
-def test_a_champion_that_saw_phantoms_gives_way_to_any_model_of_xrays(finished: Finished, in_store: str) -> None:
+def test_a_champion_trained_on_phantoms_is_replaced_by_any_model_trained_on_xrays(
+    finished: Finished, in_store: str
+) -> None:
     outcomes = []
     for number, (data, images) in enumerate([("phantoms", "x"), ("X-rays", "y"), ("phantoms", "z")]):
         model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
@@ -182,13 +184,13 @@ def test_unknown_models_and_runs_are_user_errors(
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_bad_registry_name_is_refused() -> None:
+def test_an_invalid_registry_name_is_rejected() -> None:
     with pytest.raises(UserError, match="--register"):
         TrainConfig(register="a/b")
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
+def test_a_killed_run_resumes_to_the_same_result_without_a_duplicate_step(
     store: str, phantoms: Path, in_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(TrainConfig, phantoms, strategy="gradual", epochs=2)
@@ -222,7 +224,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_without_a_repeated_step(
     assert resumed.seconds == pytest.approx(spent)
 
 
-def test_an_epoch_that_was_logged_but_not_saved_is_trained_again_and_what_differs_logged(
+def test_an_epoch_logged_but_not_saved_is_trained_again_and_logged_if_different(
     phantoms: Path, in_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(TrainConfig, phantoms, strategy="frozen", epochs=3, register="none")
