@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from cxr.errors import UserError
 from cxr.parameters import Spec, check, option_name, param, parse, spec_of, text_of, types_of
 from cxr.strategies import STRATEGIES, Phase
+from cxr.threshold_rule import ThresholdRule
 
 ARCHS = (
     "resnet18",
@@ -168,7 +169,7 @@ class TrainConfig:
         _check_fields(self)
         if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
             raise UserError(f"--register {self.register}: use only letters, digits, spaces, _ . and -")
-        check_rule(self.threshold)
+        ThresholdRule.parse(self.threshold)
         self.fold_numbers()
 
     def fold_numbers(self) -> tuple[int, int] | None:
@@ -179,6 +180,11 @@ class TrainConfig:
         if not match or not 1 <= int(match[1]) <= int(match[2]) or int(match[2]) < 2:
             raise UserError(f"--fold {self.fold}: use k/n, such as 2/5, or none")
         return int(match[1]), int(match[2])
+
+    @property
+    def threshold_rule(self) -> ThresholdRule:
+        """The rule that chooses the decision threshold."""
+        return ThresholdRule.parse(self.threshold)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -352,20 +358,6 @@ class CrossvalConfig(CommandConfig):
 def search_range(name: str) -> Spec:
     """The `Spec` of a searchable field; its `search` is set."""
     return next(spec_of(item) for item in fields(TrainConfig) if item.name == name)
-
-
-THRESHOLD_RULES = "youden, f1, sensitivity>=0.95, cost 5:1 (false negative : false positive), or a number"
-
-
-def check_rule(rule: str) -> None:
-    """Raise `UserError` for an invalid threshold rule."""
-    match = re.fullmatch(r"youden|f1|sensitivity>=([\d.]+)|cost (\d+(?:\.\d+)?):(\d+(?:\.\d+)?)|(0?\.\d+)", rule)
-    if not match:
-        raise UserError(f"--threshold {rule}: unknown; use {THRESHOLD_RULES}")
-    if match[1] and not (re.fullmatch(r"\d*\.?\d+", match[1]) and 0 < float(match[1]) <= 1):
-        raise UserError(f"--threshold {rule}: the sensitivity must be above 0 and at most 1")
-    if match[2] and float(match[2]) + float(match[3]) == 0:
-        raise UserError(f"--threshold {rule}: at least one of the two costs must be above 0")
 
 
 # Parameters that do not determine the result, so that workers and repeated calls of one comparison may differ in them.

@@ -26,8 +26,8 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of an audit: the name of the check, whether it passed, details, and (`conclusive`) whether there was enough
-    data for a result."""
+    """One line of an audit: the name of the check, whether it passed, and details; `conclusive` is whether there was
+    enough data for a result."""
 
     check: str
     ok: bool

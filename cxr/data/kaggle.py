@@ -19,7 +19,7 @@ from cxr.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png"}
 COLUMNS = ["path", "label", "official", "group", "subtype"]
-UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
+_UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
 _NORMAL = re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
 
@@ -117,6 +117,11 @@ def _visible(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+def is_unreadable(digest: str) -> bool:
+    """Whether the digest stands for a file that could not be read when it was indexed."""
+    return digest.startswith(_UNREADABLE)
+
+
 def digest_files(paths: Iterable[Path]) -> list[str]:
     """The sha256 of each file's bytes, in order; `unreadable:` and the path for one that cannot be read."""
     with ThreadPoolExecutor() as pool:
@@ -127,4 +132,4 @@ def _digest_file(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
-        return f"{UNREADABLE}{path}"
+        return f"{_UNREADABLE}{path}"

@@ -22,7 +22,7 @@ import PIL
 from tqdm import tqdm
 
 from cxr.data.decode import ImageError, UInt8, decode_gray
-from cxr.data.kaggle import UNREADABLE
+from cxr.data.kaggle import is_unreadable
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
 
@@ -136,7 +136,7 @@ def _read_same(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError:
-        if digest.startswith(UNREADABLE):
+        if is_unreadable(digest):
             raise
         data = b""
     if hashlib.sha256(data).hexdigest() != digest:

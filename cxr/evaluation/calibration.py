@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +18,22 @@ from cxr.evaluation.metrics import Floats, Ints
 _EDGE = 1e-12  # probabilities are clipped by this much
 
 
+class CalibrationMethod(StrEnum):
+    """How logits become probabilities; the values are those of `--calibration`."""
+
+    TEMPERATURE = "temperature"
+    PLATT = "platt"
+    NONE = "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """P(pneumonia) = sigmoid(slope * margin + offset), where margin is logit PNEUMONIA minus logit NORMAL."""
 
-    method: str
+    method: CalibrationMethod
     slope: float = 1.0
     offset: float = 0.0
+    refused_slope: float | None = None
 
     def apply(self, margins: Floats) -> Floats:
         """Probabilities [n] of margins [n]."""
@@ -29,16 +42,24 @@ class Calibration:
 
     def words(self) -> str:
         """A description: the method and its parameters."""
-        if self.method == "temperature":
+        if self.method is CalibrationMethod.TEMPERATURE:
             return f"temperature {1 / self.slope:.3f}"
-        return (
-            self.method
-            if self.method.startswith("none")
-            else f"Platt, slope {self.slope:.3f}, offset {self.offset:+.3f}"
-        )
+        if self.method is CalibrationMethod.PLATT:
+            return f"Platt, slope {self.slope:.3f}, offset {self.offset:+.3f}"
+        if self.refused_slope is None:
+            return "none"
+        return f"none (validation would invert the ranking: slope {self.refused_slope:.3g})"
+
+    @classmethod
+    def from_card(cls, fields: Mapping[str, Any]) -> Self:
+        """From the fields in a model's card; version 0.1 wrote the reason for no calibration into the method."""
+        method, reason = str(fields["method"]), {}
+        if match := re.search(r"slope ([^)]+)\)", method):
+            reason = {"refused_slope": float(match[1])}
+        return cls(**{**fields, **reason, "method": CalibrationMethod(method.split(" ")[0])})
 
 
-IDENTITY = Calibration("none")
+IDENTITY = Calibration(CalibrationMethod.NONE)
 
 
 def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
@@ -47,10 +68,10 @@ def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
     Temperature scaling (Guo et al. 2017) is a logistic regression on the margin without an offset, Platt's method
     (1999) one with it; both with Platt's smoothed targets, which keep the slope finite if the validation classes
     are perfectly separated. A slope that is not positive would invert the ranking: the result is then the identity, and
-    its method says so.
+    `refused_slope` says so.
     """
-    if method == "none":
-        return Calibration("none")
+    if method == CalibrationMethod.NONE:
+        return IDENTITY
     positives = int(labels.sum())
     high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
     share = np.where(labels == 1, high, low)
@@ -60,8 +81,8 @@ def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
     )
     slope, offset = float(model.coef_[0, 0]), float(np.ravel(model.intercept_)[0])
     if slope <= 0:
-        return Calibration(f"none (validation would invert the ranking: slope {slope:.3g})")
-    return Calibration(method, slope, offset)
+        return Calibration(CalibrationMethod.NONE, refused_slope=slope)
+    return Calibration(CalibrationMethod(method), slope, offset)
 
 
 def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cxr.data.splits import CLASSES
-from cxr.evaluation.calibration import IDENTITY, Calibration, correct_prior, estimate_prior, margins_of
+from cxr.evaluation.calibration import (
+    IDENTITY,
+    Calibration,
+    CalibrationMethod,
+    correct_prior,
+    estimate_prior,
+    margins_of,
+)
 from cxr.evaluation.metrics import (
     Floats,
     Interval,
@@ -26,6 +33,7 @@ from cxr.evaluation.metrics import (
     recall_by_subtype,
     weighted_decisions,
 )
+from cxr.threshold_rule import RuleKind, ThresholdRule
 
 HALF = 0.5
 CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
@@ -161,14 +169,14 @@ def implied_prevalence(calibration: Calibration, validation: float) -> float:
     Training weights the classes equally, which implies one half; only the offset of Platt scaling changes that, to the
     prevalence on validation.
     """
-    return validation if calibration.method == "platt" else 0.5
+    return validation if calibration.method is CalibrationMethod.PLATT else 0.5
 
 
-def origin_of(rule: str, split: str) -> str:
+def origin_of(rule: ThresholdRule, split: str) -> str:
     """A description of the origin of a threshold that `rule` determined."""
-    if rule.replace(".", "").isdigit():
+    if rule.kind is RuleKind.FIXED:
         return "fixed"
-    return f"chosen by {rule} on {'these images' if split == 'val' else 'validation'}"
+    return f"chosen by {rule.text} on {'these images' if split == 'val' else 'validation'}"
 
 
 def evaluate(

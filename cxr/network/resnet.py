@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import ResNet
 
-from cxr.network.weights import _load_imagenet, fit_weights, read_weights
+from cxr.network.weights import InitialWeights, WeightsKind, fit_weights, load_imagenet, read_weights
 
 
-def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, str]:
+def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, InitialWeights]:
     """(model with a fresh two-class head, which weights were really used).
 
-    `weights` is `auto`, `imagenet`, `random` or a file. The second value is `imagenet`, `random`, `random (...why)`
-    or the file's name with the first digits of its sha256. Raises `UserError` when the weights cannot be had
+    `weights` is `auto`, `imagenet`, `random` or a file. Raises `UserError` when the weights cannot be had
     or do not fit.
     """
     torch.manual_seed(seed)
     model: ResNet = models.get_model(arch, weights=None, num_classes=2)
     if weights == "random":
-        return model, "random"
+        return model, InitialWeights(WeightsKind.RANDOM)
     if weights in ("auto", "imagenet"):
-        return model, _load_imagenet(model, arch, required=weights == "imagenet")
+        return model, load_imagenet(model, arch, required=weights == "imagenet")
     path = Path(weights).expanduser().absolute()
     fit_weights(model, read_weights(path), str(path))
-    return model, f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return model, InitialWeights(WeightsKind.FILE, f"{path.name} (sha256 {digest})")
 
 
 def stage_modules(model: ResNet, stage: str) -> tuple[nn.Module, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import socket
 import warnings
+from dataclasses import dataclass
+from enum import Enum, auto
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,39 @@ from torchvision.models import ResNet
 from cxr.errors import UserError
 
 StateDict = dict[str, Tensor]
+
+
+class WeightsKind(Enum):
+    """Where the initial weights come from."""
+
+    IMAGENET = auto()
+    RANDOM = auto()
+    NOT_DOWNLOADED = auto()  # random, because ImageNet's could not be downloaded
+    FILE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """Which weights a run really started from; `detail` names torchvision's weights or the file."""
+
+    kind: WeightsKind
+    detail: str = ""
+
+    @property
+    def random(self) -> bool:
+        """Whether nothing is pretrained."""
+        return self.kind in (WeightsKind.RANDOM, WeightsKind.NOT_DOWNLOADED)
+
+    def __str__(self) -> str:
+        """The value of the tag `weights_used`."""
+        return {
+            WeightsKind.IMAGENET: f"imagenet ({self.detail})",
+            WeightsKind.RANDOM: "random",
+            WeightsKind.NOT_DOWNLOADED: "random (ImageNet weights could not be downloaded)",
+            WeightsKind.FILE: self.detail,
+        }[self.kind]
+
+
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 IMAGENET_CLASSES = 1000
 
@@ -24,7 +59,8 @@ IMAGENET_CLASSES = 1000
 _NO_DOWNLOAD = (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
-def _load_imagenet(model: ResNet, arch: str, required: bool) -> str:
+def load_imagenet(model: ResNet, arch: str, required: bool) -> InitialWeights:
+    """Load torchvision's ImageNet weights, or leave the model random where they cannot be had and are not required."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none, and would wait for ever
     try:
@@ -38,11 +74,11 @@ def _load_imagenet(model: ResNet, arch: str, required: bool) -> str:
                 "or use --weights random"
             ) from error
         warnings.warn(f"ImageNet weights cannot be had ({error}); starting from RANDOM weights", stacklevel=3)
-        return "random (ImageNet weights could not be downloaded)"
+        return InitialWeights(WeightsKind.NOT_DOWNLOADED)
     finally:
         socket.setdefaulttimeout(before)
     fit_weights(model, state, "torchvision's ImageNet weights")
-    return f"imagenet ({models.get_model_weights(arch)['DEFAULT']})"
+    return InitialWeights(WeightsKind.IMAGENET, str(models.get_model_weights(arch)["DEFAULT"]))
 
 
 def read_weights(path: Path) -> StateDict:

@@ -50,11 +50,7 @@ def data_words(data: Data) -> str:
     counts = data.manifest["split"].value_counts()
     skipped = f", {len(data.bad)} unreadable images SKIPPED" if data.bad else ""
     sizes = ", ".join(f"{split} {counts[split]}" for split in ("train", "val", data.held_out))
-    return f"{_kind_words(data)}, {sizes} images{skipped}"
-
-
-def _kind_words(data: Data) -> str:
-    return f"synthetic {registry.PHANTOMS} (NOT real X-rays)" if data.synthetic else "X-rays"
+    return f"{registry.DataKind.of(data.synthetic).version_tag}, {sizes} images{skipped}"
 
 
 def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
@@ -76,8 +72,7 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
             * (result.uses_before > 0)
         ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
-        f"weights: {weights}"
-        + ("; pretraining is what these strategies compare" if weights.startswith("random") else ""),
+        f"weights: {weights}" + ("; pretraining is what these strategies compare" if weights.random else ""),
         f"took: {result.seconds:.0f} s",
         *(f"look: {where}" for where in tracker.where()),
         f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",

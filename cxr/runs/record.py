@@ -27,7 +27,8 @@ from cxr.figures import single as plots
 from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
 from cxr.network.freezing import count_parameters
-from cxr.runs.messages import SPLIT_NAMES, _kind_words, _proof_words, summary
+from cxr.network.weights import InitialWeights
+from cxr.runs.messages import SPLIT_NAMES, _proof_words, summary
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
@@ -37,7 +38,12 @@ from cxr.tracking.tracker import MlflowTracker, Tracker
 
 
 def log_start(
-    config: TrainConfig, tracker: Tracker, data: Data, machine: Machine, weights: str, findings: list[Finding]
+    config: TrainConfig,
+    tracker: Tracker,
+    data: Data,
+    machine: Machine,
+    weights: InitialWeights,
+    findings: list[Finding],
 ) -> None:
     """What is known before training: tags, configuration, audit, manifest, data sets.
 
@@ -45,7 +51,7 @@ def log_start(
     """
     origin: dict[str, str] = {
         Tag.DATA_FINGERPRINT: data.fingerprint,
-        Tag.WEIGHTS: weights,
+        Tag.WEIGHTS: str(weights),
         Tag.PRECISION: machine.precision,
     }
     _require_same(tracker, origin)
@@ -54,7 +60,7 @@ def log_start(
             Tag.STRATEGY: config.strategy,
             Tag.ARCH: config.arch,
             Tag.SEED: str(config.seed),
-            Tag.DATA: "synthetic phantoms" if data.synthetic else "X-rays",
+            Tag.DATA: registry.DataKind.of(data.synthetic),
             **origin,
             Tag.DEVICE: describe(machine.device),
             Tag.PROCESSES: str(processes()),
@@ -141,7 +147,7 @@ def _gradcam_panel(model: ResNet, result: RunResult, name: str) -> Figure:
 
 def card_of(
     config: TrainConfig,
-    weights: str,
+    weights: InitialWeights,
     data_fingerprint: str,
     threshold: float = HALF,
     calibration: Calibration = IDENTITY,
@@ -154,7 +160,7 @@ def card_of(
         threshold=threshold,
         strategy=config.strategy,
         data_fingerprint=data_fingerprint,
-        weights=weights,
+        weights=str(weights),
         class_to_index=CLASS_TO_INDEX,
         calibration=calibration,
     )
@@ -176,8 +182,8 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
         "run_id": tracker.run_id,
         "strategy": config.strategy,
         "arch": config.arch,
-        "weights": result.weights,
-        "data": _kind_words(result.data),
+        "weights": str(result.weights),
+        "data": registry.DataKind.of(result.data.synthetic).version_tag,
         "data_fingerprint": result.data.fingerprint,
         "val_fingerprint": fingerprint(val),
         "val_loss": repr(result.best.metrics["val_loss"]),

@@ -10,6 +10,7 @@ from cxr.data.load import Data
 from cxr.evaluation.calibration import Calibration
 from cxr.evaluation.report import Report
 from cxr.network.freezing import FreezeProof
+from cxr.network.weights import InitialWeights
 from cxr.training.loop import EpochRecord
 
 
@@ -22,7 +23,7 @@ class RunResult:
     """
 
     run_id: str
-    weights: str
+    weights: InitialWeights
     records: list[EpochRecord]
     val: Report
     test: Report

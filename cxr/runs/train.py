@@ -213,14 +213,14 @@ def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -
     labels = val["label"].to_numpy(np.int64)
     logits = _logits(config, data, machine, model, "val")
     calibration = fit_calibration(config.calibration, margins_of(logits), labels)
-    threshold = choose_threshold(config.threshold, labels, calibration.apply(margins_of(logits)))
+    threshold = choose_threshold(config.threshold_rule, labels, calibration.apply(margins_of(logits)))
     prevalence = implied_prevalence(calibration, float(labels.mean()))
     val_table = predictions_table(val, logits, threshold, calibration)
     test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
     return (
-        evaluate(val_table, "val", threshold, config.bootstrap, origin=origin_of(config.threshold, "val")),
+        evaluate(val_table, "val", threshold, config.bootstrap, origin=origin_of(config.threshold_rule, "val")),
         evaluate(
-            test_table, data.held_out, threshold, config.bootstrap, prevalence, origin_of(config.threshold, "test")
+            test_table, data.held_out, threshold, config.bootstrap, prevalence, origin_of(config.threshold_rule, "test")
         ),
         calibration,
     )

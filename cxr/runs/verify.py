@@ -133,7 +133,7 @@ def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: 
     labels, _ = arrays_of(val)
     margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     fitted = fit_calibration(config.calibration, margins, labels)
-    threshold = choose_threshold(config.threshold, labels, fitted.apply(margins))
+    threshold = choose_threshold(config.threshold_rule, labels, fitted.apply(margins))
     card = predictor.card
     again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
     kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}

@@ -107,7 +107,7 @@ class Predictor:
     def load(cls, folder: Path) -> Predictor:
         """Read a packaged model; no pickle is involved."""
         fields = json.loads((folder / CARD).read_text())
-        calibration = Calibration(**fields.get("calibration", asdict(IDENTITY)))
+        calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
         card = ModelCard(**{**fields, "calibration": calibration})
         model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
         model.load_state_dict(load_file(folder / WEIGHTS))

@@ -107,7 +107,7 @@ def open_worker(config: TuneConfig, say: Say) -> Worker:
         audited(train, data, None)
     _, weights = build_model(train.arch, train.weights, train.seed)  # missing weights fail here, not in every trial
     machine = ready_machine(train)
-    origin = {"data": data.without("test").fingerprint, "weights": weights}
+    origin = {"data": data.without("test").fingerprint, "weights": str(weights)}
     study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)
     search = Search(config, data.without("test"), weights, machine, join_parent(str(study.user_attrs[PARENT])))
     return Worker(search, study, TrialQueue(study, config.storage, config.heartbeat, say), TrialRunner(search), say)

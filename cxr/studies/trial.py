@@ -18,6 +18,7 @@ from cxr.data.load import Data
 from cxr.errors import Pruned, Stopped
 from cxr.machine import Machine, memory_errors, seed_everything
 from cxr.network.resnet import build_model
+from cxr.network.weights import InitialWeights
 from cxr.runs.record import card_of
 from cxr.runs.resume import checkpoints_of
 from cxr.runs.train import train_model
@@ -36,7 +37,7 @@ class Search:
 
     config: TuneConfig
     data: Data
-    weights: str
+    weights: InitialWeights
     machine: Machine
     parent: MlflowTracker
 

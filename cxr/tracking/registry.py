@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.store import prepare, store_errors
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
-PHANTOMS = "phantoms"  # in the tag `data` of versions that have seen no X-ray
 REQUIREMENTS = (
     "mlflow",
     "numpy",
@@ -106,6 +106,28 @@ def _signature() -> Any:
     return ModelSignature(inputs=inputs, outputs=outputs)
 
 
+class DataKind(StrEnum):
+    """What a model was trained on; the values are those of a run's tag `data`."""
+
+    PHANTOMS = "synthetic phantoms"
+    XRAYS = "X-rays"
+
+    @classmethod
+    def of(cls, synthetic: bool) -> DataKind:
+        """The kind of a data set."""
+        return cls.PHANTOMS if synthetic else cls.XRAYS
+
+    @property
+    def version_tag(self) -> str:
+        """The tag `data` of a registered version."""
+        return f"{self} (NOT real X-rays)" if self is DataKind.PHANTOMS else str(self)
+
+    @classmethod
+    def of_version(cls, tags: Mapping[str, str]) -> DataKind | None:
+        """The kind in a version's tags; None if it is missing."""
+        return next((kind for kind in cls if tags.get("data") == kind.version_tag), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Registration:
     """The version a model became, whether it is champion now, and why (not)."""
@@ -155,7 +177,8 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     if champion.tags.get("run_id") == tags["run_id"]:
         return True, "champion"
     before = f"version {champion.version}"
-    if PHANTOMS in champion.tags.get("data", "") and PHANTOMS not in tags.get("data", ""):
+    seen = [DataKind.of_version(each) for each in (champion.tags, tags)]
+    if seen[0] is DataKind.PHANTOMS and seen[1] is not DataKind.PHANTOMS:
         return True, f"champion, as {before} had seen nothing but phantoms"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"champion stays {before}: it was validated on other images, so the two cannot be compared"

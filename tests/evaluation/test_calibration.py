@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,10 +11,17 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.metrics import confusion_matrix, f1_score, log_loss
 
-from cxr.config import check_rule
 from cxr.errors import UserError
-from cxr.evaluation.calibration import Calibration, correct_prior, estimate_prior, fit_calibration
+from cxr.evaluation.calibration import (
+    IDENTITY,
+    Calibration,
+    CalibrationMethod,
+    correct_prior,
+    estimate_prior,
+    fit_calibration,
+)
 from cxr.evaluation.thresholds import choose_threshold
+from cxr.threshold_rule import ThresholdRule
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -41,7 +51,7 @@ def test_platt_finds_slope_and_offset() -> None:
 def test_platt_fits_at_least_as_well_as_temperature_and_temperature_as_none() -> None:
     margins, labels = sample(0.3, 0.8, 3000)
     losses = [log_loss(labels, fit_calibration(m, margins, labels).apply(margins)) for m in ("platt", "temperature")]
-    assert losses[0] < losses[1] < log_loss(labels, Calibration("none").apply(margins))
+    assert losses[0] < losses[1] < log_loss(labels, IDENTITY.apply(margins))
 
 
 def test_perfect_separation_gives_a_finite_slope() -> None:
@@ -82,7 +92,7 @@ def brute(rule: str, labels: Ints, decided: npt.NDArray[np.bool_]) -> float:
 @given(scored, st.sampled_from(["youden", "f1", "cost 5:2"]))
 def test_no_other_threshold_is_better_by_the_rule(pairs: list[tuple[bool, float]], rule: str) -> None:
     labels, scores = np.array([a for a, _ in pairs], np.int64), np.array([b for _, b in pairs])
-    chosen = choose_threshold(rule, labels, scores)
+    chosen = choose_threshold(ThresholdRule.parse(rule), labels, scores)
     others = [brute(rule, labels, scores >= t) for t in [0.0, *np.unique(scores), 1.1]]
     assert 0 < chosen < 1
     assert brute(rule, labels, scores >= chosen) >= max(others) - 1e-9
@@ -93,7 +103,7 @@ def test_the_required_sensitivity_is_reached_by_the_highest_threshold(
     pairs: list[tuple[bool, float]], wanted: float
 ) -> None:
     labels, scores = np.array([a for a, _ in pairs], np.int64), np.array([b for _, b in pairs])
-    chosen = choose_threshold(f"sensitivity>={wanted:.3f}", labels, scores)
+    chosen = choose_threshold(ThresholdRule.parse(f"sensitivity>={wanted:.3f}"), labels, scores)
     recall = (scores[labels == 1] >= chosen).mean()
     above = np.unique(scores[scores >= chosen])
     assert recall >= round(wanted, 3) - 1e-9
@@ -103,13 +113,13 @@ def test_the_required_sensitivity_is_reached_by_the_highest_threshold(
 
 
 def test_a_number_is_used_unchanged() -> None:
-    assert choose_threshold("0.3", np.array([0, 1]), np.array([0.2, 0.9])) == 0.3
+    assert choose_threshold(ThresholdRule.parse("0.3"), np.array([0, 1]), np.array([0.2, 0.9])) == 0.3
 
 
 @pytest.mark.parametrize("rule", ["best", "sensitivity>=1.5", "sensitivity>=0", "cost 0:0", "cost 5", "1.5", "", "-1"])
 def test_an_invalid_rule_is_rejected(rule: str) -> None:
     with pytest.raises(UserError, match="--threshold"):
-        check_rule(rule)
+        ThresholdRule.parse(rule)
 
 
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.001, 0.999))
@@ -129,4 +139,22 @@ def test_the_prior_of_unlabelled_images_is_estimated() -> None:
 
 def test_full_sensitivity_is_reached_with_probabilities_close_to_zero() -> None:
     labels, probabilities = np.array([0, 1, 1, 1]), np.array([0.2, 1e-14, 0.7, 0.9])
-    assert choose_threshold("sensitivity>=1", labels, probabilities) <= 1e-12
+    assert choose_threshold(ThresholdRule.parse("sensitivity>=1"), labels, probabilities) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "fitted",
+    [
+        IDENTITY,
+        Calibration(CalibrationMethod.PLATT, 0.8, 0.1),
+        Calibration(CalibrationMethod.NONE, refused_slope=-0.25),
+    ],
+)
+def test_a_calibration_is_restored_from_a_card(fitted: Calibration) -> None:
+    assert Calibration.from_card(json.loads(json.dumps(asdict(fitted)))) == fitted
+
+
+def test_a_card_of_version_0_1_is_read() -> None:
+    card = {"method": "none (validation would turn the ranking round: slope -0.25)", "slope": 1.0, "offset": 0.0}
+    assert Calibration.from_card(card) == Calibration(CalibrationMethod.NONE, refused_slope=-0.25)
+    assert Calibration.from_card({"method": "temperature", "slope": 0.5, "offset": 0.0}).slope == 0.5

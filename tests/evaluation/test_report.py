@@ -11,9 +11,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from cxr.evaluation.calibration import Calibration
+from cxr.evaluation.calibration import Calibration, CalibrationMethod
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS, point_metrics
 from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval, origin_of, predictions_table
+from cxr.threshold_rule import ThresholdRule
 
 
 def images(n: int) -> pd.DataFrame:
@@ -33,7 +34,7 @@ def images(n: int) -> pd.DataFrame:
 
 def report(resamples: int = 50) -> Report:
     logits = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
-    table = predictions_table(images(20), logits, 0.4, Calibration("platt", 0.8, 0.1))
+    table = predictions_table(images(20), logits, 0.4, Calibration(CalibrationMethod.PLATT, 0.8, 0.1))
     return evaluate(table, "test", 0.4, resamples, 0.7)
 
 
@@ -108,9 +109,9 @@ def test_the_text_shows_each_metric_with_its_interval() -> None:
 
 
 def test_a_report_describes_the_origin_of_its_threshold() -> None:
-    assert origin_of("youden", "test") == "chosen by youden on validation"
-    assert origin_of("cost 5:1", "val") == "chosen by cost 5:1 on these images"
-    assert origin_of("0.3", "test") == "fixed"
+    assert origin_of(ThresholdRule.parse("youden"), "test") == "chosen by youden on validation"
+    assert origin_of(ThresholdRule.parse("cost 5:1"), "val") == "chosen by cost 5:1 on these images"
+    assert origin_of(ThresholdRule.parse("0.3"), "test") == "fixed"
 
 
 def test_a_missing_interval_is_not_shown() -> None:

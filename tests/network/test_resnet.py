@@ -22,7 +22,7 @@ from cxr.errors import UserError
 from cxr.network.freezing import apply_phase, bit_sums, checksum, count_parameters, stage_state
 from cxr.network.inference import autocast, folded
 from cxr.network.resnet import build_model, run_stages, stage_modules
-from cxr.network.weights import fit_weights
+from cxr.network.weights import WeightsKind, fit_weights
 from cxr.strategies import ALL, HEAD, STAGES, TOP, Phase
 
 StateDict = dict[str, Tensor]
@@ -49,7 +49,7 @@ def refuses(path: Path | str, *words: str) -> None:
 def test_every_architecture_consists_of_the_six_stages(arch: str) -> None:
     with torch.device("meta"):
         model, used = build_model(arch, "random", 0)
-    assert used == "random"
+    assert (used.kind, str(used)) == (WeightsKind.RANDOM, "random")
     assert model.fc.out_features == 2
     assert [key for stage in STAGES for key in stage_state(model, [stage])] == list(model.state_dict())
     assert count_parameters(model) == sum(p.numel() for p in model.parameters())
@@ -100,7 +100,8 @@ def test_published_weights_load_from_any_format(
 ) -> None:
     save(published, tmp_path / name)
     model, used = build_model("resnet18", str(tmp_path / name), 0)
-    assert re.fullmatch(rf"{name} \(sha256 [0-9a-f]{{12}}\)", used)
+    assert re.fullmatch(rf"{name} \(sha256 [0-9a-f]{{12}}\)", str(used))
+    assert not used.random
     for key, value in stage_state(model, STAGES[:-1]).items():
         assert torch.equal(value, published[key].to(value.dtype))
         assert value.dtype != torch.float16
@@ -195,7 +196,8 @@ def test_offline_auto_uses_random_weights_with_a_warning(
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", failure)
     with pytest.warns(UserWarning, match="RANDOM weights"):
         model, used = build_model("resnet18", "auto", 3)
-    assert used.startswith("random (")
+    assert used.random
+    assert str(used) == "random (ImageNet weights could not be downloaded)"
     assert checksum(model) == checksum(build_model("resnet18", "random", 3)[0])
 
 
@@ -216,7 +218,7 @@ def test_downloaded_weights_are_used_without_running_code_and_with_a_timeout(
     before = socket.getdefaulttimeout()
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", download)
     model, used = build_model("resnet18", "auto", 0)
-    assert used == "imagenet (ResNet18_Weights.IMAGENET1K_V1)"
+    assert str(used) == "imagenet (ResNet18_Weights.IMAGENET1K_V1)"
     assert torch.equal(model.conv1.weight, published["conv1.weight"].float())
     assert socket.getdefaulttimeout() == before
 

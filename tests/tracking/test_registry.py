@@ -157,11 +157,14 @@ def test_champion_moves_only_when_validation_on_the_same_images_improves(finishe
     assert list(registry.versions("moving")["version"]) == [4, 3, 2, 1]
 
 
+PHANTOMS = "synthetic phantoms (NOT real X-rays)"  # as version 0.1 wrote it
+
+
 def test_a_champion_trained_on_phantoms_is_replaced_by_any_model_trained_on_xrays(
     finished: Finished, in_store: str
 ) -> None:
     outcomes = []
-    for number, (data, images) in enumerate([("phantoms", "x"), ("X-rays", "y"), ("phantoms", "z")]):
+    for number, (data, images) in enumerate([(PHANTOMS, "x"), ("X-rays", "y"), (PHANTOMS, "z")]):
         model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
         mlflow.finalize_logged_model(model.model_id, "READY")
         tags = {"run_id": str(number), "val_loss": "0.5", "val_fingerprint": images, "data": data}
