@@ -2,7 +2,7 @@
 
     uv run python experiments/bench_input.py --data-dir FOLDER --images 2000
 
-Result in LOG.md: "2026-11-22: speed on a CPU, against a notebook's loop, Lightning and timm's loop", Input.
+Result in LOG.md: "2026-11-22: speed on a CPU, compared with a notebook loop, Lightning and timm", Input.
 
 All ways take turns, `--repeats` times, so that a machine that slows down slows all of them; the table holds medians.
 The ratio is the rate over that of a notebook without workers, which decodes and augments each image in every epoch.

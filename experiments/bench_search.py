@@ -2,7 +2,7 @@
 
     uv run python experiments/bench_search.py --data-dir FOLDER --strategy frozen --trials 30 --growth --out growth.csv
 
-Result in LOG.md: "2026-11-22: speed on a CPU, against a notebook's loop, Lightning and timm's loop", Growth and Search.
+Result in LOG.md: "2026-11-22: speed on a CPU, compared with a notebook loop, Lightning and timm", Growth and Search.
 
 Each study runs in its own process, with an empty cache and its own stores. It is timed from indexing the folder to the
 last figure, without the refit of the winner; Python's imports and creating the empty MLflow store come before. Trials

@@ -5,7 +5,7 @@
     PYTHONPATH=. python experiments/bench_train.py …  # where cxr is not installed; needs torch, torchvision, click,
                                                       # pandas, scikit-learn, matplotlib, safetensors and tqdm
 
-Result in LOG.md: "2026-11-22: speed on a CPU, against a notebook's loop, Lightning and timm's loop", Training.
+Result in LOG.md: "2026-11-22: speed on a CPU, compared with a notebook loop, Lightning and timm", Training.
 
 The ways: `notebook`, the usual loop (PIL decodes and augments each image in every epoch, the whole network runs in
 train mode, parameters are frozen by `requires_grad`); `lightning`, the same in a LightningModule; `timm`, the same in a

@@ -2,7 +2,7 @@
 
     uv run python experiments/fast_path.py --data-dir FOLDER --strategies frozen,partial --epochs 4 --seeds 2
 
-Result in LOG.md: "2026-11-22: speed on a CPU, against a notebook's loop, Lightning and timm's loop", Accuracy.
+Result in LOG.md: "2026-11-22: speed on a CPU, compared with a notebook loop, Lightning and timm", Accuracy.
 
 With reuse, the output of the frozen prefix is computed once for each view and then looked up; without, it is computed
 in every epoch. Use more epochs than there are views (three): with fewer, storing does not pay and is not done. The

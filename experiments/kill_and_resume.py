@@ -2,7 +2,7 @@
 
     uv run python experiments/kill_and_resume.py --kills 20
 
-Result in LOG.md: "2026-11-22: kill -9 and resume, 20 kills inside the run", "2026-11-21: kill -9 and resume, 20 times",
+Result in LOG.md: "2026-11-22: kill -9 and resume, 20 kills during the run", "2026-11-21: kill -9 and resume, 20 times",
 and under "2026-11-22: checkpoints written while the next epoch trains".
 
 Prints a table: when each attempt was killed, the last line that it had printed, how many epochs it had logged, and

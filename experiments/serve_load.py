@@ -2,7 +2,7 @@
 
     MLFLOW_TRACKING_URI=sqlite:////…/mlflow.db uv run python experiments/serve_load.py --requests 1000 --clients 8
 
-Result in LOG.md: "2026-11-21: serving under load" and "2026-11-22: serving under a longer load".
+Result in LOG.md: "2026-11-21: serving under load" and "2026-11-22: serving under sustained load".
 
 Prints how many valid requests were answered with the right probability and how many invalid ones with status 400, the
 rate, and the server's memory before and after each 500 requests.

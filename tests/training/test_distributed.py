@@ -110,7 +110,7 @@ def test_torchrun_trains_what_one_process_trains(phantoms: Path, tmp_path: Path)
 def test_under_torchrun_bad_input_is_said_once_and_a_search_refused(tmp_path: Path) -> None:
     for arguments, words in (
         (["train", "--data-dir", str(tmp_path / "nowhere")], "nowhere"),
-        (["tune", "--trials", "1"], "torchrun: not for tune"),
+        (["tune", "--trials", "1"], "torchrun: not supported by tune"),
     ):
         done = cxr(2, *arguments, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}")
         assert done.returncode != 0
