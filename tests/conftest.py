@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
-from narrow import narrow_resnet
+from narrow import allow, narrow_resnet
+from placeholder import leave_plots_out
 from planted import planted
 from small import small
 from torch import Tensor
 from torchvision.models import ResNet
+from unsynced import write_behind
 
 from cxr.data.batches import Split, make_split
 from cxr.data.kaggle import index_folder
@@ -39,6 +41,8 @@ torch.set_num_threads(1)
 # A test is not wrong for being slow on a machine that is busy.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+allow()
+write_behind()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def plots_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of single tests draw no plots; the run that tests share, `finished`, does."""
+    leave_plots_out(monkeypatch)
+
+
+@pytest.fixture
+def studies_save(plots_left_out: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this test the figures of studies are saved."""
+    leave_plots_out(monkeypatch, studies_too=False)
 
 
 @pytest.fixture(scope="session")
@@ -115,14 +131,15 @@ def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def finished(
     store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, RunResult, Run]:
-    """A tracked run, and its record in the store."""
+    """A tracked run of the real ResNet-18 with all its plots, and its record in the store."""
     import mlflow
 
     from cxr.config import TrainConfig
     from cxr.runs.train import run_tracked
 
     cache = str(tmp_path_factory.mktemp("cache"))
-    config = small(TrainConfig, phantoms, strategy="gradual", val_split="official", bootstrap=50, cache_dir=cache)
+    options = {"arch": "resnet18", "strategy": "gradual", "val_split": "official", "bootstrap": 50}
+    config = small(TrainConfig, phantoms, **options, cache_dir=cache)
     mlflow.set_tracking_uri(store)
     result = run_tracked(config, say=lambda line: None)
     return config, result, mlflow.get_run(result.run_id)

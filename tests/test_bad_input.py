@@ -18,13 +18,17 @@ import pytest
 import torch
 from command import run_main
 from mlflow.entities import Run
+from narrow import ARCH
 from payload import Payload
 from PIL import Image
 from torchvision.models import resnet34
 
 from cxr.training import checkpoint
 
-TINY = ("--weights", "random", "--image-size", "64", "--epochs", "1", "--bootstrap", "0", "--views", "1")
+TINY = (
+    *("--arch", ARCH, "--weights", "random", "--image-size", "64"),
+    *("--epochs", "1", "--bootstrap", "0", "--views", "1"),
+)
 
 
 @pytest.fixture
@@ -229,7 +233,8 @@ def test_weights_that_cannot_be_used(
 ) -> None:
     path = tmp_path / "weights.pth"
     says = make(path)
-    refused.train(*TINY, "--data-dir", str(phantoms), "--weights", str(path), says=(f"--weights {path}", says))
+    options = ("--arch", "resnet18", "--data-dir", str(phantoms), "--weights", str(path))
+    refused.train(*TINY, *options, says=(f"--weights {path}", says))
     assert not (tmp_path / "mark").exists()
 
 

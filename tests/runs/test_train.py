@@ -106,6 +106,6 @@ def test_random_weights_are_reported_in_tag_and_summary(tiny: TrainConfig, monke
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
     tracker = NullTracker()
     with pytest.warns(UserWarning, match="RANDOM"):
-        result = run(replace(tiny, weights="auto", epochs=1), tracker, say=lambda line: None)
+        result = run(replace(tiny, arch="resnet18", weights="auto", epochs=1), tracker, say=lambda line: None)
     assert "could not be downloaded" in tracker.logged_tags["weights_used"]
     assert any("could not be downloaded" in line for line in summary(tiny, tracker, result))

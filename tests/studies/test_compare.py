@@ -15,6 +15,7 @@ import pytest
 from command import run_main
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from placeholder import leave_plots_out
 from small import quiet, small
 
 from cxr.config import CommandConfig, CompareConfig, CrossvalConfig, TrainConfig, TuneConfig, configure
@@ -30,12 +31,26 @@ from cxr.tracking.nested import children
 from cxr.tracking.reading import LoggedRun
 
 Finished = tuple[TrainConfig, RunResult, Run]
+Compared = tuple[LoggedRun, list[str], list[str]]
 
 
 @pytest.fixture
 def config(in_store: str, phantoms: Path) -> CompareConfig:
     """A comparison that takes seconds."""
     return small(CompareConfig, phantoms, bootstrap=20, register="none", strategies="frozen,partial", seeds=2)
+
+
+@pytest.fixture(scope="module")
+def compared(store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """One comparison: its parent, the verdict, and what it said."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    options = {"bootstrap": 20, "register": "none", "strategies": "frozen,partial", "seeds": 2, "cache_dir": cache}
+    said: list[str] = []
+    mlflow.set_tracking_uri(store)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_plots_out(patch, studies_too=False)
+        lines = sentences(compare_tracked(small(CompareConfig, phantoms, **options), said.append))
+    return newest_parent("comparison"), lines, said
 
 
 def newest_parent(kind: str) -> LoggedRun:
@@ -48,10 +63,8 @@ def newest_parent(kind: str) -> LoggedRun:
     return LoggedRun.of(found[0])
 
 
-def test_a_comparison_has_children_tables_figures_report_and_verdict(config: CompareConfig) -> None:
-    said: list[str] = []
-    lines = sentences(compare_tracked(config, said.append))
-    parent = newest_parent("comparison")
+def test_a_comparison_has_children_tables_figures_report_and_verdict(compared: Compared, in_store: str) -> None:
+    parent, lines, said = compared
     runs = children(parent.run_id)
     assert [run.name for run in runs] == ["frozen-s0", "partial-s0", "frozen-s1", "partial-s1"]
     assert {run.status for run in [parent, *runs]} == {"FINISHED"}
@@ -135,9 +148,8 @@ def test_a_child_whose_checkpoint_was_pruned_is_restarted(config: CompareConfig,
     MlflowClient().set_terminated(parent, "FINISHED")
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_named(config: CompareConfig) -> None:
-    compare_tracked(config, quiet)
-    runs = [load_run(run.run_id) for run in children(newest_parent("comparison").run_id)]
+def test_runs_that_differ_in_more_than_the_seed_are_named(compared: Compared, in_store: str) -> None:
+    runs = [load_run(run.run_id) for run in children(compared[0].run_id)]
     assert not [line for line in notes(runs, 0.01) if "WARNING" in line]
     odd = replace(runs[0], settings={**runs[0].settings, "arch": "resnet50"})
     remarks = notes([odd, *runs[1:]], 0.01)
@@ -149,9 +161,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_named(config: CompareConfig)
     )
 
 
-def test_finished_runs_are_compared_and_others_rejected(config: CompareConfig, finished: Finished) -> None:
-    compare_tracked(config, quiet)
-    ids = [run.run_id for run in children(newest_parent("comparison").run_id)]
+def test_finished_runs_are_compared_and_others_rejected(compared: Compared, in_store: str) -> None:
+    ids = [run.run_id for run in children(compared[0].run_id)]
     verdict = compare_runs(ids, 0.01, quiet)
     assert verdict == compare_runs(ids, 0.01, quiet)
     with pytest.raises(UserError, match="duplicate runs"):
@@ -192,7 +203,7 @@ def test_epochs_of_individual_strategies(config: CompareConfig) -> None:
 
 
 def test_crossval_holds_out_each_image_once_and_never_uses_the_test_folder(
-    in_store: str, phantoms: Path, config: CompareConfig
+    in_store: str, phantoms: Path, studies_save: None
 ) -> None:
     folds = small(CrossvalConfig, phantoms, strategy="frozen", bootstrap=20, folds=3, val_fraction=0.3)
     table = crossval_tracked(folds, quiet)

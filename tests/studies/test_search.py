@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from command import run_main
 from mlflow.entities import Run
 from optuna.trial import TrialState
 from small import quiet, small
+from started import Started
 
 from cxr.config import TuneConfig
 from cxr.errors import MachineError, UserError
@@ -34,7 +34,6 @@ from cxr.studies.search import open_worker, tune_tracked
 from cxr.tracking.nested import children, make_child
 from cxr.tracking.reading import LoggedRun, Tag
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
@@ -85,7 +84,9 @@ def states(config: TuneConfig) -> list[str]:
     return [trial.state.name for trial in load(config).trials]
 
 
-def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_best_only(config: TuneConfig) -> None:
+def test_a_search_has_one_parent_a_child_for_each_trial_and_the_weights_of_the_best_only(
+    config: TuneConfig, studies_save: None
+) -> None:
     tune_tracked(config, quiet)
     parent, runs = family(config)
     found = load(config)
@@ -369,32 +370,18 @@ def test_invalid_input_of_a_search_is_one_line(
     assert says in error
 
 
-def start(config: TuneConfig, store: str, cache: Path, *options: str) -> subprocess.Popen[str]:
+def start(config: TuneConfig, store: str, cache: Path) -> Started:
     """Start `cxr tune` in a new process."""
     train = config.train
-    command = [
-        sys.executable,
-        "-m",
-        "cxr",
-        "tune",
-        "--strategy",
-        train.strategy,
-        "--data-dir",
-        train.data_dir,
-    ]
-    command += ["--weights", "random", "--image-size", "64", "--epochs", str(train.epochs), "--views", "1"]
-    command += ["--bootstrap", "0", "--register", "none", "--storage", config.storage, "--heartbeat", "1"]
-    command += ["--pruner", "NopPruner", "--refit", str(config.refit).lower(), "--trials", str(config.trials), *options]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "CXR_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    options = ["--strategy", train.strategy, "--data-dir", train.data_dir, "--arch", train.arch, "--weights", "random"]
+    options += ["--image-size", "64", "--epochs", str(train.epochs), "--views", "1", "--bootstrap", "0"]
+    options += ["--register", "none", "--storage", config.storage, "--heartbeat", "1", "--pruner", "NopPruner"]
+    options += ["--refit", str(config.refit).lower(), "--trials", str(config.trials)]
+    return Started("tune", *options, MLFLOW_TRACKING_URI=store, CXR_CACHE=str(cache))
 
 
-def kill_during_trial(config: TuneConfig, process: subprocess.Popen[str], after: str) -> None:
+def kill_during_trial(config: TuneConfig, process: Started, after: str) -> None:
     """Send SIGKILL while the process runs a trial, after it has printed `after`."""
-    assert process.stdout
     for line in process.stdout:
         if after in line:
             break
@@ -404,8 +391,8 @@ def kill_during_trial(config: TuneConfig, process: subprocess.Popen[str], after:
         if running:
             break
         time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.finish()
 
 
 def assert_complete(config: TuneConfig, trials: int, lost: int) -> None:
@@ -445,9 +432,8 @@ def test_a_search_killed_during_a_trial_continues_to_exactly_its_number_of_trial
     long = config.replace(strategy="full", trials=4, epochs=3)
     kill_during_trial(long, start(long, store, own_cache), "trial   0")
     assert "RUNNING" in states(long)
-    again = start(long, store, own_cache)
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
+    code, output = start(long, store, own_cache).finish()
+    assert code == 0, output
     assert_complete(long, 4, lost=1)
 
 
@@ -488,8 +474,8 @@ def test_two_workers_share_a_study_and_the_trial_of_a_dead_one_is_not_lost(
     first = start(shared, store, own_cache)
     second = start(shared, store, own_cache)
     kill_during_trial(shared, first, "trial ")
-    output, _ = second.communicate(timeout=250)
-    assert second.returncode == 0, output
+    code, output = second.finish()
+    assert code == 0, output
     lost = len(load(shared).trials) - 12
     assert lost in (0, 1)  # none where the kill fell between two trials
     assert_complete(shared, 12, lost)

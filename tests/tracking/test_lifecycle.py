@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.entities import Run
+from narrow import ARCH
+from started import Started
 
 from cxr.config import TrainConfig, flatten, unflatten
 from cxr.errors import InUseError, UserError
@@ -25,8 +24,6 @@ from cxr.storage import exclusive
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.tracker import MlflowTracker
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_finished_run_has_its_tags(finished: tuple[TrainConfig, RunResult, Run]) -> None:
@@ -155,17 +152,15 @@ def test_an_unreachable_server_is_a_user_error_in_bounded_time(monkeypatch: pyte
 
 @pytest.mark.slow
 def test_sigterm_ends_the_run_killed(store: str, phantoms: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cxr", "train", "--data-dir", str(phantoms), "--image-size", "64"]
-    command += ["--weights", "random", "--strategy", "full", "--epochs", "1000", "--patience", "1000"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("epoch"):
-                process.send_signal(signal.SIGTERM)
-                break
-        process.communicate(timeout=60)
-    assert process.returncode == 130
+    options = ["--data-dir", str(phantoms), "--image-size", "64", "--arch", ARCH, "--weights", "random"]
+    options += ["--strategy", "full", "--epochs", "1000", "--patience", "1000"]
+    process = Started("train", *options, MLFLOW_TRACKING_URI=store)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            process.send_signal(signal.SIGTERM)
+            break
+    code, _ = process.finish(60)
+    assert code == 130
     mlflow.set_tracking_uri(store)
     newest = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"], output_format="list")[0]
     assert newest.info.status == "KILLED"

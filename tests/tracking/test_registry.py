@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from command import run_main
 from mlflow.entities import Run
 from small import quiet, small
+from started import Started
 from torchvision.models import ResNet, resnet18
 
 from cxr.config import TrainConfig
@@ -197,15 +197,14 @@ def test_a_killed_run_resumes_to_the_same_result_without_a_duplicate_step(
     store: str, phantoms: Path, in_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(TrainConfig, phantoms, strategy="gradual", epochs=2)
-    options = ["--strategy", "gradual", "--data-dir", str(phantoms), "--weights", "random", "--image-size", "64"]
-    options += ["--epochs", "2", "--views", "1", "--bootstrap", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "cxr", "train", *options]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("epoch  2"):
-                process.send_signal(signal.SIGKILL)
+    options = ["--arch", config.arch, "--strategy", "gradual", "--data-dir", str(phantoms), "--weights", "random"]
+    options += ["--image-size", "64", "--epochs", "2", "--views", "1", "--bootstrap", "0"]
+    process = Started("train", *options)
+    for line in process.stdout:
+        if line.startswith("epoch  2"):
+            process.send_signal(signal.SIGKILL)
+    code, _ = process.finish()
+    assert code == -signal.SIGKILL
     killed = mlflow.search_runs(experiment_names=["cxr"], order_by=["start_time DESC"], output_format="list")[0]
     assert killed.info.status == "RUNNING"
     before = len(mlflow.MlflowClient().get_metric_history(killed.info.run_id, "val_loss"))

@@ -455,6 +455,7 @@ def test_a_resumed_phase_goes_on_with_its_rate(few: Splits, tmp_path: Path, epoc
 @pytest.mark.slow
 def test_compiled_steps_take_the_same_way(few: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, used = torch.compile, []
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more are processes that import torch first
 
     def counted(module: torch.nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
         made = compiled(module, **options)
