@@ -188,7 +188,7 @@ def _remove_abandoned(parent: Path) -> None:
     """Remove the half-made folders of processes of this machine that have ended."""
     for work in parent.glob(f"{_building()}-*"):
         start, pid, _ = work.name.rsplit("-", 2)
-        if start == _building() and not _alive(int(pid)):  # not of a host whose name only starts like ours
+        if start == _building() and not _alive(int(pid)):  # not a host whose name merely starts like this one's
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import pandas as pd
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--image-size", "64", "--epochs", "2", "--views", "2", "--bootstrap", "100", "--weights", "random"]
@@ -65,13 +64,17 @@ class Version:
         process.kill()
         process.communicate()
 
+    def client(self) -> Any:
+        """MLflow's client of the store."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
+
     def runs(self) -> dict[str, Any]:
         """Run id -> MLflow's run, of all in the store."""
-        import mlflow
-
-        mlflow.set_tracking_uri(f"sqlite:///{self.folder}/mlflow.db")
-        found = mlflow.search_runs(search_all_experiments=True, output_format="list")
-        return {run.info.run_id: run for run in found}
+        client = self.client()
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        return {run.info.run_id: run for run in client.search_runs(experiments)}
 
     def new_run(self, *arguments: str) -> Any:
         """Run `cxr` and return the run that it added to the store."""
@@ -82,27 +85,20 @@ class Version:
         return runs[added]
 
 
-def numbers(run: Any) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> its whole history, without clocks."""
-    import mlflow
-
-    client = mlflow.MlflowClient()
+def result(version: Version, run: Any) -> dict[str, Any]:
+    """The whole history of every metric that is not a clock, and the predictions of validation and test."""
+    client = version.client()
     names = [name for name in run.data.metrics if not any(clock in name for clock in CLOCKS)]
     histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
-    return {name: [(each.step, each.value) for each in history] for name, history in histories.items()}
-
-
-def tables(run: Any) -> dict[str, pd.DataFrame]:
-    """The predictions of validation and test."""
+    numbers = {name: [(each.step, each.value) for each in history] for name, history in histories.items()}
     root = Path(str(run.info.artifact_uri).removeprefix("file://"))
-    return {split: pd.read_csv(root / f"tables/{split}_predictions.csv") for split in ("val", "test")}
+    tables = {split: (root / f"tables/{split}_predictions.csv").read_text() for split in ("val", "test")}
+    return {"numbers": numbers, **tables}
 
 
-def same_result(one: Any, other: Any) -> bool:
-    """Whether two runs have the same numbers and predictions, bit for bit."""
-    left, right = numbers(one), numbers(other)
-    theirs = tables(other)
-    return bool(left) and left == right and all(table.equals(theirs[split]) for split, table in tables(one).items())
+def new_result(version: Version, *arguments: str) -> dict[str, Any]:
+    """Run `cxr` and return the result of the run that it added."""
+    return result(version, version.new_run(*arguments))
 
 
 def trials(version: Version) -> list[tuple[str, str]]:
@@ -121,13 +117,16 @@ def kept_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 def make(old: Version, undisturbed: Version) -> dict[str, Any]:
     """All that the old code leaves, and the undisturbed versions of what was interrupted."""
-    made = {strategy: old.new_run("train", "--strategy", strategy, *SIZE) for strategy in STRATEGIES}
+    made: dict[str, Any] = {
+        strategy: new_result(old, "train", "--strategy", strategy, *SIZE) for strategy in STRATEGIES
+    }
     before = old.runs().keys()
+    made["finished"] = next(iter(before))
     old.killed("epoch  3", *LONG)
     (interrupted,) = old.runs().keys() - before
     old.killed("trial   2", *TUNE)
     film = next((old.folder / "cache").glob("synthetic-*/chest_xray/test/PNEUMONIA/*"))
-    whole = undisturbed.new_run(*LONG)
+    whole = new_result(undisturbed, *LONG)
     return {**made, "interrupted": interrupted, "whole": whole, "trials": trials(old), "film": str(film)}
 
 
@@ -137,7 +136,7 @@ def checks(new: Version, made: dict[str, Any]) -> dict[str, Callable[[], bool]]:
 
     def resumed() -> bool:
         new.run("train", "--resume", made["interrupted"])
-        return same_result(made["whole"], new.runs()[made["interrupted"]])
+        return bool(made["whole"] == result(new, new.runs()[made["interrupted"]]))
 
     def studied() -> bool:
         new.run(*TUNE)
@@ -146,15 +145,15 @@ def checks(new: Version, made: dict[str, Any]) -> dict[str, Callable[[], bool]]:
 
     found: dict[str, Callable[[], bool]] = {}
     for strategy in STRATEGIES:
-        found[f"{strategy}: the same command gives the same numbers"] = lambda strategy=strategy: same_result(
-            made[strategy], new.new_run("train", "--strategy", strategy, "--register", "none", *SIZE)
+        found[f"{strategy}: the same command gives the same numbers"] = lambda strategy=strategy: (
+            made[strategy] == new_result(new, "train", "--strategy", strategy, "--register", "none", *SIZE)
         )
     found["the cache is used, nothing in it rebuilt"] = lambda: (
         {path: state for path, state in kept_files(new.folder).items() if path in kept} == kept
         and not kept_files(new.folder).keys() - kept.keys()
     )
     found["the registered model loads and answers the same"] = lambda: new.run("predict", made["film"]) == predicted
-    found["the logged model verifies"] = lambda: bool(new.run("models", "verify", made["partial"].info.run_id))
+    found["the logged model verifies"] = lambda: bool(new.run("models", "verify", made["finished"]))
     found["the interrupted run is resumed to the undisturbed result"] = resumed
     found["the interrupted search continues to its number of trials and keeps those it had"] = studied
     return found

@@ -209,13 +209,29 @@ def test_the_lock_names_hashes_and_no_address() -> None:
     assert "://" not in text
 
 
-def test_functions_are_short() -> None:
-    lengths = {
-        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+def functions() -> dict[str, ast.FunctionDef]:
+    """Dotted name below `cxr` -> definition, methods and nested functions included."""
+    return {
+        f"{name}.{node.name}": node
         for name, path in modules().items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     }
+
+
+def test_functions_are_short() -> None:
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions().items()}
     assert len(lengths) > 100
     assert {name: length for name, length in lengths.items() if length > 50} == {}
     assert sorted(lengths.values())[len(lengths) // 2] <= 12
+
+
+def test_functions_below_runs_take_six_arguments_at_most() -> None:
+    taken = {
+        name: [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        for name, node in functions().items()
+        if layer(name) > layer("runs")
+    }
+    counts = {name: len([arg for arg in args if arg not in ("self", "cls")]) for name, args in taken.items()}
+    assert len(counts) > 100
+    assert {name: count for name, count in counts.items() if count > 6} == {}

@@ -87,7 +87,7 @@ def _balance(manifest: pd.DataFrame) -> Finding:
     shares = manifest.groupby("split")["label"].mean()
     spread = float(shares.max() - shares.min())
     text = ", ".join(f"{split} {share:.1%}" for split, share in shares.items())
-    return Finding("share of pneumonia", spread < 0.05, text + ("" if spread < 0.05 else " (class balance differs)"))
+    return Finding("class balance", spread < 0.05, text + ("" if spread < 0.05 else " (differs between splits)"))
 
 
 def _corrupt(bad: dict[str, str]) -> Finding:

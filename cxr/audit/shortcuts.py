@@ -66,7 +66,7 @@ def _read_header(path: Path) -> tuple[float, float, float, float, str, float, fl
 def separability(values: Floats, labels: Ints, groups: npt.ArrayLike) -> float:
     """How well one cue separates the classes: cross-validated AUC, 0.5 to 1; NaN if it cannot be computed.
 
-    `values` [n] may be missing, which counts as a value of its own; `labels` [n] are 0 or 1; each of the 5 folds keeps
+    `values` [n] may be missing, which counts as a separate value; `labels` [n] are 0 or 1; each of the 5 folds keeps
     the groups of `groups` [n] together. The model is a decision tree with 16 leaves on the ranks, so it is invariant to
     the scale of the cue and can use non-monotone relations. The tree learns the direction in each training fold; a mean
     below 0.5 is due to chance and returned as 0.5.

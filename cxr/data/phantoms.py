@@ -330,7 +330,7 @@ def _branches(rng: np.random.Generator, size: int, count: int, reach: float, wid
             turns = [float(v) for v in jitter[side, i]]
             height = _HILUM[1] + 0.12 * math.sin(fan[i]) + 0.1 * turns[7]
             start = ((_FIELD + sign * _HILUM[0]) * unit, (_FIELD + height) * unit)
-            _vessel(draw, start, float(fan[i]), turns, float(length[side, i]), sign, width * size / 224)
+            _vessel(draw, start, float(fan[i]), turns, sign * float(length[side, i]), width * size / 224)
     return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.7 * size / 224)), dtype=np.float32) / 255
 
 
@@ -339,20 +339,19 @@ def _vessel(
     start: tuple[float, float],
     angle: float,
     turns: list[float],
-    length: float,
-    sign: int,
+    reach: float,
     width: float,
 ) -> None:
-    """Draw one vessel with four bends from `start` (pixels), and a branch at each."""
+    """Draw a vessel with four bends, and a branch at each, from `start` (pixels); leftward if `reach` < 0."""
     heading, (x, y) = angle, start
     for step in range(4):
         heading += turns[step]
         fade = 1 - 0.2 * step
-        stretch = length * 0.27
-        x2, y2 = x + sign * stretch * math.cos(heading), y + stretch * math.sin(heading)
+        across, down = reach * 0.27, abs(reach) * 0.27
+        x2, y2 = x + across * math.cos(heading), y + down * math.sin(heading)
         draw.line((x, y, x2, y2), fill=int(230 * fade), width=max(1, round(width * fade)))
         twig = heading + math.copysign(0.5, turns[4 + step]) + turns[4 + step]
-        end = (x2 + sign * stretch * 0.9 * math.cos(twig), y2 + stretch * 0.9 * math.sin(twig))
+        end = (x2 + across * 0.9 * math.cos(twig), y2 + down * 0.9 * math.sin(twig))
         draw.line((x2, y2, *end), fill=int(150 * fade), width=max(1, round(width * fade * 0.5)))
         x, y = x2, y2
 

@@ -1,7 +1,7 @@
 """Images decoded once into a memory-mapped uint8 array, keyed by their content.
 
 The store lies in `<cache>/store/<size>-<resize>/<format>-<key>/`; the key is made of the images' digests, so a
-changed file means another store, which takes over the unchanged rows. It is written to a folder of its own and
+changed file means another store, which takes over the unchanged rows. It is written to a new folder and
 renamed: two runs may build the same one, the first to finish wins and the other's is dropped.
 """
 

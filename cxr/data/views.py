@@ -1,7 +1,7 @@
 """Views: one augmented version of an image is a pure function of (seed, image, view number).
 
 Mild geometry, plus what breaks the cues that come from the apparatus instead of the lung: exposure, sharpness,
-scale and JPEG compression. A batch is transformed at once with parameters of its own for each image, on
+scale and JPEG compression. A batch is transformed at once with separate parameters for each image, on
 whatever device holds it. The order of the operations is the order of the columns of `RANGES`.
 """
 
@@ -88,7 +88,7 @@ def image_key(digest: str) -> int:
 def view_parameters(seed: int, keys: npt.NDArray[np.uint64], view: int) -> npt.NDArray[np.float32]:
     """The parameters [n, 8] of one view of n images, columns as in `RANGES`, uniform (zoom log-uniform).
 
-    Philox is counter-based: the parameters of an image depend on nothing but (seed, key, view), so neither order nor
+    Philox is counter-based: the parameters of an image depend only on (seed, key, view), so neither order nor
     batch size nor a resumed run changes them.
     """
     table = np.empty((len(keys), len(RANGES)), np.float64)
@@ -174,7 +174,7 @@ _QUANTISATION = (
 
 @functools.cache
 def _codec(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(the quantisation table, the orthonormal DCT-II of length 8), each [8, 8], brought to the device once."""
+    """(the quantisation table, the orthonormal DCT-II of length 8), each [8, 8], copied to the device once."""
     return torch.tensor(_QUANTISATION, dtype=torch.float32, device=device), _dct_matrix().to(device)
 
 

@@ -106,19 +106,19 @@ def intervals(
     labels: Ints,
     probabilities: Floats,
     groups: Sequence[str],
-    threshold: float,
     resamples: int,
+    replicate: Callable[[Ints, Floats, Floats], dict[str, Floats]],
     level: float = 0.95,
-    replicate: Callable[[Ints, Floats, Floats, float], dict[str, Floats]] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """The percentile bootstrap interval (low, high) of every metric; (nan, nan) if it is undefined in all resamples or
     if there is only one group.
 
-    Of `METRICS`, or of the metrics that `replicate` returns (e.g. `weighted_decisions`). If all resamples agree (e.g.
-    40 of 40 detected), recall, specificity and accuracy get the exact interval (Clopper and Pearson 1934) with the
-    number of groups as the number of trials; the other metrics have none.
+    `replicate` computes the metrics [b] from labels, probabilities and weights [b, n], e.g. `weighted_metrics` with its
+    threshold bound by `functools.partial`. If all resamples agree (e.g. 40 of 40 detected), recall, specificity and
+    accuracy get the exact interval (Clopper and Pearson 1934) with the number of groups as the number of trials; the
+    other metrics have none.
     """
-    replicates = (replicate or weighted_metrics)(labels, probabilities, group_weights(groups, resamples), threshold)
+    replicates = replicate(labels, probabilities, group_weights(groups, resamples))
     tails = [(1 - level) / 2, (1 + level) / 2]
     names, positive = np.asarray(groups, dtype=object), labels == 1
     chosen = {"recall": positive, "specificity": ~positive, "accuracy": np.ones(len(labels), bool)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from cxr.evaluation.metrics import (
     point_metrics,
     recall_by_subtype,
     weighted_decisions,
+    weighted_metrics,
 )
 from cxr.threshold_rule import RuleKind, ThresholdRule
 
@@ -201,9 +203,11 @@ def evaluate(
         origin=origin,
         table=table,
         values=point_metrics(labels, probabilities, HALF),
-        bounds=intervals(labels, probabilities, groups, HALF, resamples),
+        bounds=intervals(labels, probabilities, groups, resamples, partial(weighted_metrics, threshold=HALF)),
         chosen_values=decision_metrics(labels, probabilities, threshold),
-        chosen_bounds=intervals(labels, probabilities, groups, threshold, resamples, replicate=weighted_decisions),
+        chosen_bounds=intervals(
+            labels, probabilities, groups, resamples, partial(weighted_decisions, threshold=threshold)
+        ),
         subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
         before={name: uncalibrated[name] for name in CALIBRATED},
         prior={} if prevalence is None else _prior(labels, probabilities, prevalence),

@@ -234,7 +234,7 @@ def explanation_panel(
     """Grey ``images`` [n, s, s] overlaid with heat maps ``heats`` [n, s, s], in rows of ``columns``, each with its
     caption.
 
-    Heat maps range from 0 (transparent) to 1; the colour bar says that they are comparable only within an image.
+    Heat maps range from 0 (transparent) to 1; the colour bar notes that they are comparable only within an image.
     """
     if len(heats) != len(images):
         raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need equal numbers")

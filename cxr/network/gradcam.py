@@ -21,7 +21,7 @@ from cxr.strategies import STAGES
 
 Float32 = npt.NDArray[np.float32]
 _BATCH = 32
-_BEFORE, _AFTER = STAGES[:-2], STAGES[-2:]  # layer4, whose maps are wanted, and the head
+_BEFORE, _AFTER = STAGES[:-2], STAGES[-2:]  # the stages up to layer4, whose maps are explained, and the head
 
 
 def heatmaps(model: ResNet, images: UInt8 | Sequence[UInt8], target: int = CLASS_TO_INDEX["PNEUMONIA"]) -> Float32:

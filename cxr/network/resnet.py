@@ -17,7 +17,7 @@ from cxr.network.weights import InitialWeights, WeightsKind, fit_weights, load_i
 def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, InitialWeights]:
     """(model with a fresh two-class head, which weights were really used).
 
-    `weights` is `auto`, `imagenet`, `random` or a file. Raises `UserError` when the weights cannot be had
+    `weights` is `auto`, `imagenet`, `random` or a file. Raises `UserError` if the weights are unavailable
     or do not fit.
     """
     torch.manual_seed(seed)

@@ -60,9 +60,9 @@ _NO_DOWNLOAD = (OSError, HTTPException, RuntimeError, EOFError, pickle.Unpicklin
 
 
 def load_imagenet(model: ResNet, arch: str, required: bool) -> InitialWeights:
-    """Load torchvision's ImageNet weights, or leave the model random where they cannot be had and are not required."""
+    """Load torchvision's ImageNet weights; if the download fails and is not required, the model stays random."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none, and would wait for ever
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none and would wait forever
     try:
         state = models.get_model_weights(arch)["DEFAULT"].get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
@@ -73,7 +73,7 @@ def load_imagenet(model: ResNet, arch: str, required: bool) -> InitialWeights:
                 f"--weights imagenet: cannot be downloaded ({error}); name a file with --weights PATH, "
                 "or use --weights random"
             ) from error
-        warnings.warn(f"ImageNet weights cannot be had ({error}); starting from RANDOM weights", stacklevel=3)
+        warnings.warn(f"ImageNet weights could not be downloaded ({error}); starting from RANDOM weights", stacklevel=3)
         return InitialWeights(WeightsKind.NOT_DOWNLOADED)
     finally:
         socket.setdefaulttimeout(before)

@@ -17,7 +17,7 @@ from cxr.storage import Cache, write_atomically
 from cxr.strategies import HEAD
 from cxr.training.batch_source import pooled_features
 
-VERSION = 2
+VERSION = 3
 
 
 def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: str = "fp32") -> list[Finding]:
@@ -38,8 +38,8 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
         content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.conclusive)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):
-        told = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)
-        raise UserError(f"{data.root}: leaks across splits ({told}); fix the folders, or use --strict false")
+        pairs = "; ".join(f"{finding.check}: {finding.detail}" for finding in leaked)
+        raise UserError(f"{data.root}: leaks across splits ({pairs}); fix the folders, or use --strict false")
     return findings
 
 

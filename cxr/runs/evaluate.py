@@ -1,4 +1,4 @@
-"""A logged or registered model on other images, as a run of its own, held against what it was on its own test split."""
+"""Evaluation of a logged or registered model on other images, as a separate run, compared with its own test split."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, source_run
 
 
 def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> Report:
-    """Evaluate a logged or registered model on other images, in an MLflow run of its own.
+    """Evaluate a logged or registered model on other images, in a new MLflow run.
 
-    The figures are named `external_…` for a flat folder of two classes, `test_…` for the test split of a Kaggle-shaped
-    one. Raises `UserError` for a model or a folder that cannot be used, or unreadable images.
+    The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
+    Kaggle layout. Raises `UserError` for a model or a folder that cannot be used, or unreadable images.
     """
     predictor = registry.load(uri)
     card = predictor.card
@@ -60,8 +60,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
 
 
 def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
-    """Validation and test predictions and the manifest of the run that the model comes from; empty where they cannot
-    be had."""
+    """Val and test predictions and the manifest of the run that logged the model; empty if they cannot be read."""
     run_id = source_run(uri)
     if run_id is None:
         return {}
@@ -76,44 +75,46 @@ def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
 def _drop(
     own: dict[str, pd.DataFrame], predictions: pd.DataFrame, split: str, bootstrap: int
 ) -> tuple[dict[str, float], list[str]]:
-    """(figures, sentences): how much of the ROC-AUC on the model's own test split is lost, and what else has moved."""
+    """(metrics, sentences): the drop in ROC-AUC from the model's own test split, and what else changed."""
     if not own:
-        return {}, ["the run that the model comes from cannot be read: nothing to hold these figures against"]
+        return {}, ["the run that logged the model cannot be read: no comparison with its own test split"]
     before, after = own["test"], predictions
     aucs = [_points(table)["roc_auc"] for table in (before, after)]
-    figures = {f"{split}_auc_drop": aucs[0] - aucs[1]}
+    metrics = {f"{split}_auc_drop": aucs[0] - aucs[1]}
     low, high = float("nan"), float("nan")
-    if bootstrap:  # other images, so the two are resampled apart
+    if bootstrap:  # different images, so the two are resampled independently
         draws = [_auc_draws(table, bootstrap, seed) for seed, table in enumerate((before, after))]
         low, high = (float(value) for value in np.nanquantile(draws[0] - draws[1], [0.025, 0.975]))
-        figures |= {f"{split}_auc_drop_low": low, f"{split}_auc_drop_high": high}
+        metrics |= {f"{split}_auc_drop_low": low, f"{split}_auc_drop_high": high}
     shares = [float(table["label"].mean()) for table in (own["val"], before, after)]
     words = [
         f"ROC-AUC {aucs[0]:.4f} on the model's own test split, {aucs[1]:.4f} here: drop "
         f"{format_interval((aucs[0] - aucs[1], low, high))}",
-        f"share of pneumonia: {shares[0]:.3f} on validation, {shares[1]:.3f} on test, {shares[2]:.3f} here",
+        f"prevalence of pneumonia: {shares[0]:.3f} on validation, {shares[1]:.3f} on test, {shares[2]:.3f} here",
         _calibration_words(before, after),
     ]
     if low > 0:
-        words.append("WARNING: the model ranks these images worse than its own; do not carry its figures over to them")
-    return figures, words
+        words.append(
+            "WARNING: the model discriminates worse here than on its own test split; its test metrics do not apply"
+        )
+    return metrics, words
 
 
 def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
-    """Warnings when images, or patients by file names, of the model's training are among those it is evaluated on."""
+    """Warnings if images, or patients according to file names, were also used to train or select the model."""
     if not own:
         return []
     trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
-    known = predictions["subtype"] != "unknown"  # other names tell no patient
+    known = predictions["subtype"] != "unknown"  # other file names do not identify patients
     copies = int(predictions["digest"].isin(set(trained["digest"])).sum())
     seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
-    head, tail = f"of {len(predictions)} images are", "these figures are no evaluation"
+    head, tail = f"of {len(predictions)} images are", "these metrics are not a valid evaluation"
     words = []
     if copies:
-        words.append(f"WARNING: {copies} {head} files that the model was trained or chosen on: {tail}")
+        words.append(f"WARNING: {copies} {head} files that the model was trained or selected on: {tail}")
     if seen:
         words.append(
-            f"WARNING: {seen} {head} of patients that the model was trained or chosen on, if file names tell: {tail}"
+            f"WARNING: {seen} {head} of patients that the model was trained or selected on, by file names: {tail}"
         )
     return words
 

@@ -1,4 +1,4 @@
-"""What a run says to the person who started it."""
+"""The lines that a run prints."""
 
 from __future__ import annotations
 

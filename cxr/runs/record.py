@@ -1,4 +1,4 @@
-"""What a run gives back, and how it is told: to the tracker, to the registry, to a person."""
+"""What a training run logs: before training, after it, and to the model registry."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def log_start(
     weights: InitialWeights,
     findings: list[Finding],
 ) -> None:
-    """What is known before training: tags, configuration, audit, manifest, data sets.
+    """Log what is known before training: tags, configuration, audit, manifest, datasets.
 
-    Raises `UserError` when a resumed run would go on with other data, weights or precision than it began with.
+    Raises `UserError` if a resumed run would continue with different data, weights or precision.
     """
     origin: dict[str, str] = {
         Tag.DATA_FINGERPRINT: data.fingerprint,
@@ -79,18 +79,18 @@ def log_start(
 
 
 def _require_same(tracker: Tracker, origin: Mapping[str, str]) -> None:
-    """Raise `UserError` when a resumed run would go on from something else than it began with."""
+    """Raise `UserError` if a resumed run would continue with different data, weights or precision."""
     for name, value in origin.items():
         before = tracker.recorded_tags().get(name, value)
         if before != value:
-            raise UserError(f"--resume {tracker.run_id}: {name} was {before} and is {value} now; start a new run")
+            raise UserError(f"--resume {tracker.run_id}: {name} was {before}, now {value}; start a new run")
 
 
 def views_figure(config: TrainConfig, train: Split) -> Figure:
-    """Six training images, each as it is and as its first views."""
+    """Six training images, each unaugmented and as its first two views."""
     shown = np.linspace(0, len(train) - 1, 6).astype(np.int64)
     images = torch.from_numpy(train.dataset.images[train.dataset.rows[shown]])
-    rows, captions = [images], ["as it is"] * 6
+    rows, captions = [images], ["original"] * 6
     for view in range(min(config.views, 2)):
         parameters = torch.from_numpy(view_parameters(config.seed, train.keys[shown], view))
         rows.append(augment(images, parameters).byte())
@@ -199,7 +199,7 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:
-    """The predictions, the report and the figures of one split; `name` says whose they are."""
+    """Log the predictions, the report and the figures of one split; `name` goes into their titles."""
     split, labels, probabilities = report.split, report.labels, report.probabilities
     title = f"{SPLIT_NAMES[split]}: {name}"
     tracker.table(report.table, predictions_path(split))

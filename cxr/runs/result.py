@@ -16,10 +16,10 @@ from cxr.training.loop import EpochRecord
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run gives back: which weights it really started from, its epochs, and the two reports.
+    """The initial weights that were used, the epochs, the reports on validation and test, and the cost of a run.
 
-    `stressed` are the figures of the stressed validation; `uses_before` says how often this test split was evaluated
-    before in the tracking store.
+    `stressed` has the metrics of the stressed validation; `uses_before` is how often this test split was already
+    evaluated in the tracking store; `seconds` is the wall time, `peak_memory` in GB.
     """
 
     run_id: str
@@ -37,15 +37,15 @@ class RunResult:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row for each epoch."""
+        """One row per epoch."""
         return pd.DataFrame([record.row() for record in self.records])
 
     @property
     def best(self) -> EpochRecord:
-        """The epoch whose checkpoint is the result: the lowest validation loss over all phases."""
+        """The epoch whose checkpoint is the result: the lowest value of `select` over all phases."""
         return [record for record in self.records if record.improved][-1]
 
     @property
     def proofs(self) -> list[FreezeProof]:
-        """One for each phase."""
+        """One per phase."""
         return [record.proof for record in self.records if record.proof]

@@ -1,4 +1,4 @@
-"""Whether an interrupted run can go on, and with which configuration."""
+"""Whether an interrupted run can be resumed, and with which configuration."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cxr.storage import Cache
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
 
-# Runs that have the parameters of a training run and are none -> what to do instead of resuming them.
+# Runs with the parameters of a training run that are not one -> what to do instead of `--resume`.
 NO_TRAINING_RUNS = {
-    RunKind.SEARCH: "give its `cxr tune` command again",
-    RunKind.TRIAL: "give the `cxr tune` command of its search again",
-    RunKind.COMPARISON: "give its `cxr compare` command again",
-    RunKind.CROSSVAL: "give its `cxr crossval` command again",
-    RunKind.EVALUATION: "give its `cxr evaluate` command again",
+    RunKind.SEARCH: "run its `cxr tune` command again",
+    RunKind.TRIAL: "run the `cxr tune` command of its search again",
+    RunKind.COMPARISON: "run its `cxr compare` command again",
+    RunKind.CROSSVAL: "run its `cxr crossval` command again",
+    RunKind.EVALUATION: "run its `cxr evaluate` command again",
 }
 
 
@@ -34,16 +34,16 @@ def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
 
 
 def is_lost(run_id: str, config: TrainConfig) -> bool:
-    """Whether a run was broken off and cannot be continued by this process."""
+    """Whether a run was interrupted and cannot be resumed by this process."""
     run = LoggedRun.open(run_id)
     return not run.finished and run.status != "RUNNING" and not can_continue(run, config)
 
 
 def recorded_config(run_id: str, config: TrainConfig, resumed: bool) -> TrainConfig:
-    """The configuration that a run recorded; `config` for one that `mlflow run` has just opened, not `resumed`.
+    """The configuration that a run recorded; `config` if `mlflow run` has just created it (not `resumed`).
 
-    A run that was stopped before it recorded ours has the parameters that `mlflow run` logged, under plain names.
-    Raises `UserError` for a run to resume that is no training run, or whose parameters cannot be read.
+    A run stopped before it logged its configuration has the parameters that `mlflow run` logged, without a prefix.
+    Raises `UserError` if the run to resume is not a training run, or its parameters cannot be read.
     """
     run, names = unfinished_run(run_id), types_of(TrainConfig).keys()
     if resumed and run.kind in NO_TRAINING_RUNS:

@@ -46,7 +46,7 @@ Float32 = npt.NDArray[np.float32]
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     """Train by `config`, evaluate the best checkpoint on validation and, once, on test; log all of it."""
     started = time.perf_counter()
-    tracker.params(flatten(config))  # first of all: a resume reads them
+    tracker.params(flatten(config))  # first, because resuming reads them
     machine = ready_machine(config)
     reset_peak_memory(machine.device)
     data = read_data(config)
@@ -55,7 +55,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
     if found := [finding.check for finding in findings if not finding.ok]:
-        say(f"note: the audit warns of {', '.join(found)}: see data/audit.txt in the run, or `cxr data audit`")
+        say(f"audit: warnings for {', '.join(found)}; see data/audit.txt in the run, or run `cxr data audit`")
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), Artifact.TRAIN_VIEWS)
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
@@ -99,7 +99,7 @@ def run_tracked(
 
 
 def run_with_processes(config: TrainConfig, say: Say = print, run_id: str | None = None) -> None:
-    """`run_tracked`, together with the other processes of torchrun, if it started any. Raises as `run_tracked`."""
+    """`run_tracked`, in step with the other processes if torchrun started any. Raises as `run_tracked`."""
     with parallel.joined(config.device):
         if parallel.rank() == 0:
             run_tracked(config, say, run_id)

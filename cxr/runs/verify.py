@@ -1,5 +1,5 @@
-"""The audit of an evaluation: the logged figures again from the logged predictions, and those from model and data; the
-choice of the best epoch again from the logged epochs. What an epoch before the best one measured is past checking."""
+"""Verification of a run: recomputes metrics from the logged predictions, predictions from model and data, and the best
+epoch from the logged epochs. Metrics of epochs other than the best cannot be checked: their weights are not kept."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from cxr.tracking.lifecycle import git_commit
 from cxr.tracking.reading import LoggedRun, Tag, source_run
 from cxr.training.loop import class_weights
 
-EXACT, CLOSE = 1e-9, 1e-3  # of figures from the same table; of probabilities from another batch, layout and precision
-LOOSE = 0.01  # of figures that training measured in bf16 or fp16, and that fp32 gives here
+# Tolerances: metrics from the same table; probabilities with another batch size, memory format and precision;
+# metrics measured in bf16 or fp16 during training and in fp32 here.
+EXACT, CLOSE, LOOSE = 1e-9, 1e-3, 0.01
 _SHOWN = 5
 
 
@@ -65,14 +66,14 @@ def _run_of(target: str) -> tuple[LoggedRun, str]:
         raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
     run_id = source_run(target)
     if run_id is None:
-        raise UserError(f"{target}: there is no such model, or the run that logged it is not known")
+        raise UserError(f"{target}: no such model, or the run that logged it is unknown")
     return LoggedRun.open(run_id), target
 
 
 def _model_of(run: LoggedRun) -> str:
     found = registry.logged_models(run.experiment_id, run.run_id)
     if not found:
-        raise UserError(f"run {run.run_id} has no logged model: not a finished training run")
+        raise UserError(f"run {run.run_id} has no logged model; it is not a finished training run")
     return str(found[0].model_id)
 
 
@@ -96,21 +97,21 @@ def _metrics(
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
     wrong = _differences(run.metrics, again)
     made, here = run.commit, git_commit()
-    if wrong and made != here:  # whose statistics may be others
+    if wrong and made != here:  # whose definitions of metrics may differ
         wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
     return _finding("metrics from the logged predictions", wrong, f"{len(again)} metrics equal")
 
 
 def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolerance: float = EXACT) -> list[str]:
     return [
-        f"{name} is logged as {logged.get(name, float('nan')):.6f}, and is {value:.6f}"
+        f"{name} is logged as {logged.get(name, float('nan')):.6f}, recomputed {value:.6f}"
         for name, value in again.items()
         if not np.isclose(logged.get(name, float("nan")), value, rtol=tolerance, atol=tolerance)
     ]
 
 
 def _tolerance(run: LoggedRun) -> float:
-    """Of figures that training measured in its own precision."""
+    """For metrics that training measured in its own precision."""
     return CLOSE if run.tags.get(Tag.PRECISION) == "fp32" else LOOSE
 
 
@@ -119,7 +120,7 @@ def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Findi
     losses, judged = (run.history(name) for name in ("val_loss", config.select))
     best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
     named = run.tags.get(Tag.BEST_EPOCH, "nothing")
-    wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, and is {best}"]
+    wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, recomputed {best}"]
     weights = torch.tensor([run.number(f"class_weight.{name}") for name in CLASSES])
     logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     name = f"val_loss of epoch {best}"
@@ -129,7 +130,7 @@ def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Findi
 
 
 def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
-    """Calibration and threshold again from validation alone."""
+    """Recompute calibration and threshold from validation."""
     labels, _ = arrays_of(val)
     margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
     fitted = fit_calibration(config.calibration, margins, labels)
@@ -142,7 +143,7 @@ def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: 
 
 
 def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding:
-    """Probabilities and decisions of the table from its own logits, by the model's calibration and threshold."""
+    """Recompute probabilities and decisions from the logged logits with the model's calibration and threshold."""
     margins = margins_of(table[["logit_normal", "logit_pneumonia"]].to_numpy())
     again = predictor.card.calibration.apply(margins)
     off = ~np.isclose(again, table["probability"], rtol=EXACT, atol=EXACT)
@@ -154,10 +155,10 @@ def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding
 def _from_images(
     run: LoggedRun, config: TrainConfig, tables: Mapping[str, pd.DataFrame], predictor: Predictor
 ) -> list[Finding]:
-    """The images again through the model; which images they are, by digest, label and split."""
+    """Check the images by digest, label and split, then run them through the model."""
     data = read_data(config)
     recorded = run.tags.get(Tag.DATA_FINGERPRINT)
-    same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded} and is {data.fingerprint}"]
+    same = [] if recorded == data.fingerprint else [f"fingerprint was {recorded}, now {data.fingerprint}"]
     findings = [_finding("images, labels and splits", same, f"fingerprint {data.fingerprint}")]
     if same:
         return findings
@@ -168,7 +169,9 @@ def _from_images(
 def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predictor) -> Finding:
     check, part = f"{split} predictions from model and data", data.part(split)
     if list(part["digest"]) != list(table["digest"]):
-        return _finding(check, [f"the table has {len(table)} images, not the {len(part)} of the split, or others"], "")
+        return _finding(
+            check, [f"the table has {len(table)} images, the split {len(part)}, or they are not the same"], ""
+        )
     images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
     again, logged = predictor.predict(images)["probability"].to_numpy(), table["probability"]
     gap = np.abs(again - logged.to_numpy())
@@ -179,16 +182,16 @@ def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predict
 
 
 def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
-    """The class weights again from the training labels, and the stressed validation from model and data."""
+    """Recompute class weights from the training labels, and the stressed validation from model and data."""
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
     logged = {name: run.number(name) for name in named}
-    wrong = _differences(logged, named, 1e-6)  # as many digits as are logged
+    wrong = _differences(logged, named, 1e-6)  # the precision of the logged values
     split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
     order = straight_order(split, config.batch_size)
     seen = (batch for view in STRESSED for batch in view_batches(split, order, 0, view, device))
     again = stressed_metrics(*infer(predictor.model, seen), weights, tuple(STRESSES))
-    # One image that falls on the other side moves a count, be the tolerance what it may.
+    # A single image on the other side of the threshold changes a count, whatever the tolerance.
     step = 2 / (len(STRESSES) * int(np.bincount(split.labels, minlength=2).min()))
     counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
     for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):

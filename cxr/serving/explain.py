@@ -33,7 +33,7 @@ def overlay(image: UInt8, heat: Floats) -> UInt8:
 
 
 def explain_files(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write each image beside its heat map of pneumonia as `<stem>_gradcam.png` into `folder`; returns the files.
+    """Write each image next to its heat map of pneumonia as `<stem>_gradcam.png` into `folder`; returns the files.
 
     From the second on, images of one stem get a number: `<stem>_gradcam_2.png`. Raises `UserError` before anything is
     written for images that cannot be read, naming all of them, or would be overwritten; and for a folder that cannot

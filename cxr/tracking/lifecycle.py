@@ -48,10 +48,10 @@ def open_run(
     stops: bool = True,
     again: str = "",
 ) -> Iterator[MlflowTracker]:
-    """The run `run_id`, taken up again, or a new one in `experiment`, as a child of the run `parent` if there is one.
+    """The run `run_id`, continued, or a new one in `experiment`, as a child of the run `parent` if given.
 
-    With `stops`, SIGTERM and Ctrl-C end it; else the caller handles them. `again` says how to go on with it, should the
-    store be lost, if not by `cxr train --resume`.
+    With `stops`, SIGTERM and Ctrl-C end it; otherwise the caller handles them. `again` says how to continue it if the
+    store is lost, when not by `cxr train --resume`.
 
     It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
     run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
@@ -152,7 +152,7 @@ def _end(status: str, reason: str) -> None:
 
 
 def _end_active(run_id: str, status: str) -> None:
-    """A store that is gone cannot be told; that must not hide what ended the run."""
+    """End the active run. A store that cannot be reached must not hide the error that ended the run."""
     import mlflow
 
     try:

@@ -114,7 +114,7 @@ def ending(parent: str) -> Iterator[None]:
 
 
 def end(run_id: str, status: str, reason: str = "") -> None:
-    """End a run that is not the active one; a store that is gone is not told."""
+    """End a run that is not the active one; a store that cannot be reached is ignored."""
     import mlflow
 
     try:

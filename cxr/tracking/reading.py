@@ -142,7 +142,7 @@ class LoggedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether it finished, even if it was killed before its status said so."""
+        """Whether it finished, even if it was killed before its status was updated."""
         return self.status == "FINISHED" or self.tags.get(Tag.OUTCOME) == FINISHED
 
     @property
@@ -201,7 +201,7 @@ class LoggedRun:
         return metric_history(self.run_id, metric)
 
     def require_not_elsewhere(self) -> None:
-        """Raise `InUseError` when it is RUNNING on another machine, whose lock files this one does not see."""
+        """Raise `InUseError` if it is RUNNING on another machine, whose lock files are not visible here."""
         host = self.tags.get(Tag.HOST)
         if self.status == "RUNNING" and host not in (None, socket.gethostname()):
             raise InUseError(

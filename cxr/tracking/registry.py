@@ -130,7 +130,7 @@ class DataKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """The version a model became, whether it is champion now, and why (not)."""
+    """The registered version, whether it is now champion, and the reason."""
 
     name: str
     version: str
@@ -138,15 +138,15 @@ class Registration:
     why: str
 
     def line(self) -> str:
-        """For people."""
+        """One line for the summary."""
         return f"registered as {self.name} version {self.version} (candidate); {self.why}"
 
 
 def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
-    """Make a logged model a version of `name`, and champion if it is better.
+    """Register a logged model as a version of `name`, and make it champion if it is better.
 
-    `tags` must hold `val_fingerprint` and the figure that `selected_by` names (`val_loss` if that is not there): only
-    versions validated on the same images are compared.
+    `tags` must hold `val_fingerprint` and the metric that `selected_by` names (default `val_loss`): only versions
+    validated on the same images are compared.
     """
     import mlflow
 
@@ -173,26 +173,26 @@ def _by_alias(name: str, alias: str) -> Any | None:
 
 def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str]:
     if champion is None:
-        return True, "champion, as the first"
+        return True, "champion (first version)"
     if champion.tags.get("run_id") == tags["run_id"]:
         return True, "champion"
     before = f"version {champion.version}"
     seen = [DataKind.of_version(each) for each in (champion.tags, tags)]
     if seen[0] is DataKind.PHANTOMS and seen[1] is not DataKind.PHANTOMS:
-        return True, f"champion, as {before} had seen nothing but phantoms"
+        return True, f"champion: {before} was trained on phantoms only"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
-        return False, f"champion stays {before}: it was validated on other images, so the two cannot be compared"
+        return False, f"{before} remains champion: validated on different images, so they cannot be compared"
     name = tags.get("selected_by", "val_loss")
     if name not in champion.tags:
-        return False, f"champion stays {before}: it has no {name} to compare with"
+        return False, f"{before} remains champion: it has no {name} to compare"
     mine, theirs = float(tags[name]), float(champion.tags[name])
     if mine < theirs:
-        return True, f"champion, as its {name} {mine:.4f} is below {theirs:.4f} of {before}"
-    return False, f"champion stays {before}: its {name} {theirs:.4f} is not above {mine:.4f}"
+        return True, f"champion: {name} {mine:.4f}, lower than {theirs:.4f} of {before}"
+    return False, f"{before} remains champion: its {name} {theirs:.4f} is not higher than {mine:.4f}"
 
 
 def promote(name: str, number: str) -> str:
-    """Make a version champion; the one before is kept as tag `champion_before`. Returns what was done, in words."""
+    """Make a version champion; its predecessor is kept as tag `champion_before`. Returns a summary line."""
     import mlflow
 
     with _registry_errors(f"{name} version {number}"):
@@ -202,7 +202,7 @@ def promote(name: str, number: str) -> str:
         if before is not None and str(before.version) != number:
             client.set_model_version_tag(name, number, BEFORE, str(before.version))
         client.set_registered_model_alias(name, CHAMPION, number)
-    return f"{name}: champion is version {number}" + (f", before it version {before.version}" if before else "")
+    return f"{name}: champion is version {number}" + (f", previously version {before.version}" if before else "")
 
 
 def versions(name: str) -> pd.DataFrame:

@@ -43,10 +43,10 @@ def _copied(value: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoint folder of one run. One that `writes` nothing reads what another process wrote there.
+    """The checkpoint folder of one run; with `writes=False` it only reads what another process wrote.
 
     What is saved is copied at once and written, in order, by a thread; `flush` waits for it, and so does the end of
-    the `with` block. A write that failed (disk full, say) is told by `flush`; nothing is written after it until then.
+    the `with` block. `flush` raises the error of a failed write (e.g. a full disk); until then nothing more is written.
     """
 
     def __init__(self, folder: Path, writes: bool = True):
@@ -60,11 +60,11 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._writer.shutdown()
-        if kind is None:  # else that is told; that a write failed, too, means no more than an older checkpoint
+        if kind is None:  # otherwise that error counts; a failed write only means an older checkpoint
             self.flush()
 
     def flush(self) -> None:
-        """Wait until all is on the disk. Raises `UserError` when it could not be written."""
+        """Wait until everything is on the disk. Raises `UserError` if it could not be written."""
         while self._waiting:
             self._waiting[0].result()
             self._waiting.popleft()

@@ -1,4 +1,4 @@
-"""Several processes that train one model together (DistributedDataParallel), as torchrun starts them.
+"""Data-parallel training of one model by several processes (DistributedDataParallel), started by torchrun.
 
 Each takes its share of every batch; gradients, BatchNorm's statistics and the epoch's sums are those of the whole
 batch, so the numbers are those of one process up to rounding (an epoch's last batch is skipped if it has fewer images
@@ -42,7 +42,7 @@ def joined(device_name: str) -> Iterator[None]:
 
 
 def size() -> int:
-    """The number of processes that train together."""
+    """The number of processes in the group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -125,7 +125,7 @@ class _Sum(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose mean and variance are those of all processes' images; torch's own is for GPUs alone."""
+    """BatchNorm whose mean and variance are those of all processes' images; torch's own requires GPUs."""
 
     @classmethod
     def like(cls, norm: nn.BatchNorm2d) -> SharedBatchNorm:

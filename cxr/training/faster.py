@@ -15,7 +15,7 @@ from cxr.network.resnet import run_stages
 
 
 class Suffix(nn.Module):
-    """The stages that a phase trains, as a module of its own."""
+    """The stages that a phase trains, as one module."""
 
     def __init__(self, model: ResNet, stages: tuple[str, ...]):
         super().__init__()

@@ -45,7 +45,7 @@ class RowFile:
                 with (folder / name).open("ab") as file:
                     file.truncate(length)  # sparse: a row that is not written takes no space
             os.utime(folder)  # when it was last used
-            # Held open: should another run remove the folder to make room, this one goes on with what it has.
+            # Kept open, so that this run can still read it if another run removes the folder to make room.
             self._file, self._checks = (os.open(folder / name, os.O_RDWR) for name in (_VALUES, _CHECKS))
             weakref.finalize(self, _close, self._file, self._checks)
         except OSError as error:

@@ -51,8 +51,8 @@ def test_images_are_counted_by_split_and_class() -> None:
 
 def test_a_class_balance_that_differs_between_splits_is_a_warning() -> None:
     rows = [("train", 1, "a"), ("train", 1, "b"), ("train", 0, "c"), ("test", 1, "d"), ("test", 0, "e")]
-    finding = find(audit(manifest(rows), {}), "share of pneumonia")
-    assert finding.line() == "WARN share of pneumonia: test 50.0%, train 66.7% (class balance differs)"
+    finding = find(audit(manifest(rows), {}), "class balance")
+    assert finding.line() == "WARN class balance: test 50.0%, train 66.7% (differs between splits)"
 
 
 def test_corrupt_files_are_named_with_their_reasons() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from cxr.evaluation.metrics import (
 )
 
 Case = tuple[Ints, Floats, float]
+AT_HALF = partial(weighted_metrics, threshold=0.5)
 LABELS = np.array([0, 0, 0, 1, 1, 1])
 PROBABILITIES = np.array([0.1, 0.4, 0.6, 0.4, 0.7, 0.9])
 # Coarse values tie often; fine ones hardly ever do.
@@ -161,8 +163,8 @@ def test_intervals_are_ordered_within_bounds_and_wider_at_a_higher_level(case: C
     labels, probabilities, threshold = case
     # One group has both classes, so that hardly a resample lacks one.
     groups = ["both" if i in (labels.argmin(), labels.argmax()) else f"g{i}" for i in range(len(labels))]
-    narrow = intervals(labels, probabilities, groups, threshold, 200, level=0.5)
-    wide = intervals(labels, probabilities, groups, threshold, 200, level=0.95)
+    narrow = intervals(labels, probabilities, groups, 200, partial(weighted_metrics, threshold=threshold), level=0.5)
+    wide = intervals(labels, probabilities, groups, 200, partial(weighted_metrics, threshold=threshold), level=0.95)
     for name in METRICS:
         largest = 28 if name == "log_loss" else 1  # nats of a certain error, clipped
         if np.isnan(wide[name]).all():  # nothing varies
@@ -173,7 +175,7 @@ def test_intervals_are_ordered_within_bounds_and_wider_at_a_higher_level(case: C
 
 def test_one_group_has_no_interval() -> None:
     labels, probabilities = np.array([0, 1, 1]), np.array([0.2, 0.9, 0.4])
-    found = intervals(labels, probabilities, ["a", "a", "a"], 0.5, 20)
+    found = intervals(labels, probabilities, ["a", "a", "a"], 20, AT_HALF)
     assert all(np.isnan(bounds).all() for bounds in found.values())
 
 
@@ -181,7 +183,7 @@ def test_perfect_recall_gets_the_exact_interval_for_the_patients() -> None:
     """Clopper and Pearson: for 20 of 20 the lower bound is 0.025^(1/20)."""
     labels = np.repeat([0, 1], [40, 40])
     probabilities = np.where(labels == 1, 0.9, np.tile([0.1, 0.2, 0.6, 0.3], 20))
-    found = intervals(labels, probabilities, [f"p{i // 2}" for i in range(80)], 0.5, 200)
+    found = intervals(labels, probabilities, [f"p{i // 2}" for i in range(80)], 200, AT_HALF)
     assert found["recall"] == (pytest.approx(0.025 ** (1 / 20)), 1.0)
     assert found["specificity"][0] < 0.75 < found["specificity"][1]
     assert np.isnan(found["roc_auc"]).all()
@@ -192,18 +194,18 @@ def test_images_of_a_patient_make_the_interval_wider_than_independent_images_do(
     labels = np.arange(40) % 2
     probabilities = np.clip(labels * 0.3 + rng.random(40) * 0.7, 0, 1)
     five = [np.tile(values, 5) for values in (labels, probabilities)]
-    alone = intervals(five[0], five[1], [str(i) for i in range(200)], 0.5, 300)
-    grouped = intervals(five[0], five[1], [str(i % 40) for i in range(200)], 0.5, 300)
+    alone = intervals(five[0], five[1], [str(i) for i in range(200)], 300, AT_HALF)
+    grouped = intervals(five[0], five[1], [str(i % 40) for i in range(200)], 300, AT_HALF)
     for name in (*DECISION_METRICS, "roc_auc", "brier"):
         assert np.diff(grouped[name]) > 1.5 * np.diff(alone[name]), name
 
 
 def test_without_resamples_there_is_no_interval() -> None:
-    assert np.isnan(list(intervals(LABELS, PROBABILITIES, list("abcdef"), 0.5, 0).values())).all()
+    assert np.isnan(list(intervals(LABELS, PROBABILITIES, list("abcdef"), 0, AT_HALF).values())).all()
 
 
 def test_resamples_that_all_lack_a_class_give_no_interval_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cxr.evaluation.metrics.group_weights", lambda groups, resamples: np.array([[2.0, 0.0]]))
-    bounds = intervals(np.array([0, 1]), np.array([0.2, 0.8]), ["a", "b"], 0.5, 1)
+    bounds = intervals(np.array([0, 1]), np.array([0.2, 0.8]), ["a", "b"], 1, AT_HALF)
     assert np.isnan(bounds["recall"]).all()
     assert bounds["accuracy"] == (pytest.approx(0.025**0.5), 1)  # the exact one for two patients

@@ -40,4 +40,4 @@ def leave_plots_out(patch: pytest.MonkeyPatch, *, studies_too: bool = True) -> N
     if record := sys.modules.get("cxr.runs.record"):  # where it was never imported, no run will be made
         patch.setattr(record, "plots", _Plots())
         patch.setattr(record, "calibration_pair", empty)
-        patch.setattr(record, "_explained", empty)
+        patch.setattr(record, "_gradcam_panel", empty)

@@ -45,7 +45,7 @@ def image_of(finished: Finished, row: int = 0) -> Path:
 
 def test_a_finished_run_becomes_a_complete_version(finished: Finished, in_store: str) -> None:
     _, result, logged = finished
-    assert "version 1 (candidate); champion, as the first" in logged.data.tags["registered"]
+    assert "version 1 (candidate); champion (first version)" in logged.data.tags["registered"]
     version = mlflow.MlflowClient().get_model_version("cxr-pneumonia", "1")
     assert version.run_id == result.run_id
     assert json.loads(version.tags["class_to_index"]) == {"NORMAL": 0, "PNEUMONIA": 1}

@@ -156,7 +156,7 @@ def test_batchnorm_left_in_train_mode_is_found_out(
 ) -> None:
     def careless(model: ResNet, phase: Phase) -> list[torch.nn.Parameter]:
         parameters = apply_phase(model, phase)
-        model.train()  # what others do: no gradients, but BatchNorm goes on counting
+        model.train()  # what others do: no gradients, but BatchNorm keeps updating
         model(torch.ones(2, 3, 32, 32))
         return parameters
 
@@ -318,7 +318,7 @@ Result = tuple[list[dict[str, Any]], str]
 
 
 def taken_up(few: Splits, folder: Path, **options: Any) -> Result:
-    """The records and weights of a run that goes on in `folder`, with a model that knows nothing."""
+    """The records and weights of a run resumed from `folder`, with an untrained model."""
     model = narrow_resnet(99) if (folder / LAST).exists() else narrow_resnet()
     return without_timings(list(start(model, few, folder, **options))), checksum(model)
 
