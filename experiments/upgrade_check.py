@@ -26,7 +26,7 @@ import click
 ROOT = Path(__file__).parent.parent
 SIZE = ["--image-size", "64", "--epochs", "2", "--views", "2", "--bootstrap", "100", "--weights", "random"]
 STRATEGIES = ("frozen", "partial", "full", "gradual")
-TUNE = ["tune", "--strategy", "partial", "--trials", "5", "--refit", "false", *SIZE]
+TUNE = ["tune", "--strategy", "partial", "--trials", "5", "--refit", "false", "--pruner", "NopPruner", *SIZE]
 LONG = ["train", "--strategy", "gradual", "--seed", "1", *SIZE]
 # What differs between two runs of the same code: clocks, memory, and how often a test split was looked at.
 CLOCKS = ("seconds", "per_second", "memory", "test_uses", "system/")

@@ -20,8 +20,14 @@ Interval = tuple[float, float, float]
 DECISION_METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
 SCORE_METRICS = ("roc_auc", "pr_auc", "brier", "log_loss", "ece")
 METRICS = DECISION_METRICS + SCORE_METRICS
+RANGES = {"log_loss": (0.0, np.inf)}  # (lowest, highest possible value) of the metrics that do not range from 0 to 1
 ECE_BINS = 15
 _EDGE = 1e-12  # probabilities are clipped by this much before taking logarithms
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """(lowest, highest) possible value of a metric, also under its name at the chosen threshold."""
+    return RANGES.get(metric.removeprefix("chosen_"), (0.0, 1.0))
 
 
 def point_metrics(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> dict[str, float]:

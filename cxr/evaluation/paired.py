@@ -27,6 +27,7 @@ from cxr.evaluation.metrics import (
     decision_metrics,
     group_weights,
     point_metrics,
+    range_of,
     weighted_decisions,
     weighted_metrics,
 )
@@ -178,10 +179,12 @@ def strategy_table(replicates: Replicates) -> pd.DataFrame:
 
 
 def _interval(value: float, uncertainty: Uncertainty, metric: str) -> tuple[float, float]:
-    """The 95% interval, on the logit scale to stay between 0 and 1; (nan, nan) at exactly 0 and 1."""
-    half_width = uncertainty.half_width
-    if metric == "log_loss":
-        return max(value - half_width, 0.0), value + half_width
+    """The 95% interval: on the logit scale for metrics from 0 to 1, with (nan, nan) at exactly 0 and 1; else clipped to
+    the metric's range.
+    """
+    half_width, (low, high) = uncertainty.half_width, range_of(metric)
+    if (low, high) != (0, 1):
+        return max(value - half_width, low), min(value + half_width, high)
     if not 0 < value < 1:
         return float("nan"), float("nan")
     half = half_width / (value * (1 - value))

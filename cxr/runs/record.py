@@ -22,6 +22,7 @@ from cxr.data.splits import CLASS_TO_INDEX, CLASSES, fingerprint
 from cxr.data.views import augment, view_parameters
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
+from cxr.evaluation.metrics import range_of
 from cxr.evaluation.report import HALF, Report
 from cxr.figures import single as plots
 from cxr.figures.single import calibration_pair
@@ -212,7 +213,7 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
             report.counts(report.threshold), CLASSES, f"{title}, threshold {report.threshold:.3f}"
         ),
         "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
-        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if m != "log_loss"}, title),
+        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if range_of(m) == (0, 1)}, title),
     }
     for kind, figure in figures.items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))

@@ -54,6 +54,7 @@ def test_the_input_benchmark_times_every_way_without_mlflow(phantoms: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="takes half a minute; .ci/run sets CI")
 def test_the_search_benchmark_compares_studies_with_notebook_epochs_and_scales_them(
     phantoms: Path, tmp_path: Path
 ) -> None:

@@ -140,7 +140,7 @@ def test_a_child_whose_checkpoint_was_pruned_is_restarted(config: CompareConfig,
     compare_tracked(fresh, quiet)
     assert newest_parent("comparison").status == "FINISHED"
     assert LoggedRun.open(gone.run_id).status == "KILLED"
-    with pytest.raises(UserError, match=r"is a comparison, not a training run; give its `cxr compare` command again"):
+    with pytest.raises(UserError, match=r"is a comparison, not a training run; run its `cxr compare` command again"):
         client = MlflowClient()
         client.update_run(parent, status="FAILED")
         client.delete_tag(parent, "cxr.outcome")
