@@ -134,13 +134,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         work.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
-        with suppress(OSError):
-            work.unlink()
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise MachineError(
             f"{path}: cannot be written ({reason}); free space there or name another --cache-dir"
         ) from error
+    finally:
+        with suppress(OSError):  # whatever ended it, Ctrl-C too; after the rename it is gone
+            work.unlink()
 
 
 @contextmanager

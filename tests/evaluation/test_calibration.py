@@ -158,3 +158,19 @@ def test_a_card_of_version_0_1_is_read() -> None:
     card = {"method": "none (validation would turn the ranking round: slope -0.25)", "slope": 1.0, "offset": 0.0}
     assert Calibration.from_card(card) == Calibration(CalibrationMethod.NONE, refused_slope=-0.25)
     assert Calibration.from_card({"method": "temperature", "slope": 0.5, "offset": 0.0}).slope == 0.5
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (Calibration(CalibrationMethod.PLATT, 0.5, -0.25), "Platt, slope 0.500, offset -0.250"),
+        (IDENTITY, "none"),
+        (
+            Calibration(CalibrationMethod.NONE, refused_slope=-0.125),
+            "none (validation would invert the ranking: slope -0.125)",
+        ),
+    ],
+)
+def test_a_calibration_is_described_and_read_back_from_its_card(calibration: Calibration, words: str) -> None:
+    assert calibration.words() == words
+    assert Calibration.from_card(json.loads(json.dumps(asdict(calibration)))) == calibration

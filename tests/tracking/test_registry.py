@@ -150,7 +150,7 @@ def test_champion_moves_only_when_validation_on_the_same_images_improves(finishe
         assert client.get_model_version_by_alias("moving", "candidate").version == int(outcomes[-1].version)
     assert [outcome.champion for outcome in outcomes] == [True, False, False, True]
     assert "not higher than 0.6" in outcomes[1].why
-    assert "other images" in outcomes[2].why
+    assert "different images" in outcomes[2].why
     assert client.get_model_version_by_alias("moving", "champion").tags["champion_before"] == "1"
     again = registry.register(made[-1][0], "moving", made[-1][1])
     assert (again.version, again.champion) == (outcomes[-1].version, True)

@@ -1,0 +1,116 @@
+"""The cache folder: what it lists, how files and folders are written, and when something is in use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cxr.errors import InUseError, MachineError, UserError
+from cxr.storage import Cache, exclusive, new_folder, remove_folder, write_atomically
+
+
+def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache-dir .*cannot be made"):
+        Cache.open(str(tmp_path / "file/below"))
+
+
+def test_the_layout_is_the_one_that_earlier_versions_wrote(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    paths = [
+        cache.activations,
+        cache.checkpoints("r"),
+        cache.decoded(224, "squash"),
+        cache.phantoms(4),
+        cache.audit("k"),
+    ]
+    names = [path.relative_to(tmp_path).as_posix() for path in paths]
+    assert names == ["activations", "runs/r", "store/224-squash", "synthetic-4", "audits/k.json"]
+
+
+def test_contents_are_listed_least_recently_used_first_with_size_and_age(tmp_path: Path) -> None:
+    for name, used in (("runs/new", 2e9), ("activations/old", 1e9)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_bytes(bytes(8192))
+        for path in (tmp_path / name / "file", tmp_path / name):
+            os.utime(path, (used, used))
+    old, new = Cache(tmp_path).contents()
+    assert (old.kind, new.kind) == ("activations", "checkpoints")
+    assert old.size >= 8192
+    assert old.days > 5000
+    assert old.line().endswith(f"activations     {old.path}")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path: Path) -> None:
+    def full(stream: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def interrupted(stream: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    write_atomically(path, lambda stream: stream.write(b"old"))
+    with pytest.raises(MachineError, match="No space left on device"):
+        write_atomically(path, full)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "wanted") as work:
+            (work / "half").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "wanted") as work:
+        (work / "whole").write_text("")
+        assert not (tmp_path / "wanted").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["wanted", "whole"]
+
+
+def test_a_folder_that_another_process_made_first_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "wanted") as work:
+        (work / "ours").write_text("")
+        (tmp_path / "wanted").mkdir()
+        (tmp_path / "wanted/theirs").write_text("")
+    assert [path.name for path in (tmp_path / "wanted").iterdir()] == ["theirs"]
+
+
+def test_half_made_folders_are_removed_once_their_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    for name in (".building-here-1-running", ".building-here-999999999-ended", ".building-here-2-999999999-other"):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "wanted"):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"wanted", ".building-here-1-running", ".building-here-2-999999999-other"}
+
+
+def test_removing_a_folder_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    remove_folder(tmp_path / "folder")
+    remove_folder(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    in_use = pytest.raises(InUseError, match="--resume run: another process")
+    with exclusive(tmp_path / "run"), in_use, exclusive(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with exclusive(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot be locked"), exclusive(tmp_path / "file/run"):
+        pass
