@@ -114,3 +114,8 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="cannot be locked"), exclusive(tmp_path / "file/run"):
         pass
+
+
+def test_a_folder_that_cannot_take_its_name_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError), new_folder(tmp_path / "wanted"):
+        (tmp_path / "wanted").write_text("")

@@ -174,3 +174,7 @@ def test_a_card_of_version_0_1_is_read() -> None:
 def test_a_calibration_is_described_and_read_back_from_its_card(calibration: Calibration, words: str) -> None:
     assert calibration.words() == words
     assert Calibration.from_card(json.loads(json.dumps(asdict(calibration)))) == calibration
+
+
+def test_without_calibration_nothing_is_fitted() -> None:
+    assert fit_calibration("none", *sample(0.4, -1.2)) is IDENTITY
