@@ -80,6 +80,13 @@ class TrainConfig:
         low=0,
         high=1000,
     )
+    augment: str = param(
+        "mild-1",
+        "recipe of the augmented versions: crops-1 (random resized crops, mirroring, strong exposure, blur, JPEG) or "
+        "mild-1 (slight zoom, rotation and shift, exposure, blur, JPEG)",
+        choices=("crops-1", "mild-1"),
+        before="mild-1",
+    )
     batch_size: int = param(32, "training batch size", low=2, high=4096, search=(16, 128), log=True)
     epochs: int = param(10, "maximum epochs per phase", low=1, high=10000)
     lr_head: float = param(
@@ -119,6 +126,13 @@ class TrainConfig:
         "fp32 on the CPU. The final evaluation is in fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    average: str = param(
+        "none",
+        "average of the weights and BatchNorm statistics over the steps from the second epoch of the last phase on, "
+        "which is then validated, tested and registered: sma (simple mean) or none",
+        choices=("sma", "none"),
+        before="none",
+    )
     compile: str = param(
         "none",
         "compile training steps, which pays off in long runs: inductor (torch.compile), graphs (CUDA graphs), or none",
@@ -127,8 +141,15 @@ class TrainConfig:
     select: str = param(
         "val_loss",
         "criterion for the best epoch and the champion: the validation loss, or its mean over perturbed copies of the "
-        "validation images (contrast, blur, scale, compression)",
+        "validation images (`stresses`)",
         choices=("val_loss", "stressed_val_loss"),
+    )
+    stresses: str = param(
+        "stresses-2",
+        "perturbations of the validation images: stresses-1 (contrast, blur, scale, compression) or stresses-2 (also "
+        "stretching and a corner marker)",
+        choices=("stresses-2", "stresses-1"),
+        before="stresses-1",
     )
     calibration: str = param(
         "temperature",
@@ -366,8 +387,25 @@ NEUTRAL = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "
 
 
 def result_parameters(config: TrainConfig) -> dict[str, str]:
-    """The parameters that determine the result, in the form of `flatten`."""
-    return {key: value for key, value in flatten(config).items() if key.removeprefix("train.") not in NEUTRAL}
+    """The parameters that determine the result, in the form of `flatten`.
+
+    One that has the value of runs from before it existed is left out, so that their studies and comparisons are found.
+    """
+    before = before_they_existed()
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.removeprefix("train.") not in NEUTRAL and before.get(key) != value
+    }
+
+
+def before_they_existed(prefix: str = "train") -> dict[str, str]:
+    """In the form of `flatten`: the values of younger parameters in runs that did not record them yet."""
+    return {
+        f"{prefix}.{item.name}": text_of(spec_of(item).before)
+        for item in fields(TrainConfig)
+        if spec_of(item).before is not None
+    }
 
 
 def parameters_of(cls: type[CommandConfig]) -> list[Field[Any]]:
@@ -417,10 +455,12 @@ def flatten(config: TrainConfig, prefix: str = "train") -> dict[str, str]:
 
 
 def unflatten(params: Mapping[str, str], prefix: str = "train") -> TrainConfig:
-    """The inverse of `flatten`; keys with another prefix, and parameters of other versions, are ignored.
+    """The inverse of `flatten`; keys with another prefix, and parameters of other versions, are ignored. Missing
+    parameters get the value of runs from before they existed.
 
     Raises ValueError for text that cannot be parsed, `UserError` for a value out of bounds.
     """
     types = types_of(TrainConfig)
-    texts = {key.removeprefix(f"{prefix}."): text for key, text in params.items() if key.startswith(f"{prefix}.")}
+    known = before_they_existed(prefix) | dict(params)
+    texts = {key.removeprefix(f"{prefix}."): text for key, text in known.items() if key.startswith(f"{prefix}.")}
     return TrainConfig(**{name: parse(text, types[name]) for name, text in texts.items() if name in types})

@@ -14,7 +14,8 @@ class Spec:
     """The specification of one parameter, apart from its type and default.
 
     Bounds are inclusive, except `above`. `commands` are those that accept the parameter; empty means all. `search` is
-    the search range, `log` whether to search on a logarithmic scale.
+    the search range, `log` whether to search on a logarithmic scale. `before` is the value of runs that were recorded
+    before the parameter existed; None if it always did.
     """
 
     help: str
@@ -25,6 +26,7 @@ class Spec:
     high: float | None = None
     search: tuple[float, float] | None = None
     log: bool = False
+    before: Any = None
 
 
 def param(default: Any, help: str, **spec: Any) -> Any:

@@ -1,14 +1,23 @@
 """Parameters: rejected values, error messages, and the round trip through the logged text."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr.config import ARCHS, TrainConfig, TuneConfig, flatten, own_parameters, unflatten, without_password
+from cxr.config import (
+    ARCHS,
+    TrainConfig,
+    TuneConfig,
+    flatten,
+    own_parameters,
+    result_parameters,
+    unflatten,
+    without_password,
+)
 from cxr.errors import UserError
 from cxr.parameters import default_of, spec_of, types_of
 from cxr.strategies import STRATEGIES
@@ -49,7 +58,15 @@ def test_flatten_writes_dotted_keys_and_one_spelling_of_a_number() -> None:
 
 
 def test_unflatten_ignores_other_prefixes_and_unknown_parameters() -> None:
-    assert unflatten({"train.epochs": "3", "class_weight.NORMAL": "2", "train.of_old": "1"}) == TrainConfig(epochs=3)
+    old = {"train.epochs": "3", "class_weight.NORMAL": "2", "train.of_old": "1"}
+    assert unflatten(flatten(TrainConfig()) | old) == TrainConfig(epochs=3)
+
+
+def test_runs_from_before_a_parameter_existed_have_the_value_that_they_were_made_with() -> None:
+    old = unflatten({"train.epochs": "3"})
+    assert (old.augment, old.average, old.stresses) == ("mild-1", "none", "stresses-1")
+    assert not {"train.augment", "train.average", "train.stresses"} & result_parameters(old).keys()
+    assert result_parameters(replace(old, average="sma")).keys() - result_parameters(old).keys() == {"train.average"}
 
 
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda item: item.name)

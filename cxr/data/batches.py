@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cxr.data.store import Store
-from cxr.data.views import PLAIN, Batch, View, augment, image_key, to_input
+from cxr.data.views import PLAIN, STRESS_SETS, Batch, View, augment, image_key, to_input
 
 Item = tuple[Tensor, Tensor, Tensor]
 MAKING = threading.Lock()  # held while a batch is made ahead: pinning memory would spoil a CUDA graph's recording
@@ -78,6 +79,36 @@ def make_split(manifest: pd.DataFrame, store: Store, name: str) -> Split:
     keys = np.array([image_key(digest) for digest in part["digest"]], np.uint64)
     labels = np.array(part["label"], np.int64)
     return Split(XrayDataset(store.images, rows, labels), keys, labels, store.key)
+
+
+def part_of(split: Split, positions: npt.NDArray[np.int64]) -> Split:
+    """The images of a split at these positions, as a split."""
+    dataset = XrayDataset(split.dataset.images, split.dataset.rows[positions], split.labels[positions])
+    return Split(dataset, split.keys[positions], split.labels[positions], split.store)
+
+
+def stressed_parts(val: Split, train_images: int, stress_set: str) -> dict[View, Split]:
+    """The view of each stress of a set -> the validation images that are shown under it.
+
+    A pass through all of them may cost a tenth of an epoch of training, whose step takes three forward passes: so each
+    image is shown under every k-th stress, k as small as possible, in turn within each class. `stresses-1`, made before
+    that rule, shows every image under every stress.
+    """
+    names, most = STRESS_SETS[stress_set], 0.1 * 3 * train_images
+    wanted = 1 if stress_set == "stresses-1" else math.ceil(len(val) * len(names) / most)
+    every = min(wanted, len(names), len(val))
+    turns = _ranks(val) % every
+    return {View(stress=name): part_of(val, np.flatnonzero(turns == index % every)) for index, name in enumerate(names)}
+
+
+def stress_sizes(parts: Mapping[View, Split]) -> dict[str, int]:
+    """Name of each stress -> how many images are shown under it."""
+    return {str(view.stress): len(part) for view, part in parts.items()}
+
+
+def _ranks(split: Split) -> npt.NDArray[np.int64]:
+    """The place [n] of each image by class and key: the same whatever the order of the split."""
+    return np.argsort(np.lexsort((split.keys, split.labels)))
 
 
 def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -1,14 +1,15 @@
-"""Views: one augmented version of an image is a pure function of (seed, image, view number).
+"""Views: one augmented version of an image is a pure function of (seed, image, view number, recipe).
 
-Mild geometry, plus what breaks the cues that come from the apparatus instead of the lung: exposure, sharpness,
-scale and JPEG compression. A batch is transformed at once with separate parameters for each image, on
-whatever device holds it. The order of the operations is the order of the columns of `RANGES`.
+Geometry, plus what breaks the cues that come from the apparatus instead of the lung: exposure, sharpness, scale, aspect
+and JPEG compression. A batch is transformed at once with separate parameters for each image, on whatever device
+holds it. The order of the operations is the order of `COLUMNS`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,67 +18,155 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# zoom: factor; angle: degrees; shift: share of the side; contrast: factor about the image's mean;
-# brightness: share of white added; blur: sigma in pixels; quality: of the JPEG compression.
-RANGES = {
-    "zoom": (0.8, 1.25),
-    "angle": (-10.0, 10.0),
-    "shift_x": (-0.05, 0.05),
-    "shift_y": (-0.05, 0.05),
-    "contrast": (0.75, 1.3),
-    "brightness": (-0.1, 0.1),
-    "blur": (0.1, 1.2),
-    "quality": (15.0, 70.0),
-}
-NEUTRAL = {
-    "zoom": 1.0,
+Floats = npt.NDArray[np.float64]
+# Column of the parameters -> its value if nothing is to be done. zoom_x, zoom_y: factors; flip: -1 mirrors left and
+# right; angle: degrees; shift_x, shift_y: share of the side; marker: grey level, 0 to 1, of a letter in the corner;
+# contrast: factor about the image's mean; brightness: share of white added; blur: sigma in pixels; quality: of the
+# JPEG compression.
+COLUMNS = {
+    "zoom_x": 1.0,
+    "zoom_y": 1.0,
+    "flip": 1.0,
     "angle": 0.0,
     "shift_x": 0.0,
     "shift_y": 0.0,
+    "marker": 0.0,
     "contrast": 1.0,
     "brightness": 0.0,
     "blur": 1e-3,
     "quality": 100.0,
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How augmented views are drawn: `ranges` of uniform draws, those in `log` log-uniform, and the columns from them.
+
+    A recipe never changes once released: runs name it, and cached activations depend on it.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    log: frozenset[str]
+    columns: Callable[[Mapping[str, Floats]], Mapping[str, Floats]]
+
+    def draw(self, seed: int, keys: npt.NDArray[np.uint64], view: int) -> dict[str, Floats]:
+        """Name -> draws [n] for one view of n images.
+
+        Philox is counter-based: the draws of an image depend only on (seed, key, view), so neither order nor batch size
+        nor a resumed run changes them.
+        """
+        table = np.empty((len(keys), len(self.ranges)), np.float64)
+        for row, key in zip(table, keys, strict=True):
+            both = np.array(
+                [seed, key], np.uint64
+            )  # a list of the two goes through float64, which loses bits of the key
+            generator = np.random.Generator(np.random.Philox(key=both, counter=[0, 0, 0, view]))
+            generator.random(out=row)
+        return {name: self._scaled(name, column) for name, column in zip(self.ranges, table.T, strict=True)}
+
+    def _scaled(self, name: str, uniform: Floats) -> Floats:
+        low, high = np.log(self.ranges[name]) if name in self.log else np.array(self.ranges[name])
+        scaled: Floats = low + uniform * (high - low)
+        return np.exp(scaled) if name in self.log else scaled
+
+
+def _mild(drawn: Mapping[str, Floats]) -> dict[str, Floats]:
+    rest = {name: values for name, values in drawn.items() if name != "zoom"}
+    return {"zoom_x": drawn["zoom"], "zoom_y": drawn["zoom"], **rest}
+
+
+def _crops(drawn: Mapping[str, Floats]) -> dict[str, Floats]:
+    """A crop of `area` (share of the image) with aspect `ratio` about (x, y), enlarged to the whole, as torchvision's
+    RandomResizedCrop (Szegedy et al. 2015, "Going Deeper with Convolutions"); mirrored if `flip` is below one half."""
+    width, height = (np.minimum(np.sqrt(drawn["area"] * factor), 1) for factor in (drawn["ratio"], 1 / drawn["ratio"]))
+    own = ("angle", "contrast", "brightness", "blur", "quality")
+    return {
+        "zoom_x": 1 / width,
+        "zoom_y": 1 / height,
+        "flip": np.where(drawn["flip"] < 0.5, -1.0, 1.0),
+        "shift_x": (drawn["x"] - 0.5) * (1 - width),
+        "shift_y": (drawn["y"] - 0.5) * (1 - height),
+        **{name: drawn[name] for name in own},
+    }
+
+
+RECIPES = {
+    "mild-1": Recipe(
+        {
+            "zoom": (0.8, 1.25),
+            "angle": (-10.0, 10.0),
+            "shift_x": (-0.05, 0.05),
+            "shift_y": (-0.05, 0.05),
+            "contrast": (0.75, 1.3),
+            "brightness": (-0.1, 0.1),
+            "blur": (0.1, 1.2),
+            "quality": (15.0, 70.0),
+        },
+        frozenset({"zoom"}),
+        _mild,
+    ),
+    # Zoom and aspect separately, so that neither tells the class; the lungs are symmetric enough to be mirrored.
+    "crops-1": Recipe(
+        {
+            "area": (0.08, 1.0),
+            "ratio": (3 / 4, 4 / 3),
+            "x": (0.0, 1.0),
+            "y": (0.0, 1.0),
+            "flip": (0.0, 1.0),
+            "angle": (-10.0, 10.0),
+            "contrast": (0.6, 1.6),
+            "brightness": (-0.2, 0.2),
+            "blur": (0.1, 1.2),
+            "quality": (15.0, 70.0),
+        },
+        frozenset({"ratio"}),
+        _crops,
+    ),
+}
 # Each changes one cue of the apparatus, at the edge of what training shows or a little beyond.
 STRESSES: dict[str, dict[str, float]] = {
-    "larger": {"zoom": 1.15},
-    "smaller": {"zoom": 0.85},
+    "larger": {"zoom_x": 1.15, "zoom_y": 1.15},
+    "smaller": {"zoom_x": 0.85, "zoom_y": 0.85},
     "flat": {"contrast": 0.7},
     "harsh": {"contrast": 1.4},
     "blurred": {"blur": 1.5},
     "compressed": {"quality": 20.0},
+    "wide": {"zoom_x": 1.2},
+    "narrow": {"zoom_y": 1.2},
+    "marker": {"marker": 0.95},
 }
+# Named sets of stresses; like recipes, they never change.
+STRESS_SETS = {"stresses-1": tuple(STRESSES)[:6], "stresses-2": tuple(STRESSES)}
 Batch = tuple[Tensor, Tensor]  # (what enters a stage [b, ...], labels int64 [b])
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLUR_RADIUS = 3
 _PLAIN_KEY = -1  # in the names of cached files, which earlier versions made too
+_FIRST_RECIPE = "mild-1"  # whose name is not in the names of cached files, as there was no other
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How images are shown: as stored, augmented as view `number`, or under the stress of that name."""
+    """How images are shown: as stored, augmented as view `number` of a recipe, or under the stress of that name."""
 
     number: int | None = None
     stress: str | None = None
+    recipe: str = _FIRST_RECIPE
 
     def parameters(self, seed: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32] | None:
-        """The parameters [n, 8] of `augment` for images with these keys [n]; None where nothing is to be done."""
+        """The parameters [n, c] of `augment` for images with these keys [n]; None where nothing is to be done."""
         if self.stress is not None:
             return stress_parameters(len(keys), self.stress)
-        return None if self.number is None else view_parameters(seed, keys, self.number)
+        return None if self.number is None else view_parameters(seed, keys, self.number, self.recipe)
 
     def key(self, seed: int) -> tuple[int | str, ...]:
         """What names this view in a cache: the seed matters only where it draws the parameters."""
         if self.number is not None:
-            return seed, self.number
+            return (seed, self.number) if self.recipe == _FIRST_RECIPE else (self.recipe, seed, self.number)
         return (_PLAIN_KEY,) if self.stress is None else (self.stress,)
 
 
 PLAIN = View()
-STRESSED = tuple(View(stress=name) for name in STRESSES)
 
 
 def image_key(digest: str) -> int:
@@ -85,37 +174,30 @@ def image_key(digest: str) -> int:
     return int(digest[:16], 16)
 
 
-def view_parameters(seed: int, keys: npt.NDArray[np.uint64], view: int) -> npt.NDArray[np.float32]:
-    """The parameters [n, 8] of one view of n images, columns as in `RANGES`, uniform (zoom log-uniform).
-
-    Philox is counter-based: the parameters of an image depend only on (seed, key, view), so neither order nor
-    batch size nor a resumed run changes them.
-    """
-    table = np.empty((len(keys), len(RANGES)), np.float64)
-    for row, key in zip(table, keys, strict=True):
-        both = np.array([seed, key], np.uint64)  # a list of the two goes through float64, which loses bits of the key
-        generator = np.random.Generator(np.random.Philox(key=both, counter=[0, 0, 0, view]))
-        generator.random(out=row)
-    low, high = np.array(list(RANGES.values())).T
-    low[0], high[0] = np.log(low[0]), np.log(high[0])
-    table = low + table * (high - low)
-    table[:, 0] = np.exp(table[:, 0])
-    parameters: npt.NDArray[np.float32] = table.astype(np.float32)
-    return parameters
+def view_parameters(
+    seed: int, keys: npt.NDArray[np.uint64], view: int, recipe: str = _FIRST_RECIPE
+) -> npt.NDArray[np.float32]:
+    """The parameters [n, c] of one view of n images, columns as in `COLUMNS`."""
+    chosen = RECIPES[recipe]
+    return _table(len(keys), chosen.columns(chosen.draw(seed, keys, view)))
 
 
 def stress_parameters(images: int, stress: str) -> npt.NDArray[np.float32]:
-    """The parameters [n, 8], the same for each image, of one of `STRESSES`."""
-    row = [{**NEUTRAL, **STRESSES[stress]}[name] for name in RANGES]
-    return np.tile(np.array(row, np.float32), (images, 1))
+    """The parameters [n, c], the same for each image, of one of `STRESSES`."""
+    return _table(images, STRESSES[stress])
+
+
+def _table(images: int, columns: Mapping[str, Floats | float]) -> npt.NDArray[np.float32]:
+    values = [np.broadcast_to(columns.get(name, neutral), images) for name, neutral in COLUMNS.items()]
+    return np.stack(values, 1).astype(np.float32)
 
 
 def augment(images: Tensor, parameters: Tensor) -> Tensor:
-    """uint8 [n, s, s] and parameters [n, 8] -> the views, whole grey levels 0 to 255 as float32 [n, s, s]."""
-    zoom, angle, dx, dy, contrast, brightness, blur, quality = parameters.to(images.device).unbind(1)
-    x = _move(images.float(), zoom, angle, dx, dy)
-    x = _expose(x, contrast, brightness)
-    return _compress(_blur(x, blur), quality)
+    """uint8 [n, s, s] and parameters [n, c] -> the views, whole grey levels 0 to 255 as float32 [n, s, s]."""
+    by_name = dict(zip(COLUMNS, parameters.to(images.device).unbind(1), strict=True))
+    x = _mark(_move(images.float(), by_name), by_name["marker"])
+    x = _expose(x, by_name["contrast"], by_name["brightness"])
+    return _compress(_blur(x, by_name["blur"]), by_name["quality"])
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -135,13 +217,32 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 _kept_normalisation = functools.cache(_normalisation)
 
 
-def _move(x: Tensor, zoom: Tensor, angle: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Zoom, rotate and shift about the centre; what comes in from outside is black."""
-    turn = torch.deg2rad(angle)
-    cos, sin = torch.cos(turn) / zoom, torch.sin(turn) / zoom
-    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], 1).view(-1, 2, 3)
+def _move(x: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
+    """Mirror, zoom, rotate and shift about the centre; what comes in from outside is black."""
+    turn = torch.deg2rad(by_name["angle"])
+    cos, sin, flip = torch.cos(turn), torch.sin(turn), by_name["flip"]
+    across, down = by_name["zoom_x"], by_name["zoom_y"]
+    to_x = [flip * (cos / across), -(sin / down), 2 * by_name["shift_x"]]
+    to_y = [flip * (sin / across), cos / down, 2 * by_name["shift_y"]]
+    theta = torch.stack([*to_x, *to_y], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, [len(x), 1, *x.shape[1:]], align_corners=False)
     return F.grid_sample(x.unsqueeze(1), grid, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def _mark(x: Tensor, level: Tensor) -> Tensor:
+    """Draw the letter L into the upper left corner where `level` is above 0, as technicians mark the side of a film."""
+    letter = _letter(x.shape[-1], x.device) & (level > 0).view(-1, 1, 1)
+    return torch.where(letter, 255 * level.view(-1, 1, 1), x)
+
+
+@functools.cache
+def _letter(side: int, device: torch.device) -> Tensor:
+    """Which pixels [side, side] the letter covers: a tenth of the side high, and half as wide."""
+    at = torch.arange(side, device=device) / side
+    row, column = at.view(-1, 1), at.view(1, -1)
+    upright = (row >= 0.04) & (row < 0.14) & (column >= 0.04) & (column < 0.06)
+    foot = (row >= 0.12) & (row < 0.14) & (column >= 0.04) & (column < 0.09)
+    return upright | foot
 
 
 def _expose(x: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -219,13 +219,14 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
     return F.cross_entropy(logits, labels, weights.to(logits.dtype)).item()
 
 
-def stressed_metrics(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Sequence[str]) -> dict[str, float]:
-    """The metrics of the validation images under k perturbations (stresses): overall, and the loss under each.
+def stressed_metrics(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Mapping[str, int]) -> dict[str, float]:
+    """The metrics of the validation images under perturbations (stresses): overall, and the loss under each.
 
-    logits [k n, 2] and labels [k n], uncalibrated, one perturbation after the other; class weights [2].
+    logits [n, 2] and labels [n], uncalibrated, one stress after the other; class weights [2]; `stresses`: the name of
+    each and its number of images, in order.
     """
-    metrics = {"stressed_val_loss": weighted_loss(logits, labels, weights)}
-    parts = zip(torch.chunk(logits, len(stresses)), torch.chunk(labels, len(stresses)), strict=True)
+    metrics, sizes = {"stressed_val_loss": weighted_loss(logits, labels, weights)}, list(stresses.values())
+    parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
     for name, (part, part_labels) in zip(stresses, parts, strict=True):
         metrics[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
     points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))

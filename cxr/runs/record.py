@@ -93,7 +93,7 @@ def views_figure(config: TrainConfig, train: Split) -> Figure:
     images = torch.from_numpy(train.dataset.images[train.dataset.rows[shown]])
     rows, captions = [images], ["original"] * 6
     for view in range(min(config.views, 2)):
-        parameters = torch.from_numpy(view_parameters(config.seed, train.keys[shown], view))
+        parameters = torch.from_numpy(view_parameters(config.seed, train.keys[shown], view, config.augment))
         rows.append(augment(images, parameters).byte())
         captions += [f"view {view}"] * 6
     return plots.image_grid(torch.cat(rows).numpy(), captions, "What the network sees in training")
@@ -190,6 +190,7 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
         "val_loss": repr(result.best.metrics["val_loss"]),
         "stressed_val_loss": repr(result.stressed["stressed_val_loss"]),
         "selected_by": config.select,
+        "stresses": config.stresses,
         "val_roc_auc": repr(result.val.values["roc_auc"]),
         "threshold": repr(result.test.threshold),
         "calibration": result.calibration.words(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cxr.config import TrainConfig, flatten, unflatten
+from cxr.config import TrainConfig, before_they_existed, flatten, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
 from cxr.storage import Cache
@@ -29,7 +29,8 @@ def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is on this machine."""
     folder = checkpoints_of(config, run.run_id)
-    same = all(run.params.get(key) == value for key, value in flatten(config).items())
+    recorded = before_they_existed() | dict(run.params)
+    same = all(recorded.get(key) == value for key, value in flatten(config).items())
     return same and ("val_loss" not in run.metrics or (folder / LAST).exists())
 
 

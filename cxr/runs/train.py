@@ -15,10 +15,10 @@ from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr.config import TrainConfig, flatten
-from cxr.data.batches import eval_batches, make_split
+from cxr.data.batches import eval_batches, make_split, stress_sizes
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
-from cxr.data.views import STRESSES, Batch
+from cxr.data.views import Batch
 from cxr.errors import UserError
 from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
 from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_metrics
@@ -171,6 +171,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
         machine.precision,
         config.select,
         config.compile,
+        config.average,
     )
 
 
@@ -188,7 +189,8 @@ def _source(
         config.reuse_gb * 1e9,
         config.phases,
         Cache.open(config.cache_dir),
-        stressed=True,
+        augment=config.augment,
+        stresses=config.stresses,
         epochs=config.epochs,
         runs=max(runs, fold[1] if fold else 1),
         progress=_progress,
@@ -229,8 +231,8 @@ def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -
 def _stressed(
     config: TrainConfig, machine: Machine, model: ResNet, source: BatchSource, data: Data
 ) -> dict[str, float]:
-    """The figures of the validation images under `STRESSES`: overall, and the loss under each."""
+    """The metrics of the validation images under the stresses: overall, and the loss under each."""
     phase = config.phases[-1]
     logits, labels = infer(model, source.stressed(phase), machine.precision, phase.trainable)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    return stressed_metrics(logits, labels, weights, tuple(STRESSES))
+    return stressed_metrics(logits, labels, weights, stress_sizes(source.stressed_parts))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from cxr.config import TrainConfig, unflatten
+from cxr.config import TrainConfig, before_they_existed, unflatten
 from cxr.errors import InUseError, UserError
 from cxr.tracking.store import prepare, store_errors
 
@@ -167,8 +167,11 @@ class LoggedRun:
         return self.tags.get(Tag.COMMIT, "unknown")
 
     def train_params(self) -> dict[str, str]:
-        """The parameters of a training run as it recorded them, by plain names; empty for other runs."""
-        return {key.removeprefix("train."): text for key, text in self.params.items() if key.startswith("train.")}
+        """The parameters of a training run by plain names, younger ones as they were before they existed; empty for
+        other runs.
+        """
+        own = {key: text for key, text in self.params.items() if key.startswith("train.")}
+        return {key.removeprefix("train."): text for key, text in (before_they_existed() | own).items()} if own else {}
 
     def config(self) -> TrainConfig:
         """The configuration of a training run. Raises ValueError or `UserError` for values that cannot be read."""

@@ -183,6 +183,12 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"{before} remains champion: validated on different images, so they cannot be compared"
     name = tags.get("selected_by", "val_loss")
+    under = [each.get("stresses", "stresses-1") for each in (champion.tags, tags)]
+    if name == "stressed_val_loss" and under[0] != under[1]:
+        return (
+            False,
+            f"{before} remains champion: its {name} is of {under[0]}, not {under[1]}; see `cxr models promote`",
+        )
     if name not in champion.tags:
         return False, f"{before} remains champion: it has no {name} to compare"
     mine, theirs = float(tags[name]), float(champion.tags[name])

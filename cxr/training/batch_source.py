@@ -19,9 +19,18 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr.config import TrainConfig
-from cxr.data.batches import Split, epoch_order, grey_batches, make_split, straight_order, to_device, view_batches
+from cxr.data.batches import (
+    Split,
+    epoch_order,
+    grey_batches,
+    make_split,
+    straight_order,
+    stressed_parts,
+    to_device,
+    view_batches,
+)
 from cxr.data.load import Data
-from cxr.data.views import PLAIN, STRESSED, Batch, View, to_input
+from cxr.data.views import PLAIN, Batch, View, to_input
 from cxr.machine import eval_batch_size
 from cxr.network.freezing import checksum
 from cxr.storage import Cache
@@ -35,9 +44,10 @@ from cxr.training.reuse import PrefixCost, ReusePlan, Workload, plan_reuse
 class SourceSettings:
     """What a `BatchSource` is to give, and may keep.
 
-    `views` are the different views of a training image (0: no augmentation); `budget` is the space for what is kept,
-    bytes; `cache` holds the files that other runs share, None keeps in memory; `stressed` is whether stressed
-    validation will be asked for. `epochs` and `runs` are those of `reuse.Workload`; `phases` all phases of the run.
+    `views` are the different views of a training image (0: no augmentation), drawn by the recipe `augment`; `budget` is
+    the space for what is kept, bytes; `cache` holds the files that other runs share, None keeps in memory; `stresses`
+    is the set for the stressed validation, None if it will not be asked for. `epochs` and `runs` are those of
+    `reuse.Workload`; `phases` all phases of the run.
     """
 
     batch_size: int
@@ -47,7 +57,8 @@ class SourceSettings:
     budget: float
     phases: tuple[Phase, ...]
     cache: Cache | None = None
-    stressed: bool = False
+    augment: str = "mild-1"
+    stresses: str | None = None
     epochs: int | None = None
     runs: int = 1
     progress: Progress = silent
@@ -65,13 +76,15 @@ class BatchSource:
         self.prefixes: dict[str, Prefix] = {}
         self._views: dict[tuple[int, View], Tensor] = {}
         self._phase: Phase | None = None
+        chosen = settings.stresses
+        self.stressed_parts = stressed_parts(val, len(train), chosen) if chosen else {}
         self.plan = self._plan()
 
     def _plan(self) -> ReusePlan:
         settings, train, val = self.settings, self.train_split, self.val_split
-        stresses = len(STRESSED) * settings.stressed
+        stressed = sum(len(part) for part in self.stressed_parts.values())
         image_bytes = int(train.dataset.images[0].size)
-        work = Workload(len(train), len(val), image_bytes, settings.views, stresses, settings.epochs, settings.runs)
+        work = Workload(len(train), len(val), image_bytes, settings.views, stressed, settings.epochs, settings.runs)
         costs = {phase.name: self._cost(phase, work) for phase in settings.phases if phase.frozen}
         return plan_reuse(settings.phases, costs, work, settings.budget, self.passes.folder is not None)
 
@@ -116,7 +129,7 @@ class BatchSource:
         """On disk, for what will be kept of this phase and of the one that it starts from."""
         kept = [each for each in (prefix, prefix.base) if each and self.plan.of(each.phase).kept]
         if self.settings.cache and self.passes.folder and kept:
-            views = (PLAIN, *(View(number) for number in range(self.settings.views)), *STRESSED)
+            views = (PLAIN, *map(self._view, range(self.settings.views)), *self.stressed_parts)
             paths = {each.path(self.passes.folder, self.train_split, view) for each in kept for view in views}
             need = sum(self.plan.of(each.phase).bytes for each in kept)
             self.settings.cache.make_room(need, self.settings.budget, paths)
@@ -124,22 +137,24 @@ class BatchSource:
     def train(self, phase: Phase, epoch: int) -> Iterable[Batch]:
         """One epoch in its own order; epoch e shows view e mod `views`."""
         views = self.settings.views
-        view = View(epoch % views) if views else PLAIN
+        view = self._view(epoch % views) if views else PLAIN
         order = epoch_order(len(self.train_split), self.settings.batch_size, self.settings.seed, epoch)
         order = parallel.shares(order)
         return self.settings.progress(self._batches(phase, self.train_split, order, view), len(order))
 
+    def _view(self, number: int) -> View:
+        return View(number, recipe=self.settings.augment)
+
     def val(self, phase: Phase) -> Iterable[Batch]:
         """The validation split in order, without augmentation."""
-        return self._val(phase, PLAIN)
+        return self._in_order(phase, self.val_split, PLAIN)
 
     def stressed(self, phase: Phase) -> Iterable[Batch]:
-        """The validation split under each of `STRESSES`, one after the other."""
-        return chain.from_iterable([self._val(phase, view) for view in STRESSED])
+        """The validation images under the stresses, one stress after the other (`stressed_parts`)."""
+        return chain.from_iterable([self._in_order(phase, part, view) for view, part in self.stressed_parts.items()])
 
-    def _val(self, phase: Phase, view: View) -> Iterable[Batch]:
-        order = straight_order(self.val_split, self.passes.batch_size)
-        return self._batches(phase, self.val_split, order, view)
+    def _in_order(self, phase: Phase, split: Split, view: View) -> Iterable[Batch]:
+        return self._batches(phase, split, straight_order(split, self.passes.batch_size), view)
 
     def _batches(self, phase: Phase, split: Split, order: list[Tensor], view: View) -> Iterable[Batch]:
         if not phase.frozen:

@@ -22,6 +22,7 @@ from cxr.network.inference import autocast, infer
 from cxr.network.resnet import stage_modules
 from cxr.strategies import STAGES, Phase
 from cxr.training import distributed as parallel
+from cxr.training.averaging import WeightAverage
 from cxr.training.checkpoint import Checkpoints
 from cxr.training.faster import Fast, Suffix
 
@@ -71,7 +72,8 @@ class Schedule:
 
     `phases` and the learning rate of each, in order; the maximum of epochs per phase; Adam's L2 penalty; StepLR; epochs
     without improvement before a phase stops; precision (fp32, bf16, fp16); `select`, the validation metric that picks
-    the best epoch; `compile`, what makes steps faster (`Fast`).
+    the best epoch; `compile`, what makes steps faster (`Fast`); `average`: `sma` validates, saves and returns the mean
+    of the weights over the steps from the second epoch of the last phase on (`WeightAverage`), `none` the weights.
     """
 
     phases: tuple[Phase, ...]
@@ -84,6 +86,7 @@ class Schedule:
     precision: str
     select: str = "val_loss"
     compile: str = "none"
+    average: str = "none"
 
 
 @dataclass(slots=True)
@@ -135,7 +138,8 @@ class PhaseTrainer:
 
 
 class Loop:
-    """The state of training: the model, where it is (`progress`), and what trains the phase under way (`trainer`).
+    """The state of training: the model, where it is (`progress`), what trains the phase under way (`trainer`), and the
+    mean of its weights (`average`), if there is to be one.
 
     Made at the start of the phase that `progress` names, with the model as it is then.
     """
@@ -153,7 +157,7 @@ class Loop:
         self.device = next(model.parameters()).device
         self.class_weights = class_weights.to(self.device)
         self.progress = progress
-        self.trainer = self._trainer()
+        self.trainer, self.average = self._trainer(), self._average()
 
     @property
     def phase(self) -> Phase:
@@ -164,6 +168,15 @@ class Loop:
         self.data.enter(self.phase)
         return PhaseTrainer(self.model, self.phase, self.schedule.rates[self.progress.phase], self.schedule)
 
+    def _average(self) -> WeightAverage | None:
+        last = self.progress.phase + 1 == len(self.phases)
+        return WeightAverage(self.model, self.phase.trainable) if last and self.schedule.average == "sma" else None
+
+    @property
+    def judged(self) -> ResNet:
+        """The network that is validated and saved: with the mean of the weights once there is one."""
+        return self.average.model if self.average and self.average.steps else self.model
+
     def phase_is_over(self) -> bool:
         """Whether the epoch limit is reached or the patience is spent."""
         progress, schedule = self.progress, self.schedule
@@ -173,7 +186,7 @@ class Loop:
         """Begin a phase from the best checkpoint so far, and note what must not change."""
         load_tensors(self.model, self.checkpoints, self.progress.best_files)
         _begin(self.progress, index, self.model, self.phases[index], self.checkpoints)
-        self.trainer = self._trainer()
+        self.trainer, self.average = self._trainer(), self._average()
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -187,6 +200,7 @@ class Loop:
             "tensors": stage_state(self.model, self.phase.trainable),
             **self.trainer.state(),
             "generators": _generators(self.device),
+            **({"average": self.average.state()} if self.average else {}),
         }
         self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
 
@@ -217,6 +231,8 @@ def _start(model: ResNet, schedule: Schedule, class_weights: Tensor, data: Batch
     model.load_state_dict(state["tensors"], strict=False)
     loop = Loop(model, schedule, class_weights, data, checkpoints, progress)
     loop.trainer.load(state)
+    if loop.average:
+        loop.average.load(state["average"])
     torch.set_rng_state(state["generators"]["cpu"])
     if "cuda" in state["generators"]:
         torch.cuda.set_rng_state(state["generators"]["cuda"], loop.device)
@@ -280,6 +296,7 @@ def _epoch(loop: Loop) -> EpochRecord:
         "epoch_seconds": trained - started,
         "eval_seconds": evaluated - trained,
         "images_per_second": images / (trained - started),
+        **({"averaged_steps": float(loop.average.steps)} if loop.average else {}),
     }
     _require_finite(metrics, loop)
     return _settle(loop, metrics)
@@ -304,7 +321,9 @@ def _settle(loop: Loop, metrics: dict[str, float]) -> EpochRecord:
     improved = judged < progress.best_loss
     if improved:
         progress.best_loss, progress.best_epoch = judged, progress.epoch
-        trained = loop.checkpoints.save_tensors(f"best-{progress.epoch}", stage_state(loop.model, loop.phase.trainable))
+        trained = loop.checkpoints.save_tensors(
+            f"best-{progress.epoch}", stage_state(loop.judged, loop.phase.trainable)
+        )
         progress.best_files = [progress.base, trained]
     progress.stale = 0 if judged < progress.phase_best else progress.stale + 1
     progress.phase_best = min(progress.phase_best, judged)
@@ -336,6 +355,7 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     apply_phase(loop.model, loop.phase)
     sums = torch.zeros(3, device=loop.device)  # of losses, class weights, correct predictions
     images, trainer = 0, loop.trainer
+    average = loop.average if loop.progress.phase_epoch else None
     for features, labels in batches:
         with autocast(loop.device, loop.schedule.precision):
             logits = trainer.suffix(features).float()
@@ -346,6 +366,8 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
         trainer.scaler.scale(losses.sum() / share).backward()  # type: ignore[no-untyped-call]
         trainer.scaler.step(trainer.optimizer)
         trainer.scaler.update()
+        if average:
+            average.update()
         right = (logits.detach().argmax(1) == labels).sum()
         sums += torch.stack([losses.detach().sum(), weight, right])
         images += len(labels)
@@ -355,7 +377,7 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
 
 def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float]:
     """(weighted loss, accuracy, ROC-AUC) in eval mode."""
-    logits, labels = infer(loop.model, batches, loop.schedule.precision, loop.phase.trainable)
+    logits, labels = infer(loop.judged, batches, loop.schedule.precision, loop.phase.trainable)
     logits = parallel.broadcast(logits.to(loop.device)).cpu()  # every process must decide alike
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()

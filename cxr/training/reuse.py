@@ -28,22 +28,22 @@ class Decision(StrEnum):
 class Workload:
     """How many outputs a run needs.
 
-    `train` and `val` are images, `views` the different views of a training image (0: none is augmented), `stresses`
-    the stressed copies of validation, `epochs` the maximum per phase (None: keeping is assumed to pay), `runs` the runs
-    that share what is kept, `image_bytes` the size of a decoded image.
+    `train` and `val` are images, `views` the different views of a training image (0: none is augmented), `stressed`
+    the stressed copies of validation images, `epochs` the maximum per phase (None: keeping is assumed to pay), `runs`
+    the runs that share what is kept, `image_bytes` the size of a decoded image.
     """
 
     train: int
     val: int
     image_bytes: int
     views: int = 0
-    stresses: int = 0
+    stressed: int = 0
     epochs: int | None = None
     runs: int = 1
 
     def outputs(self) -> int:
         """The number of different (image, view)."""
-        return self.train * max(self.views, 1) + self.val * (1 + self.stresses)
+        return self.train * max(self.views, 1) + self.val + self.stressed
 
     def repeats_views(self) -> bool:
         """Whether a training view is shown more than once."""

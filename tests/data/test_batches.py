@@ -12,11 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cxr.data import batches as dataset
-from cxr.data.batches import Split, XrayDataset, epoch_order, eval_batches, make_split, straight_order, view_batches
+from cxr.data.batches import (
+    Split,
+    XrayDataset,
+    epoch_order,
+    eval_batches,
+    make_split,
+    part_of,
+    straight_order,
+    stressed_parts,
+    view_batches,
+)
 from cxr.data.kaggle import index_folder
 from cxr.data.splits import assign_splits
 from cxr.data.store import Store, open_store
-from cxr.data.views import PLAIN, View, augment, image_key, to_input, view_parameters
+from cxr.data.views import PLAIN, STRESSES, View, augment, image_key, to_input, view_parameters
 from cxr.storage import Cache
 
 CPU = torch.device("cpu")
@@ -166,3 +176,31 @@ def test_prefetched_batches_are_the_same_and_errors_reach_the_consumer() -> None
 
     with pytest.raises(OSError, match="gone"):
         list(dataset._ahead(broken()))
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 3000), st.integers(0, 10**6))
+def test_stressed_validation_costs_a_tenth_of_training_and_shows_every_image(
+    normal: int, pneumonia: int, train: int, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation([0] * normal + [1] * pneumonia).astype(np.int64)
+    keys = np.random.default_rng(seed).permutation(len(labels)).astype(np.uint64)
+    images = np.zeros((len(labels), 2, 2), np.uint8)
+    split = Split(XrayDataset(images, np.arange(len(labels)), labels), keys, labels)
+    parts = stressed_parts(split, train, "stresses-2")
+    assert {view.stress for view in parts} == set(STRESSES)
+    assert min(len(part) for part in parts.values()) > 0
+    shown = np.concatenate([part.keys for part in parts.values()])
+    assert set(shown) == set(keys)
+    counts = np.unique(shown, return_counts=True)[1]
+    assert counts.max() - counts.min() <= 1
+    assert len(shown) <= max(0.3 * train, len(split)) + 2 * len(parts)  # but for the remainder of each class
+    whole = stressed_parts(split, train, "stresses-1")
+    assert [len(part) for part in whole.values()] == [len(split)] * 6
+
+
+def test_which_images_are_shown_under_a_stress_does_not_depend_on_their_order(splits: tuple[Split, Split]) -> None:
+    val = splits[1]
+    reverse = part_of(val, np.arange(len(val))[::-1].copy())
+    for view, part in stressed_parts(val, 20, "stresses-2").items():
+        assert set(part.keys) == set(stressed_parts(reverse, 20, "stresses-2")[view].keys)

@@ -1,6 +1,7 @@
 """Views: the effect of each parameter, dependence on (seed, image, view) only, and JPEG compared with Pillow."""
 
 import io
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,25 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from cxr.config import TrainConfig
 from cxr.data.phantoms import phantom
-from cxr.data.views import RANGES, _compress, augment, image_key, to_input, view_parameters
+from cxr.data.views import (
+    COLUMNS,
+    RECIPES,
+    STRESS_SETS,
+    STRESSES,
+    View,
+    _compress,
+    augment,
+    image_key,
+    stress_parameters,
+    to_input,
+    view_parameters,
+)
+from cxr.parameters import spec_of
 
-NEUTRAL = {"zoom": 1, "angle": 0, "shift_x": 0, "shift_y": 0, "contrast": 1, "brightness": 0, "blur": 0.1}
+NEUTRAL = {**COLUMNS, "blur": 0.1}
+each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 keys_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12)
 
 
@@ -32,8 +48,11 @@ def disc(size: int = 64, radius: int = 12, dx: int = 0, dy: int = 0) -> Tensor:
 
 def changed(image: Tensor, **parameters: float) -> Tensor:
     """The view of one image with the given parameters, the others neutral and almost no compression."""
-    row = {**NEUTRAL, "quality": 100, **parameters}
-    return augment(image.unsqueeze(0), torch.tensor([[float(row[name]) for name in RANGES]]))[0]
+    if "zoom" in parameters:
+        zoom = parameters.pop("zoom")
+        parameters |= {"zoom_x": zoom, "zoom_y": zoom}
+    row = {**NEUTRAL, **parameters}
+    return augment(image.unsqueeze(0), torch.tensor([[float(row[name]) for name in COLUMNS]]))[0]
 
 
 def centre_of_white(image: Tensor) -> tuple[float, float]:
@@ -45,13 +64,46 @@ def centre_of_white(image: Tensor) -> tuple[float, float]:
 
 
 @settings(max_examples=40)
+@given(st.integers(0, 10**9), keys_of, st.integers(0, 1000), st.sampled_from(list(RECIPES)))
+def test_draws_lie_within_their_ranges(seed: int, keys: list[int], view: int, recipe: str) -> None:
+    drawn = RECIPES[recipe].draw(seed, np.array(keys, np.uint64), view)
+    for name, (low, high) in RECIPES[recipe].ranges.items():
+        assert drawn[name].shape == (len(keys),)
+        assert np.all((drawn[name] >= low - 1e-9) & (drawn[name] <= high + 1e-9))
+    table = view_parameters(seed, np.array(keys, np.uint64), view, recipe)
+    assert (table.shape, table.dtype) == ((len(keys), len(COLUMNS)), np.float32)
+
+
+@settings(max_examples=40)
 @given(st.integers(0, 10**9), keys_of, st.integers(0, 1000))
-def test_parameters_lie_within_their_ranges(seed: int, keys: list[int], view: int) -> None:
-    table = view_parameters(seed, np.array(keys, np.uint64), view)
-    assert table.shape == (len(keys), len(RANGES))
-    assert table.dtype == np.float32
-    for column, (low, high) in zip(table.T, RANGES.values(), strict=True):
-        assert np.all((column >= np.float32(low) - 1e-6) & (column <= np.float32(high) + 1e-6))
+def test_a_crop_lies_within_the_image_and_has_its_area_and_ratio(seed: int, keys: list[int], view: int) -> None:
+    drawn = RECIPES["crops-1"].draw(seed, np.array(keys, np.uint64), view)
+    table = dict(zip(COLUMNS, view_parameters(seed, np.array(keys, np.uint64), view, "crops-1").T, strict=True))
+    width, height = 1 / table["zoom_x"], 1 / table["zoom_y"]
+    for size, shift in ((width, table["shift_x"]), (height, table["shift_y"])):
+        assert np.all(size <= 1 + 1e-6)
+        assert np.all(np.abs(shift) + size / 2 <= 0.5 + 1e-6)
+    whole = np.sqrt(drawn["area"] * np.maximum(drawn["ratio"], 1 / drawn["ratio"])) <= 1
+    np.testing.assert_allclose((width * height)[whole], drawn["area"][whole], rtol=1e-5)
+    np.testing.assert_allclose((width / height)[whole], drawn["ratio"][whole], rtol=1e-5)
+    assert set(np.unique(table["flip"])) <= {-1, 1}
+
+
+def test_mild_views_are_those_of_version_0_1() -> None:
+    keys = np.array([7, 2**63 + 1], np.uint64)
+    expected = [
+        [1.0354, 1.0354, 1, 2.978, -0.0141, -0.0145, 0, 0.9906, -0.0913, 0.9919, 65.238],
+        [0.9209, 0.9209, 1, -3.9961, -0.0453, -0.0339, 0, 0.8558, -0.0509, 1.0265, 48.851],
+    ]
+    np.testing.assert_allclose(view_parameters(3, keys, 2), expected, atol=1e-4)
+    assert View(2).key(3) == (3, 2)
+    assert View(2, recipe="crops-1").key(3) == ("crops-1", 3, 2)
+
+
+def test_recipes_and_stresses_are_the_choices_of_their_parameters() -> None:
+    specs = {item.name: spec_of(item) for item in fields(TrainConfig)}
+    assert set(specs["augment"].choices) == set(RECIPES)
+    assert set(specs["stresses"].choices) == set(STRESS_SETS)
 
 
 @settings(max_examples=40)
@@ -67,20 +119,23 @@ def test_parameters_of_an_image_depend_on_no_other_image(keys: list[int], random
 @pytest.mark.parametrize("key", [0, 5, 2**63, 2**64 - 2])
 def test_seed_image_and_view_each_change_the_parameters(key: int) -> None:
     drawn = [
-        view_parameters(seed, np.array([image], np.uint64), view)[0]
+        np.concatenate(list(RECIPES["mild-1"].draw(seed, np.array([image], np.uint64), view).values()))
         for seed, image, view in ((0, key, 0), (1, key, 0), (0, key + 1, 0), (0, key, 1))
     ]
     assert len(np.unique(np.stack(drawn), axis=0)) == 4
     assert np.abs(np.diff(np.stack(drawn), axis=0)).min() > 0  # no parameter is shared either
 
 
-def test_parameters_are_spread_evenly_over_their_ranges() -> None:
-    table = view_parameters(0, np.arange(1500, dtype=np.uint64), 0).astype(float)
-    for name, column in zip(RANGES, table.T, strict=True):
-        low, high = np.log(RANGES[name]) if name == "zoom" else RANGES[name]
-        quantiles = np.quantile(np.log(column) if name == "zoom" else column, [0.02, 0.25, 0.5, 0.75, 0.98])
+@each_recipe
+def test_draws_are_spread_evenly_over_their_ranges(recipe: str) -> None:
+    chosen = RECIPES[recipe]
+    drawn = chosen.draw(0, np.arange(1500, dtype=np.uint64), 0)
+    for name, column in drawn.items():
+        scale = np.log if name in chosen.log else np.asarray
+        low, high = scale(chosen.ranges[name])
+        quantiles = np.quantile(scale(column), [0.02, 0.25, 0.5, 0.75, 0.98])
         np.testing.assert_allclose((quantiles - low) / (high - low), [0.02, 0.25, 0.5, 0.75, 0.98], atol=0.05)
-    assert np.abs(np.corrcoef(table.T) - np.eye(len(RANGES))).max() < 0.1
+    assert np.abs(np.corrcoef(np.stack(list(drawn.values()))) - np.eye(len(drawn))).max() < 0.1
 
 
 def test_image_key_is_the_first_64_bits_of_the_digest() -> None:
@@ -176,11 +231,47 @@ def test_blur_spreads_an_edge_as_a_gaussian_does() -> None:
 
 def test_blur_is_independent_for_each_image() -> None:
     images = torch.stack([disc(), disc()])
-    rows = torch.tensor([[float({**NEUTRAL, "quality": 100, "blur": b}[name]) for name in RANGES] for b in (0.1, 1.2)])
+    rows = torch.tensor([[float({**NEUTRAL, "blur": b}[name]) for name in COLUMNS] for b in (0.1, 1.2)])
     sharp, soft = augment(images, rows)
     assert torch.equal(sharp, changed(disc()))
     assert torch.equal(soft, changed(disc(), blur=1.2))
     assert not torch.equal(sharp, soft)
+
+
+# Stresses
+
+
+def extent(image: Tensor) -> tuple[int, int]:
+    """(width, height) of what is white."""
+    y, x = torch.nonzero(image > 120).T
+    return int(x.max() - x.min() + 1), int(y.max() - y.min() + 1)
+
+
+@pytest.mark.parametrize(("stress", "sides"), [("wide", (29, 24)), ("narrow", (24, 29)), ("larger", (27, 27))])
+def test_stretching_changes_one_side_and_zooming_both(stress: str, sides: tuple[int, int]) -> None:
+    seen = augment(disc().unsqueeze(0), torch.from_numpy(stress_parameters(1, stress)))[0]
+    assert extent(disc()) == (24, 24)
+    assert np.abs(np.array(extent(seen)) - sides).max() <= 1
+
+
+def test_a_marker_is_drawn_into_the_corner_and_changes_nothing_else() -> None:
+    seen = changed(disc(), marker=0.95, blur=1e-3)
+    different = torch.nonzero(seen != changed(disc(), blur=1e-3))
+    assert 10 < len(different) < 60
+    assert different.max() < 16
+    assert seen[different[:, 0], different[:, 1]].max() > 200
+
+
+def test_mirroring_swaps_left_and_right() -> None:
+    image = films(1)[0]
+    assert torch.equal(changed(image, flip=-1.0), changed(image.flip(1)))
+
+
+def test_every_stress_changes_images() -> None:
+    images = films(2)
+    plain = augment(images, torch.from_numpy(stress_parameters(2, "larger") * 0) + torch.tensor(list(COLUMNS.values())))
+    for stress in STRESSES:
+        assert not torch.equal(augment(images, torch.from_numpy(stress_parameters(2, stress))), plain)
 
 
 # JPEG

@@ -332,6 +332,78 @@ def test_a_run_stopped_after_any_epoch_goes_on_to_the_same_result(
     assert taken_up(few, tmp_path) == uninterrupted
 
 
+@pytest.fixture(scope="module")
+def averaged(few: Splits, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What `gradual` gives with averaged weights when nothing comes between."""
+    model = narrow_resnet()
+    records = without_timings(list(start(model, few, tmp_path_factory.mktemp("run"), average="sma", epochs=3)))
+    return records, checksum(model)
+
+
+def test_the_average_begins_with_the_second_epoch_of_the_last_phase(averaged: Result) -> None:
+    counted = [record.get("averaged_steps") for record in averaged[0]]
+    assert counted == [*[None] * 6, 0, 3, 6]
+
+
+def test_until_the_average_begins_nothing_differs(averaged: Result, few: Splits, tmp_path: Path) -> None:
+    plain = without_timings(list(start(narrow_resnet(), few, tmp_path, epochs=3)))
+    same = [{k: v for k, v in record.items() if k != "averaged_steps"} for record in averaged[0]]
+    assert same[:7] == plain[:7]
+    trained = [{k: v for k, v in record.items() if k.startswith("train_")} for record in plain]
+    assert [{k: v for k, v in record.items() if k.startswith("train_")} for record in same] == trained
+    assert same[8]["val_loss"] != plain[8]["val_loss"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_validated_and_kept_is_the_mean_of_the_weights_after_each_step(
+    few: Splits, tmp_path: Path, strategy: str
+) -> None:
+    model, phase = narrow_resnet(), STRATEGIES[strategy][-1]
+    frozen, steps, last = checksum(model, phase.frozen), list[StateDict](), {"phase": "", "epoch": -1}
+
+    def watch(source: TrainData) -> TrainData:
+        def watched(now: Phase, epoch: int) -> Iterable[Batch]:
+            begins = last["phase"] == now.name
+            last.update(phase=now.name, epoch=epoch)
+            for step, batch in enumerate(source(now, epoch)):
+                if begins and now == phase and step:
+                    steps.append(clone(stage_state(model, phase.trainable)))
+                yield batch
+            if begins and now == phase:
+                steps.append(clone(stage_state(model, phase.trainable)))
+
+        return watched
+
+    records = list(
+        start(model, few, tmp_path, STRATEGIES[strategy], average="sma", epochs=2, patience=9, wrap_train=watch)
+    )
+    assert records[-1].metrics["averaged_steps"] == len(steps) == 3
+    logits, labels = infer(model, eval_batches(few[1], 4, torch.device("cpu")))
+    if records[-1].improved:
+        for name, value in stage_state(model, phase.trainable).items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, torch.stack([step[name] for step in steps]).mean(0))
+        weights = class_weights(few[0].labels)
+        assert records[-1].metrics["val_loss"] == pytest.approx(
+            F.cross_entropy(logits, labels, weights).item(), rel=1e-5
+        )
+    assert checksum(model, phase.frozen) == frozen
+
+
+@pytest.mark.parametrize("epochs", [7, 8, 9])
+def test_a_run_with_averaged_weights_resumes_to_the_same_result(
+    few: Splits, tmp_path: Path, averaged: Result, epochs: int
+) -> None:
+    options: dict[str, Any] = {"average": "sma", "epochs": 3}
+    before = list(itertools.islice(start(narrow_resnet(), few, tmp_path, **options), epochs))
+    assert without_timings(before) == averaged[0][:epochs]
+    assert taken_up(few, tmp_path, **options) == averaged
+
+
+def test_reuse_of_activations_changes_no_average(few: Splits, tmp_path: Path, averaged: Result) -> None:
+    assert taken_up(few, tmp_path, average="sma", epochs=3, budget=0) == averaged
+
+
 def test_reuse_of_activations_changes_no_result(few: Splits, tmp_path: Path, uninterrupted: Result) -> None:
     assert taken_up(few, tmp_path, budget=0) == uninterrupted
 

@@ -13,7 +13,7 @@ from cxr.strategies import ALL, HEAD, STRATEGIES, TOP
 from cxr.training.reuse import DISK, Decision, PrefixCost, Workload, plan_reuse
 
 GRADUAL = STRATEGIES["gradual"]
-WORK = Workload(train=100, val=20, image_bytes=1000, views=4, stresses=6, epochs=10)
+WORK = Workload(train=100, val=20, image_bytes=1000, views=4, stressed=120, epochs=10)
 COSTS = {"head": PrefixCost(100, 1.0), "top": PrefixCost(400, 1.0)}
 
 
