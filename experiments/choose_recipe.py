@@ -1,0 +1,116 @@
+"""Which views, and averaged weights or not? Judged on validation images alone: the test split is never read.
+
+    uv run python experiments/choose_recipe.py --data-dir FOLDER --seeds 3 --epochs 6 --views 6 --out arms.csv
+
+Result in LOG.md: "2026-11-25: views and averaging, chosen on validation".
+
+Trains each recipe of views, with and without averaged weights, with each seed; the best epoch is that with the lowest
+stressed validation loss. Then every validation image is shown plain and under every stress. The table holds the loss
+(weighted by class) and balanced accuracy, plain, under each stress, and on average over the stresses. A row is written
+as soon as its run is finished; the same command continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from torchvision.models import ResNet
+
+from cxr.config import TrainConfig
+from cxr.data.batches import make_split, straight_order, view_batches
+from cxr.data.load import Data, read_data
+from cxr.data.views import PLAIN, STRESSES, View
+from cxr.evaluation.report import weighted_loss
+from cxr.machine import Machine, ready_machine
+from cxr.network.inference import infer
+from cxr.network.resnet import build_model
+from cxr.runs.resume import checkpoints_of
+from cxr.runs.train import train_model
+from cxr.tracking.tracker import NullTracker
+from cxr.training.loop import EpochRecord, class_weights
+
+ARM = ["strategy", "recipe", "average", "seed"]
+
+
+def trained(config: TrainConfig, data: Data, machine: Machine) -> tuple[ResNet, list[EpochRecord]]:
+    """The network of the best epoch, and all epochs."""
+    model, _ = build_model(config.arch, config.weights, config.seed)
+    model.to(device=machine.device, memory_format=torch.channels_last)
+    run = f"choose-{config.strategy}-{config.augment}-{config.average}-{config.seed}"
+    records, _ = train_model(config, NullTracker(run), data, machine, model, click.echo)
+    shutil.rmtree(checkpoints_of(config, run))
+    return model, records
+
+
+def shown(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> dict[str, float]:
+    """Loss and balanced accuracy of all validation images, plain and under every stress."""
+    val = make_split(data.manifest, data.store, "val")
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    row: dict[str, float] = {}
+    for view in (PLAIN, *(View(stress=name) for name in STRESSES)):
+        batches = view_batches(val, straight_order(val, config.batch_size), 0, view, machine.device)
+        logits, labels = infer(model, batches, machine.precision)
+        name = view.stress or "plain"
+        row[f"loss {name}"] = weighted_loss(logits, labels, weights)
+        row[f"accuracy {name}"] = float(balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy()))
+    for figure in ("loss", "accuracy"):
+        row[f"{figure} stressed"] = float(np.mean([row[f"{figure} {name}"] for name in STRESSES]))
+    return row
+
+
+def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:
+    """Train one arm with one seed."""
+    started = time.perf_counter()
+    model, records = trained(config, data, machine)
+    best = [record for record in records if record.improved][-1]
+    steps = sum(record.metrics["epoch_seconds"] for record in records)
+    stressed = sum(record.metrics["eval_seconds"] for record in records)
+    return {
+        **dict(zip(ARM, (config.strategy, config.augment, config.average, config.seed), strict=True)),
+        "best epoch": best.epoch,
+        "val AUC": best.metrics["val_roc_auc"],
+        "training s": steps,
+        "validation s": stressed,
+        "all s": time.perf_counter() - started,
+        **shown(config, data, machine, model),
+    }
+
+
+@click.command()
+@click.option("--data-dir", required=True)
+@click.option("--weights", default="auto", show_default=True)
+@click.option("--strategy", default="partial", show_default=True)
+@click.option("--recipes", default="mild-1,crops-1", show_default=True)
+@click.option("--averages", default="none,sma", show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--epochs", default=6, show_default=True)
+@click.option("--views", default=6, show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--image-size", default=224, show_default=True)
+@click.option("--out", type=Path, required=True)
+def main(recipes: str, averages: str, seeds: int, out: Path, **parameters: str) -> None:
+    """Run every arm that the table lacks, and print the table."""
+    config = TrainConfig(**parameters, select="stressed_val_loss", reuse_gb=12.0)  # type: ignore[arg-type]
+    machine, data = ready_machine(config), read_data(config)
+    rows = pd.read_csv(out).to_dict("records") if out.exists() else []
+    done = {tuple(str(row[name]) for name in ARM) for row in rows}
+    for seed, recipe, average in product(range(seeds), recipes.split(","), averages.split(",")):
+        if (config.strategy, recipe, average, str(seed)) not in done:
+            rows.append(one(replace(config, augment=recipe, average=average, seed=seed), data, machine))
+            pd.DataFrame(rows).to_csv(out, index=False)
+    table = pd.DataFrame(rows)
+    means = table.drop(columns="seed").groupby(ARM[:-1], sort=False)
+    click.echo(pd.concat({"mean": means.mean(), "sd": means.std()}, axis=1).swaplevel(axis=1).T.round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
