@@ -12,59 +12,20 @@ as soon as its run is finished; the same command continues after an interruption
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import click
-import numpy as np
 import pandas as pd
-import torch
-from sklearn.metrics import balanced_accuracy_score
-from torchvision.models import ResNet
 
 from cxr.config import TrainConfig
-from cxr.data.batches import make_split, straight_order, view_batches
 from cxr.data.load import Data, read_data
-from cxr.data.views import PLAIN, STRESSES, View
-from cxr.evaluation.report import weighted_loss
 from cxr.machine import Machine, ready_machine
-from cxr.network.inference import infer
-from cxr.network.resnet import build_model
-from cxr.runs.resume import checkpoints_of
-from cxr.runs.train import train_model
-from cxr.tracking.tracker import NullTracker
-from cxr.training.loop import EpochRecord, class_weights
+from validation import shown, trained
 
 ARM = ["strategy", "recipe", "average", "seed"]
-
-
-def trained(config: TrainConfig, data: Data, machine: Machine) -> tuple[ResNet, list[EpochRecord]]:
-    """The network of the best epoch, and all epochs."""
-    model, _ = build_model(config.arch, config.weights, config.seed)
-    model.to(device=machine.device, memory_format=torch.channels_last)
-    run = f"choose-{config.strategy}-{config.augment}-{config.average}-{config.seed}"
-    records, _ = train_model(config, NullTracker(run), data, machine, model, click.echo)
-    shutil.rmtree(checkpoints_of(config, run))
-    return model, records
-
-
-def shown(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> dict[str, float]:
-    """Loss and balanced accuracy of all validation images, plain and under every stress."""
-    val = make_split(data.manifest, data.store, "val")
-    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    row: dict[str, float] = {}
-    for view in (PLAIN, *(View(stress=name) for name in STRESSES)):
-        batches = view_batches(val, straight_order(val, config.batch_size), 0, view, machine.device)
-        logits, labels = infer(model, batches, machine.precision)
-        name = view.stress or "plain"
-        row[f"loss {name}"] = weighted_loss(logits, labels, weights)
-        row[f"accuracy {name}"] = float(balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy()))
-    for figure in ("loss", "accuracy"):
-        row[f"{figure} stressed"] = float(np.mean([row[f"{figure} {name}"] for name in STRESSES]))
-    return row
 
 
 def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:

@@ -17,6 +17,7 @@ from cxr.training.reuse import ReusePlan
 
 SPLIT_NAMES = {"val": "Validation", "test": "Test", "fold": "Held-out fold", "external": "External data"}
 Say = Callable[[str], object]
+SATURATED = 0.99  # ROC-AUC on validation above which it hardly distinguishes models
 
 
 def epoch_line(record: EpochRecord) -> str:
@@ -43,6 +44,27 @@ def reuse_lines(plan: ReusePlan) -> list[str]:
 def _proof_words(proof: FreezeProof) -> str:
     stages = ", ".join(proof.stages)
     return f"phase {proof.phase}: {stages} unchanged" if stages else f"phase {proof.phase}: nothing was frozen"
+
+
+def _average_lines(config: TrainConfig, result: RunResult) -> list[str]:
+    """Whether the result is a mean of weights, where one was asked for."""
+    if config.average == "none":
+        return []
+    steps = result.best.metrics.get("averaged_steps", 0)
+    if steps:
+        return [f"averaged: the weights are the mean over {steps:.0f} steps of phase {result.best.phase}"]
+    return ["averaged: no; the best epoch came before the second one of the last phase"]
+
+
+def _saturation_lines(result: RunResult) -> list[str]:
+    """A warning where plain validation cannot tell good models from better ones."""
+    auc, stressed = result.val.values["roc_auc"], result.stressed["stressed_val_roc_auc"]
+    if auc <= SATURATED:
+        return []
+    return [
+        f"note: validation is saturated (ROC-AUC {auc:.4f}, above {SATURATED}) and hardly distinguishes models; under "
+        f"stress it is {stressed:.4f}. Compare stressed_val_loss"
+    ]
 
 
 def data_words(data: Data) -> str:
@@ -73,6 +95,8 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
         f"weights: {weights}" + ("; pretraining is what these strategies compare" if weights.random else ""),
+        *_average_lines(config, result),
+        *_saturation_lines(result),
         f"took: {result.seconds:.0f} s",
         *(f"look: {where}" for where in tracker.where()),
         f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
