@@ -183,6 +183,18 @@ def export_command(folder: Path, uri: str, onnx: bool) -> None:
         click.echo(file)
 
 
+@models.command("ensemble")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--name", default="cxr-pneumonia", show_default=True, help="registered model, or none")
+@click.option("--data-dir", help="folder of the images, if they were moved since the runs")
+@click.option("--cache-dir", help="cache folder, if it was moved since the runs")
+def ensemble_command(runs: tuple[str, ...], name: str, data_dir: str | None, cache_dir: str | None) -> None:
+    """Combine finished RUNS into one model: mean probabilities, calibrated on validation as a whole, registered."""
+    from cxr.runs.ensemble import ensemble_tracked
+
+    ensemble_tracked(runs, name, data_dir, cache_dir, click.echo)
+
+
 @models.command("verify")
 @click.argument("target")
 @click.option("--data-dir", help="folder of the images, if they were moved since the run")

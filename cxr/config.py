@@ -339,6 +339,7 @@ class CompareConfig(CommandConfig):
     epochs_each: str = param(
         "same", "epochs of individual strategies, such as full=3,gradual=2; the others use `epochs`"
     )
+    ensemble: bool = param(False, "also register the seeds of each strategy as one model, an ensemble")
 
     def __post_init__(self) -> None:
         CommandConfig.__post_init__(self)
@@ -349,6 +350,8 @@ class CompareConfig(CommandConfig):
                 f"--strategies {self.strategies}: list each of {known} at most once, comma-separated, or use all"
             )
         self.epochs_of()
+        if self.ensemble and self.seeds < 2:
+            raise UserError("--ensemble true: needs two or more seeds; use --seeds 2 or more")
 
     def chosen(self) -> tuple[str, ...]:
         """The strategies to compare."""

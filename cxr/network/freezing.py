@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNet
 
+from cxr.network.ensemble import Ensemble
 from cxr.network.resnet import stage_modules
 from cxr.network.weights import StateDict
 from cxr.strategies import STAGES, Phase
@@ -54,8 +55,10 @@ def bit_sums(model: ResNet, stages: Iterable[str]) -> list[int]:
     return found
 
 
-def count_parameters(model: ResNet, stages: Iterable[str] = STAGES) -> int:
-    """The number of parameters of the stages."""
+def count_parameters(model: ResNet | Ensemble, stages: Iterable[str] = STAGES) -> int:
+    """The number of parameters of the stages, of all members of an ensemble."""
+    if isinstance(model, Ensemble):
+        return sum(count_parameters(member, stages) for member in model.networks)
     return sum(p.numel() for s in stages for m in stage_modules(model, s) for p in m.parameters())
 
 

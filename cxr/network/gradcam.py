@@ -16,6 +16,7 @@ from torchvision.models import ResNet
 from cxr.data.decode import UInt8
 from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import to_input
+from cxr.network.ensemble import Ensemble
 from cxr.network.resnet import run_stages
 from cxr.strategies import STAGES
 
@@ -24,13 +25,19 @@ _BATCH = 32
 _BEFORE, _AFTER = STAGES[:-2], STAGES[-2:]  # the stages up to layer4, whose maps are explained, and the head
 
 
-def heatmaps(model: ResNet, images: UInt8 | Sequence[UInt8], target: int = CLASS_TO_INDEX["PNEUMONIA"]) -> Float32:
+def heatmaps(
+    model: ResNet | Ensemble, images: UInt8 | Sequence[UInt8], target: int = CLASS_TO_INDEX["PNEUMONIA"]
+) -> Float32:
     """Prepared images [n, s, s] -> float32 [n, s, s] in 0 to 1: what spoke for class `target` where.
 
     Grad-CAM (Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks, 2017) of the class's logit on layer4,
     enlarged bilinearly, each map in parts of its own maximum; one without any support is 0 throughout. The model is
-    evaluated in eval mode whatever its state, on its own device, and is left as it was.
+    evaluated in eval mode whatever its state, on its own device, and is left as it was. That of an ensemble is the mean
+    over its members.
     """
+    if isinstance(model, Ensemble):
+        mean: Float32 = np.mean([heatmaps(member, images, target) for member in model.networks], axis=0)
+        return mean
     # A copy: modes, flags and gradients of the caller's model stay whatever happens here, and captum hooks into this.
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device

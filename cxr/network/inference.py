@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
 from cxr.data.views import Batch
+from cxr.network.ensemble import Ensemble
 from cxr.network.resnet import run_stages
 from cxr.strategies import STAGES
 
@@ -43,18 +44,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def infer(
-    model: ResNet, batches: Iterable[Batch], precision: str = "fp32", stages: Iterable[str] = STAGES
+    model: ResNet | Ensemble, batches: Iterable[Batch], precision: str = "fp32", stages: Iterable[str] = STAGES
 ) -> tuple[Tensor, Tensor]:
     """(logits float32 [n, 2], labels int64 [n]) on the CPU, the model in eval mode.
 
-    `stages` are the ones still to run on the batches' inputs.
+    `stages` are the ones still to run on the batches' inputs; an ensemble runs all of them.
     """
     model.eval()
     logits, labels = [], []
     with torch.inference_mode():
         for inputs, batch_labels in batches:
             with autocast(inputs.device, precision):
-                logits.append(run_stages(model, inputs, stages).float())
+                whole = isinstance(model, Ensemble)
+                logits.append((model(inputs) if whole else run_stages(model, inputs, stages)).float())
             labels.append(batch_labels)
     # Clones, because inference tensors may not meet autograd later.
     return torch.cat(logits).cpu().clone(), torch.cat(labels).cpu()

@@ -37,6 +37,8 @@ from cxr.tracking.lifecycle import git_commit
 from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
 
+STRESSED = "stressed_val_loss"
+
 
 def log_start(
     config: TrainConfig,
@@ -170,34 +172,44 @@ def card_of(
 def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
     if not isinstance(tracker, MlflowTracker):
         return None
-    card = card_of(config, result.weights, result.data.fingerprint, result.test.threshold, result.calibration)
-    return registry.log_model(model.state_dict(), card, _example(config.image_size))
+    return registry.log_model(model.state_dict(), _card(config, result), example_of(config.image_size))
 
 
 def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, result: RunResult) -> str:
-    """What became of the model in the registry, in words."""
+    """Register the model; returns a line that says what became of it."""
     if model_id is None or config.register == "none":
         return "not registered"
-    val = result.data.part("val")
-    tags = {
-        "run_id": tracker.run_id,
-        "strategy": config.strategy,
-        "arch": config.arch,
-        "weights": str(result.weights),
-        "data": registry.DataKind.of(result.data.synthetic).version_tag,
-        "data_fingerprint": result.data.fingerprint,
-        "val_fingerprint": fingerprint(val),
-        "val_loss": repr(result.best.metrics["val_loss"]),
-        "stressed_val_loss": repr(result.stressed["stressed_val_loss"]),
+    losses = {name: values[name] for name, values in (("val_loss", result.best.metrics), (STRESSED, result.stressed))}
+    tags = version_tags(tracker.run_id, config, result.data, _card(config, result), result.val, losses)
+    return registry.register(model_id, config.register, tags).line()
+
+
+def version_tags(
+    run_id: str, config: TrainConfig, data: Data, card: ModelCard, val: Report, losses: Mapping[str, float]
+) -> dict[str, str]:
+    """The tags of a registered version; `losses` are those by which versions may be compared."""
+    return {
+        "run_id": run_id,
+        "strategy": card.strategy,
+        "arch": card.arch,
+        "weights": card.weights,
+        "data": registry.DataKind.of(data.synthetic).version_tag,
+        "data_fingerprint": data.fingerprint,
+        "val_fingerprint": fingerprint(data.part("val")),
+        **{name: repr(loss) for name, loss in losses.items()},
         "selected_by": config.select,
         "stresses": config.stresses,
-        "val_roc_auc": repr(result.val.values["roc_auc"]),
-        "threshold": repr(result.test.threshold),
-        "calibration": result.calibration.words(),
+        "val_roc_auc": repr(val.values["roc_auc"]),
+        "threshold": repr(card.threshold),
+        "calibration": card.calibration.words(),
         "class_to_index": json.dumps(CLASS_TO_INDEX),
-        "preprocessing": f"grey, {config.resize} to {config.image_size}x{config.image_size}, ImageNet mean and std",
+        "preprocessing": f"grey, {card.resize} to {card.image_size}x{card.image_size}, ImageNet mean and std",
+        "members": str(card.members),
     }
-    return registry.register(model_id, config.register, tags).line()
+
+
+def _card(config: TrainConfig, result: RunResult) -> ModelCard:
+    return card_of(config, result.weights, result.data.fingerprint, result.test.threshold, result.calibration)
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:
@@ -220,7 +232,7 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
 
 
-def _example(size: int) -> bytes:
+def example_of(size: int) -> bytes:
     """A phantom as PNG: a patient's image has no place in a model's files."""
     buffer = io.BytesIO()
     Image.fromarray(phantom(np.random.default_rng(0), "normal", size)).save(buffer, "PNG")

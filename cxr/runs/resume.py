@@ -18,6 +18,7 @@ NO_TRAINING_RUNS = {
     RunKind.COMPARISON: "run its `cxr compare` command again",
     RunKind.CROSSVAL: "run its `cxr crossval` command again",
     RunKind.EVALUATION: "run its `cxr evaluate` command again",
+    RunKind.ENSEMBLE: "run its `cxr models ensemble` command again",
 }
 
 

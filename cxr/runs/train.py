@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torchvision.models import ResNet
 from tqdm import tqdm
@@ -20,15 +19,14 @@ from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
 from cxr.data.views import Batch
 from cxr.errors import UserError
-from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
-from cxr.evaluation.report import Report, evaluate, implied_prevalence, origin_of, predictions_table, stressed_metrics
-from cxr.evaluation.thresholds import choose_threshold
+from cxr.evaluation.report import stressed_metrics
 from cxr.machine import Machine, cpu_has_bf16, describe, memory_errors, peak_memory, ready_machine, reset_peak_memory
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
+from cxr.runs.reports import Float32, reports
 from cxr.runs.result import RunResult
 from cxr.runs.resume import checkpoints_of, recorded_config
 from cxr.storage import Cache, exclusive
@@ -39,8 +37,6 @@ from cxr.training import distributed as parallel
 from cxr.training.batch_source import BatchSource, SourceSettings
 from cxr.training.checkpoint import LAST, Checkpoints
 from cxr.training.loop import EpochRecord, Schedule, class_weights, fit
-
-Float32 = npt.NDArray[np.float32]
 
 
 def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
@@ -64,7 +60,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
-    val, test, calibration = _reports(config, data, machine, model)
+    val, test, calibration = reports(config, data, lambda split: _logits(config, data, machine, model, split))
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
@@ -207,25 +203,6 @@ def _logits(config: TrainConfig, data: Data, machine: Machine, model: ResNet, na
     logits, _ = infer(model, eval_batches(split, config.batch_size, machine.device))
     logits_array: Float32 = logits.numpy()
     return logits_array
-
-
-def _reports(config: TrainConfig, data: Data, machine: Machine, model: ResNet) -> tuple[Report, Report, Calibration]:
-    """(validation, test, calibration): what is fitted is fitted on validation, before test is looked at."""
-    val, test = data.part("val"), data.part(data.held_out)
-    labels = val["label"].to_numpy(np.int64)
-    logits = _logits(config, data, machine, model, "val")
-    calibration = fit_calibration(config.calibration, margins_of(logits), labels)
-    threshold = choose_threshold(config.threshold_rule, labels, calibration.apply(margins_of(logits)))
-    prevalence = implied_prevalence(calibration, float(labels.mean()))
-    val_table = predictions_table(val, logits, threshold, calibration)
-    test_table = predictions_table(test, _logits(config, data, machine, model, data.held_out), threshold, calibration)
-    return (
-        evaluate(val_table, "val", threshold, config.bootstrap, origin=origin_of(config.threshold_rule, "val")),
-        evaluate(
-            test_table, data.held_out, threshold, config.bootstrap, prevalence, origin_of(config.threshold_rule, "test")
-        ),
-        calibration,
-    )
 
 
 def _stressed(

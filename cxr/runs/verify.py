@@ -13,19 +13,20 @@ import torch
 
 from cxr.audit.checks import Finding
 from cxr.config import TrainConfig
-from cxr.data.batches import make_split, straight_order, stress_sizes, stressed_parts, view_batches
+from cxr.data.batches import make_split, stressed_parts
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES
 from cxr.errors import UserError
 from cxr.evaluation.calibration import fit_calibration, margins_of
-from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, stressed_metrics, weighted_loss
+from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, weighted_loss
 from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.freezing import count_parameters
-from cxr.network.inference import infer
+from cxr.runs.ensemble import member_logits
+from cxr.runs.reports import stressed_validation
 from cxr.serving.predictor import Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
-from cxr.tracking.reading import LoggedRun, Tag, source_run
+from cxr.tracking.reading import LoggedRun, RunKind, Tag, source_run
 from cxr.training.loop import class_weights
 
 # Tolerances: metrics from the same table; probabilities with another batch size, memory format and precision;
@@ -52,7 +53,8 @@ def verify(target: str, data_dir: str | None = None, cache_dir: str | None = Non
     }
     findings = [_metrics(run, config, val, test, held, share, sizes), _choices(run, config, val, predictor)]
     findings += [_decisions(table, split, predictor) for split, table in (("val", val), (held, test))]
-    findings.append(_best_epoch(run, config, val))
+    whole = run.kind is RunKind.ENSEMBLE
+    findings.append(_members(run, {"val": val, held: test}) if whole else _best_epoch(run, config, val))
     return findings + _from_images(run, config, {"val": val, held: test}, predictor)
 
 
@@ -60,20 +62,13 @@ def _run_of(target: str) -> tuple[LoggedRun, str]:
     """(the run, the URI of its model) of a run's id or a model's URI."""
     if "/" not in target:
         run = LoggedRun.open(target)
-        return run, f"models:/{_model_of(run)}"
+        return run, f"models:/{registry.model_of(run)}"
     if not target.startswith("models:/"):
         raise UserError(f"{target}: give a run's id, or models:/NAME@ALIAS")
     run_id = source_run(target)
     if run_id is None:
         raise UserError(f"{target}: no such model, or the run that logged it is unknown")
     return LoggedRun.open(run_id), target
-
-
-def _model_of(run: LoggedRun) -> str:
-    found = registry.logged_models(run.experiment_id, run.run_id)
-    if not found:
-        raise UserError(f"run {run.run_id} has no logged model; it is not a finished training run")
-    return str(found[0].model_id)
 
 
 def _finding(check: str, wrong: list[str], fine: str) -> Finding:
@@ -112,6 +107,16 @@ def _differences(logged: Mapping[str, float], again: Mapping[str, float], tolera
 def _tolerance(run: LoggedRun) -> float:
     """For metrics that training measured in its own precision."""
     return CLOSE if run.tags.get(Tag.PRECISION) == "fp32" else LOOSE
+
+
+def _members(run: LoggedRun, tables: Mapping[str, pd.DataFrame]) -> Finding:
+    """Recompute the logits of an ensemble from those that its members logged."""
+    runs, wrong = [LoggedRun.open(run_id) for run_id in run.params["ensemble.runs"].split()], []
+    for split, table in tables.items():
+        logged = table[["logit_normal", "logit_pneumonia"]].to_numpy()
+        if not np.allclose(member_logits(runs, split), logged, rtol=1e-6, atol=1e-6):
+            wrong.append(f"{split}: the logits are not those of the members")
+    return _finding("logits from those of the members", wrong, f"{len(runs)} members")
 
 
 def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Finding:
@@ -186,11 +191,8 @@ def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predic
     named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
     logged = {name: run.number(name) for name in named}
     wrong = _differences(logged, named, 1e-6)  # the precision of the logged values
-    split, device = make_split(data.manifest, data.store, "val"), torch.device("cpu")
-    parts = stressed_parts(split, len(data.part("train")), config.stresses)
-    orders = {view: straight_order(part, config.batch_size) for view, part in parts.items()}
-    seen = (batch for view, part in parts.items() for batch in view_batches(part, orders[view], 0, view, device))
-    again = stressed_metrics(*infer(predictor.model, seen), weights, stress_sizes(parts))
+    again = stressed_validation(config, data, predictor.model)
+    parts = stressed_parts(make_split(data.manifest, data.store, "val"), len(data.part("train")), config.stresses)
     # A single image on the other side of the threshold changes a count, whatever the tolerance.
     shown = sum(np.bincount(part.labels, minlength=2) for part in parts.values())
     step = 2 / int(np.min(shown))

@@ -30,6 +30,7 @@ from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, to_input
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration, margins_of
+from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer
 from cxr.network.weights import StateDict
 
@@ -38,7 +39,10 @@ WEIGHTS, CARD, ONNX = "weights.safetensors", "model.json", "X_ray_classifier.onn
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin."""
+    """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin.
+
+    With several `members`, the weights are those of an `Ensemble`.
+    """
 
     arch: str
     image_size: int
@@ -51,6 +55,7 @@ class ModelCard:
     calibration: Calibration = IDENTITY
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    members: int = 1
 
     def text(self) -> str:
         """The card as JSON."""
@@ -86,7 +91,7 @@ def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
 class _Probability(nn.Module):
     """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
 
-    def __init__(self, model: ResNet, calibration: Calibration):
+    def __init__(self, model: ResNet | Ensemble, calibration: Calibration):
         super().__init__()
         self.model, self.calibration = model, calibration
 
@@ -100,8 +105,13 @@ class _Probability(nn.Module):
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet, card: ModelCard):
+    def __init__(self, model: ResNet | Ensemble, card: ModelCard):
         self.model, self.card = model.eval(), card
+
+    @property
+    def networks(self) -> list[ResNet]:
+        """The plain torchvision modules: one, or the members of an ensemble."""
+        return self.model.networks if isinstance(self.model, Ensemble) else [self.model]
 
     @classmethod
     def load(cls, folder: Path) -> Predictor:
@@ -109,7 +119,8 @@ class Predictor:
         fields = json.loads((folder / CARD).read_text())
         calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
         card = ModelCard(**{**fields, "calibration": calibration})
-        model: ResNet = get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX))
+        networks = [get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX)) for _ in range(card.members)]
+        model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
         return cls(model.to(memory_format=torch.channels_last), card)
 
@@ -145,19 +156,23 @@ class Predictor:
         return prepared
 
     def export(self, folder: Path, onnx: bool = False) -> list[Path]:
-        """Write the plain torchvision state dict, the class mapping, the card and, if asked, an ONNX model; returns
-        the files.
+        """Write the plain torchvision state dict (that of each member of an ensemble), the class mapping, the card and,
+        if asked, an ONNX model; returns the files.
 
         The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of pneumonia [n].
         Raises `UserError` when they cannot be written, or the packages for ONNX are not installed.
         """
-        files = [folder / name for name in ("X_ray_classifier.pth", "class_to_index.json", CARD)]
+        names = ["X_ray_classifier.pth"]
+        if len(self.networks) > 1:
+            names = [f"X_ray_classifier_{number}.pth" for number in range(len(self.networks))]
+        files = [folder / name for name in (*names, "class_to_index.json", CARD)]
         graph = self._onnx() if onnx else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.model.state_dict(), files[0])
-            files[1].write_text(json.dumps(self.card.class_to_index) + "\n")
-            files[2].write_text(self.card.text())
+            for network, file in zip(self.networks, files, strict=False):
+                torch.save(network.state_dict(), file)
+            files[-2].write_text(json.dumps(self.card.class_to_index) + "\n")
+            files[-1].write_text(self.card.text())
             if graph is not None:
                 files.append(folder / ONNX)
                 graph.save(files[-1])

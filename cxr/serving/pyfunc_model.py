@@ -12,6 +12,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torchvision.models import ResNet
 
 from cxr.data.decode import ImageError, UInt8
+from cxr.network.ensemble import Ensemble
 from cxr.serving.predictor import Predictor
 
 
@@ -22,8 +23,10 @@ class XrayModel(PythonModel):
         """Read the package that was logged as the artifact `package`."""
         self.predictor = Predictor.load(Path(context.artifacts["package"]))
 
-    def network(self) -> ResNet:
-        """The plain torchvision module with its weights, in eval mode; its input is made by `predictor.prepare`."""
+    def network(self) -> ResNet | Ensemble:
+        """The torchvision module (or the ensemble of several) with its weights, in eval mode; its input is made by
+        `predictor.prepare`.
+        """
         return self.predictor.model
 
     # No type hint on `model_input`: MLflow would take it for a schema.

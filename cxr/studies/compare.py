@@ -29,6 +29,7 @@ from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
 from cxr.figures.html import html_report
+from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
 from cxr.studies.family import run_family
@@ -61,8 +62,12 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
     """
     name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
     with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
-        verdict = _publish(parent, [load_run(run_id) for run_id in run_ids], config.margin)
+        runs = [load_run(run_id) for run_id in run_ids]
+        verdict = _publish(parent, runs, config.margin)
     say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids)]))
+    for strategy in config.chosen() if config.ensemble else ():
+        seeds = [run.run_id for run in runs if run.strategy == strategy]
+        ensemble_tracked(seeds, config.train.register, cache_dir=config.train.cache_dir, say=say, parent=parent.run_id)
     return verdict
 
 

@@ -67,6 +67,7 @@ class RunKind(StrEnum):
     CROSSVAL = "crossval"
     MEMBER = "member"
     EVALUATION = "evaluation"
+    ENSEMBLE = "ensemble"
 
     @property
     def key_tag(self) -> str:

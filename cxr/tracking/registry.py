@@ -23,6 +23,7 @@ import cxr
 from cxr.errors import UserError
 from cxr.network.weights import StateDict
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
+from cxr.tracking.reading import LoggedRun
 from cxr.tracking.store import prepare, store_errors
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
@@ -81,6 +82,14 @@ def logged_models(experiment_id: str, run_id: str) -> list[Any]:
     chosen = f"source_run_id = '{run_id}'"
     found: list[Any] = mlflow.search_logged_models([experiment_id], chosen, output_format="list")
     return found
+
+
+def model_of(run: LoggedRun) -> str:
+    """The ID of the model that a run logged. Raises `UserError` if there is none."""
+    found = logged_models(run.experiment_id, run.run_id)
+    if not found:
+        raise UserError(f"run {run.run_id} has no logged model; it is not a finished training run")
+    return str(found[0].model_id)
 
 
 def _logged_earlier(experiment_id: str, run_id: str) -> str | None:

@@ -28,7 +28,7 @@ from cxr.runs.verify import verify
 from cxr.studies.compare import compare_runs, compare_tracked, load_run, notes
 from cxr.studies.crossval import crossval_tracked
 from cxr.tracking.nested import children
-from cxr.tracking.reading import LoggedRun
+from cxr.tracking.reading import LoggedRun, RunKind
 
 Finished = tuple[TrainConfig, RunResult, Run]
 Compared = tuple[LoggedRun, list[str], list[str]]
@@ -146,6 +146,21 @@ def test_a_child_whose_checkpoint_was_pruned_is_restarted(config: CompareConfig,
         client.delete_tag(parent, "cxr.outcome")
         pipeline.run_tracked(TrainConfig(), quiet, parent)
     MlflowClient().set_terminated(parent, "FINISHED")
+
+
+def test_the_seeds_of_each_strategy_become_an_ensemble_that_is_registered(in_store: str, phantoms: Path) -> None:
+    options = {"strategies": "frozen", "seeds": 2, "ensemble": True, "register": "seeds-together"}
+    said: list[str] = []
+    compare_tracked(small(CompareConfig, phantoms, **options), said.append)
+    parent = newest_parent("comparison")
+    (whole,) = [run for run in children(parent.run_id) if run.kind is RunKind.ENSEMBLE]
+    assert whole.status == "FINISHED"
+    assert len(whole.params["ensemble.runs"].split()) == 2
+    found = MlflowClient().search_model_versions("name = 'seeds-together'")
+    assert sorted(version.tags["members"] for version in found) == ["1", "1", "2"]
+    assert any("ensemble of 2 (frozen)" in line for line in said)
+    with pytest.raises(UserError, match="--ensemble true: needs two or more seeds"):
+        small(CompareConfig, phantoms, seeds=1, ensemble=True)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_named(compared: Compared, in_store: str) -> None:

@@ -1,0 +1,188 @@
+"""Several finished runs as one model: calibrated and evaluated as a whole, logged in a run, and registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from cxr.config import TrainConfig, flatten
+from cxr.data.load import Data, read_data
+from cxr.data.splits import CLASSES, fingerprint
+from cxr.errors import UserError
+from cxr.evaluation.calibration import Calibration
+from cxr.evaluation.report import Report, arrays_of, format_interval, weighted_loss
+from cxr.network.ensemble import Ensemble, combined
+from cxr.network.freezing import count_parameters
+from cxr.runs.messages import Say
+from cxr.runs.record import example_of, log_report, version_tags
+from cxr.runs.reports import reports, stressed_validation
+from cxr.serving.predictor import ModelCard, Predictor
+from cxr.tracking import registry
+from cxr.tracking.lifecycle import git_commit, open_run
+from cxr.tracking.reading import LoggedRun, RunKind, Tag
+from cxr.tracking.tracker import MlflowTracker
+from cxr.training.loop import class_weights
+
+# Parameters that members must share: what enters the networks, and what is chosen on validation.
+SHARED = ("arch", "image_size", "resize", "calibration", "threshold", "select", "stresses", "fold")
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An ensemble before it is logged: its network, its card, the reports, and the losses that rank it."""
+
+    network: Ensemble
+    card: ModelCard
+    val: Report
+    test: Report
+    losses: dict[str, float]
+    stressed: dict[str, float]
+
+
+def ensemble_tracked(
+    run_ids: Sequence[str],
+    name: str = "cxr-pneumonia",
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    say: Say = print,
+    parent: str | None = None,
+) -> str:
+    """Log finished runs as one model in a new run, and register it as a version of `name` (`none`: not).
+
+    `data_dir` and `cache_dir` replace those of the runs, if they have moved. With `parent`, the new run is a child of
+    that run. Returns the ID of the new run. Raises `UserError`, before a run is created, for runs that cannot be
+    combined and images that are not those of the runs.
+    """
+    runs = [LoggedRun.open(run_id) for run_id in run_ids]
+    config = _shared_config(runs)
+    config = replace(config, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
+    data = read_data(config)
+    _require_data(runs, data)
+    predictors = [registry.load(f"models:/{registry.model_of(run)}") for run in runs]
+    whole = _whole(config, data, runs, predictors)
+    with open_run(f"ensemble-{len(runs)}", parent=parent) as tracker:
+        say("\n".join(_log(config, data, runs, whole, tracker, name)))
+    return str(tracker.run_id)
+
+
+def _shared_config(runs: Sequence[LoggedRun]) -> TrainConfig:
+    """The configuration of the first run, whose shared parameters are those of all."""
+    if len(runs) < 2 or len({run.run_id for run in runs}) < len(runs):
+        raise UserError("an ensemble needs two or more different runs")
+    for run in runs:
+        if not run.finished or run.kind is RunKind.ENSEMBLE or not run.train_params():
+            raise UserError(f"run {run.run_id}: not a finished training run; only these can be combined")
+    configs = [run.config() for run in runs]
+    for parameter in SHARED:
+        values = {str(getattr(config, parameter)) for config in configs}
+        if len(values) > 1:
+            raise UserError(f"the runs differ in {parameter} ({', '.join(sorted(values))}) and cannot be combined")
+    if configs[0].fold_numbers():
+        raise UserError("the runs are folds, which are evaluated on different images and cannot be combined")
+    return configs[0]
+
+
+def _require_data(runs: Sequence[LoggedRun], data: Data) -> None:
+    for run in runs:
+        recorded = run.tags.get(Tag.DATA_FINGERPRINT)
+        if recorded != data.fingerprint:
+            raise UserError(
+                f"run {run.run_id}: was made with images {recorded}, and {data.root} holds {data.fingerprint}; all "
+                "runs need the same images and split, see --data-dir"
+            )
+
+
+def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
+    """The logits [n, 2] of a split, combined from those that the runs logged."""
+    tables = [run.predictions(split) for run in runs]
+    stack = np.stack([table[["logit_normal", "logit_pneumonia"]].to_numpy(np.float32) for table in tables])
+    logits: Float32 = combined(torch.from_numpy(stack)).numpy()
+    return logits
+
+
+def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictors: Sequence[Predictor]) -> Whole:
+    network = Ensemble(network for predictor in predictors for network in predictor.networks)
+    val, test, calibration = reports(config, data, lambda split: member_logits(runs, split))
+    stressed = stressed_validation(config, data, network)
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
+    labels = torch.tensor(arrays_of(val.table)[0])
+    losses = {"val_loss": weighted_loss(torch.from_numpy(member_logits(runs, "val")), labels, weights)}
+    card = _card(predictors, calibration, test.threshold)
+    return Whole(network, card, val, test, losses | {"stressed_val_loss": stressed["stressed_val_loss"]}, stressed)
+
+
+def _card(predictors: Sequence[Predictor], calibration: Calibration, threshold: float) -> ModelCard:
+    strategies = sorted({predictor.card.strategy for predictor in predictors})
+    return replace(
+        predictors[0].card,
+        strategy="+".join(strategies),
+        weights="; ".join(sorted({predictor.card.weights for predictor in predictors})),
+        calibration=calibration,
+        threshold=threshold,
+        members=sum(len(predictor.networks) for predictor in predictors),
+    )
+
+
+def _log(
+    config: TrainConfig, data: Data, runs: Sequence[LoggedRun], whole: Whole, tracker: MlflowTracker, name: str
+) -> list[str]:
+    """Everything in the run; returns the summary."""
+    card, title = whole.card, f"ensemble of {whole.card.members}"
+    weights = class_weights(data.part("train")["label"].to_numpy(np.int64)).tolist()
+    own = {f"class_weight.{label}": f"{weight:.6f}" for label, weight in zip(CLASSES, weights, strict=True)}
+    tracker.params({"ensemble.runs": " ".join(run.run_id for run in runs), **flatten(config), **own})
+    held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
+    uses = tracker.count(held_out)
+    tracker.tags(held_out | _tags(data, card))
+    for report in (whole.val, whole.test):
+        log_report(tracker, report, title)
+    model_id = registry.log_model(whole.network.state_dict(), card, example_of(card.image_size))
+    gap = {"val_test_gap_roc_auc": whole.val.values["roc_auc"] - whole.test.values["roc_auc"]}
+    sizes = dict.fromkeys(("parameters_total", "parameters_trained"), float(count_parameters(whole.network)))
+    sizes["parameters_trained"] = float(count_parameters(whole.network, config.phases[-1].trainable))
+    once = {"chosen_threshold": whole.test.threshold, "test_uses_before": float(uses)}
+    final = {**whole.val.metrics(), **whole.test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
+    tracker.metrics(final, step=0, model_id=model_id)
+    tags = version_tags(tracker.run_id, config, data, card, whole.val, whole.losses)
+    outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
+    lines = _summary(runs, whole, uses, tracker, outcome)
+    tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
+    return lines
+
+
+def _tags(data: Data, card: ModelCard) -> dict[str, str]:
+    return {
+        Tag.KIND: RunKind.ENSEMBLE,
+        Tag.STRATEGY: card.strategy,
+        Tag.ARCH: card.arch,
+        Tag.WEIGHTS: card.weights,
+        Tag.DATA: registry.DataKind.of(data.synthetic),
+        Tag.DATA_FINGERPRINT: data.fingerprint,
+        Tag.PRECISION: "fp32",
+        Tag.COMMIT: git_commit(),
+        Tag.CALIBRATION: card.calibration.words(),
+    }
+
+
+def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: MlflowTracker, outcome: str) -> list[str]:
+    test = whole.test
+    alone = pd.Series([run.metric("test_roc_auc") for run in runs])
+    metrics = ", ".join(
+        f"{m} {format_interval(test.interval(m))}" for m in ("accuracy", "roc_auc", "recall", "specificity")
+    )
+    return [
+        f"ensemble of {whole.card.members} ({whole.card.strategy}): val_loss {whole.losses['val_loss']:.4f}, "
+        f"stressed {whole.losses['stressed_val_loss']:.4f}",
+        f"test, threshold 0.5: {metrics}",
+        f"members alone: roc_auc {alone.min():.4f} to {alone.max():.4f}",
+        f"calibration: {whole.card.calibration.words()}; threshold {test.threshold:.3f} ({test.origin})",
+        *([f"this test split was evaluated {uses} times before in this store"] if uses else []),
+        outcome,
+        *(f"look: {where}" for where in tracker.where()),
+    ]
