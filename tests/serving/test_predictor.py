@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from narrow import narrow_resnet
 from PIL import Image
 from torchvision.models import ResNet
 
@@ -18,6 +19,7 @@ from cxr.data.decode import ImageError, decode_gray
 from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import to_input
 from cxr.errors import UserError
+from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.serving.predictor import CARD, WEIGHTS, ModelCard, Predictor, save_package
@@ -160,9 +162,15 @@ def test_a_truncated_image_is_rejected(predictor: Predictor, png: bytes) -> None
         predictor.prepare(png[: len(png) // 2])
 
 
-def test_onnx_agrees_with_the_predictor(predictor: Predictor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("members", [1, 2])
+def test_onnx_agrees_with_the_predictor(predictor: Predictor, tmp_path: Path, members: int) -> None:
     import onnxruntime
 
+    if members > 1:
+        card = replace(predictor.card, arch="narrow_resnet", members=members)
+        network = Ensemble(narrow_resnet(seed) for seed in range(members))
+        save_package(tmp_path / "package", network.state_dict(), card)
+        predictor = Predictor.load(tmp_path / "package")
     files = predictor.export(tmp_path, onnx=True)
     assert files[-1].name == "X_ray_classifier.onnx"
     session = onnxruntime.InferenceSession(files[-1])
