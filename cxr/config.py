@@ -82,9 +82,9 @@ class TrainConfig:
     )
     augment: str = param(
         "mild-1",
-        "recipe of the augmented versions: crops-1 (random resized crops, mirroring, strong exposure, blur, JPEG) or "
-        "mild-1 (slight zoom, rotation and shift, exposure, blur, JPEG)",
-        choices=("crops-1", "mild-1"),
+        "recipe of the augmented versions: crops-2 (random resized crops, mirroring, exposure, blur, JPEG), crops-1 "
+        "(the same, cropped and degraded more) or mild-1 (slight zoom, rotation and shift, exposure, blur, JPEG)",
+        choices=("crops-2", "crops-1", "mild-1"),
         before="mild-1",
     )
     batch_size: int = param(32, "training batch size", low=2, high=4096, search=(16, 128), log=True)
@@ -160,6 +160,14 @@ class TrainConfig:
         "youden",
         "decision threshold: a rule applied to validation (youden, f1, sensitivity>=0.95, or cost 5:1 for "
         "false negative : false positive), or a number",
+    )
+    abstain: float = param(
+        0.1,
+        "fraction of validation images, the least certain, that sets the certainty below which a prediction abstains; "
+        "0 never abstains",
+        low=0,
+        high=0.9,
+        before=0.0,
     )
     on_bad_image: str = param(
         "stop",
@@ -386,7 +394,7 @@ def search_range(name: str) -> Spec:
 
 # Parameters that do not determine the result, so that workers and repeated calls of one comparison may differ in them.
 # (Data and weights are identified by other means.) Runs of earlier versions also recorded `resume`.
-NEUTRAL = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap"}
+NEUTRAL = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap", "abstain"}
 
 
 def result_parameters(config: TrainConfig) -> dict[str, str]:

@@ -75,10 +75,14 @@ def _mild(drawn: Mapping[str, Floats]) -> dict[str, Floats]:
     return {"zoom_x": drawn["zoom"], "zoom_y": drawn["zoom"], **rest}
 
 
-def _crops(drawn: Mapping[str, Floats]) -> dict[str, Floats]:
-    """A crop of `area` (share of the image) with aspect `ratio` about (x, y), enlarged to the whole, as torchvision's
-    RandomResizedCrop (Szegedy et al. 2015, "Going Deeper with Convolutions"); mirrored if `flip` is below one half."""
-    width, height = (np.minimum(np.sqrt(drawn["area"] * factor), 1) for factor in (drawn["ratio"], 1 / drawn["ratio"]))
+def _crops(drawn: Mapping[str, Floats], widest: float = np.inf) -> dict[str, Floats]:
+    """A crop of `area` (share of the image) with aspect `ratio` about (x, y), resized to the whole, as torchvision's
+    RandomResizedCrop (Szegedy et al. 2015, "Going Deeper with Convolutions"); mirrored if `flip` is below one half.
+
+    `widest` limits its sides; one beyond 1 shows black at the border.
+    """
+    factors = (drawn["ratio"], 1 / drawn["ratio"])
+    width, height = (np.minimum(np.sqrt(drawn["area"] * factor), widest) for factor in factors)
     own = ("angle", "contrast", "brightness", "blur", "quality")
     return {
         "zoom_x": 1 / width,
@@ -120,6 +124,24 @@ RECIPES = {
             "quality": (15.0, 70.0),
         },
         frozenset({"ratio"}),
+        functools.partial(_crops, widest=1.0),
+    ),
+    # As crops-1, but images look smaller as often as larger (crops alone show everything larger than it is at test:
+    # Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), and are degraded less.
+    "crops-2": Recipe(
+        {
+            "area": (0.35, 1.4),
+            "ratio": (3 / 4, 4 / 3),
+            "x": (0.0, 1.0),
+            "y": (0.0, 1.0),
+            "flip": (0.0, 1.0),
+            "angle": (-10.0, 10.0),
+            "contrast": (0.7, 1.4),
+            "brightness": (-0.15, 0.15),
+            "blur": (0.1, 1.2),
+            "quality": (20.0, 95.0),
+        },
+        frozenset({"area", "ratio"}),
         _crops,
     ),
 }

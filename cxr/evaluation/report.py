@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -35,9 +35,11 @@ from cxr.evaluation.metrics import (
     weighted_decisions,
     weighted_metrics,
 )
+from cxr.evaluation.selective import certainty
 from cxr.threshold_rule import RuleKind, ThresholdRule
 
 HALF = 0.5
+UNFAMILIAR = 5.0  # the percentage of validation images that would be called unfamiliar
 CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
 
 
@@ -72,7 +74,8 @@ class Report:
 
     `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` the threshold-dependent metrics
     at `threshold`, with a description of its `origin`; `before` the metrics in `CALIBRATED` without calibration;
-    `prior` the effect of a correction for a different prevalence of pneumonia.
+    `prior` the effect of a correction for a different prevalence of pneumonia; `selective` what is left of the images
+    where the model abstains, and how many are unfamiliar, if the table says so.
     """
 
     split: str
@@ -86,6 +89,7 @@ class Report:
     subtypes: dict[str, float]
     before: dict[str, float]
     prior: dict[str, float]
+    selective: dict[str, float] = field(default_factory=dict)
 
     @property
     def labels(self) -> Ints:
@@ -121,6 +125,7 @@ class Report:
         named |= _named(f"{self.split}_chosen_", self.chosen_values, self.chosen_bounds)
         named |= {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
         named |= {f"{self.split}_uncalibrated_{name}": value for name, value in self.before.items()}
+        named |= {f"{self.split}_{name}": value for name, value in self.selective.items()}
         return named | {f"{self.split}_prior_{name}": value for name, value in self.prior.items()}
 
     def text(self) -> str:
@@ -135,6 +140,7 @@ class Report:
         ]
         lines += [f"{'recall ' + name:25} {value:.4f}" for name, value in self.subtypes.items()]
         lines += [f"{name + ' uncalibrated':25} {value:.4f}" for name, value in self.before.items()]
+        lines += [f"{name:25} {value:.4f}" for name, value in self.selective.items()]
         return "\n".join([*lines, *self._prior_lines()]) + "\n"
 
     def _prior_lines(self) -> list[str]:
@@ -211,7 +217,32 @@ def evaluate(
         subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
         before={name: uncalibrated[name] for name in CALIBRATED},
         prior={} if prevalence is None else _prior(labels, probabilities, prevalence),
+        selective=_selective(table, threshold, resamples) if "abstain" in table else {},
     )
+
+
+def with_selection(
+    table: pd.DataFrame, threshold: float, limit: float, familiarity: npt.NDArray[np.float64]
+) -> pd.DataFrame:
+    """A predictions table with the columns `familiarity`, a percentage of validation, and `abstain` (0 or 1)."""
+    abstains = certainty(table["probability"].to_numpy(np.float64), threshold) < limit
+    return table.assign(familiarity=familiarity, abstain=abstains.astype(int))
+
+
+def _selective(table: pd.DataFrame, threshold: float, resamples: int) -> dict[str, float]:
+    """How many images are abstained from and unfamiliar, and the accuracy, at the threshold, of those that are left."""
+    kept = table[table["abstain"] == 0]
+    found = {
+        "abstained": float(table["abstain"].mean()),
+        "unfamiliar": float((table["familiarity"] < UNFAMILIAR).mean()),
+    }
+    if kept["label"].nunique() < 2:
+        return found
+    labels, probabilities = arrays_of(kept)
+    measure = partial(weighted_decisions, threshold=threshold)
+    bounds = intervals(labels, probabilities, list(kept["group"]), resamples, measure)["accuracy"]
+    value = decision_metrics(labels, probabilities, threshold)["accuracy"]
+    return found | _named("", {"kept_accuracy": value}, {"kept_accuracy": bounds})
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:

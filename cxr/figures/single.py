@@ -206,6 +206,26 @@ def metric_bars(values: Mapping[str, Interval], title: str) -> Figure:
     return figure
 
 
+def selective_accuracy(coverages: Floats, curve: Mapping[str, Floats], abstained: float, title: str) -> Figure:
+    """Accuracy of the most certain images against the share that is kept, with its 95% interval as a band.
+
+    ``coverages`` [c] rise from above 0 to 1; ``curve`` has accuracy, low and high, each [c], NaN for no interval. The
+    vertical line is at the share kept when the model abstains from ``abstained`` of the images.
+    """
+    figure = _figure(title, 4.6)
+    axes = figure.subplots()
+    if np.isfinite(curve["low"]).all():
+        axes.fill_between(coverages, curve["low"], curve["high"], color=BLUE, alpha=0.2, label="95% interval")
+    axes.plot(coverages, curve["accuracy"], marker="o", markersize=4, label="accuracy of what is kept", **CURVE)
+    axes.axvline(1 - abstained, label=f"model abstains from {abstained:.1%}", **REFERENCE)
+    axes.set_xlim(0, 1.01)
+    axes.set_xlabel("coverage: share of images kept, the most certain first")
+    axes.set_ylabel("accuracy (0 to 1)")
+    _grid(axes)
+    _legend_below(figure)
+    return figure
+
+
 def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int = 6) -> Figure:
     """Grey ``images`` [n, height, width] in rows of ``columns``, each under its caption.
 

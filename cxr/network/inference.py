@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
 from cxr.data.views import Batch
-from cxr.network.ensemble import Ensemble
+from cxr.network.ensemble import Ensemble, combined
 from cxr.network.resnet import run_stages
 from cxr.strategies import STAGES
 
@@ -41,6 +41,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The mixed-precision context for `fp32` (none), `bf16` or `fp16`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def infer_with_features(
+    model: ResNet | Ensemble, batches: Iterable[Batch], precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """(features float32 [n, d], logits float32 [n, 2]) on the CPU: the head's input, of an ensemble's first member."""
+    networks = model.networks if isinstance(model, Ensemble) else [model]
+    first, others = networks[0].eval(), networks[1:]
+    features, logits = [], []
+    with torch.inference_mode():
+        for inputs, _ in batches:
+            with autocast(inputs.device, precision):
+                pooled = torch.flatten(first.avgpool(run_stages(first, inputs, STAGES[:-1])), 1)
+                answers = [first.fc(pooled), *(other.eval()(inputs) for other in others)]
+            features.append(pooled.float().cpu())
+            logits.append((combined(torch.stack(answers).float()) if others else answers[0].float()).cpu())
+    return torch.cat(features).clone(), torch.cat(logits).clone()
 
 
 def infer(

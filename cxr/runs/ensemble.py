@@ -14,13 +14,12 @@ from cxr.config import TrainConfig, flatten
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
 from cxr.errors import UserError
-from cxr.evaluation.calibration import Calibration
-from cxr.evaluation.report import Report, arrays_of, format_interval, weighted_loss
+from cxr.evaluation.report import arrays_of, format_interval, weighted_loss
 from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
 from cxr.runs.messages import Say
 from cxr.runs.record import example_of, log_report, version_tags
-from cxr.runs.reports import reports, stressed_validation
+from cxr.runs.reports import Reports, outputs_of, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit, open_run
@@ -39,8 +38,7 @@ class Whole:
 
     network: Ensemble
     card: ModelCard
-    val: Report
-    test: Report
+    reports: Reports
     losses: dict[str, float]
     stressed: dict[str, float]
 
@@ -108,23 +106,25 @@ def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
 
 def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictors: Sequence[Predictor]) -> Whole:
     network = Ensemble(network for predictor in predictors for network in predictor.networks)
-    val, test, calibration = reports(config, data, lambda split: member_logits(runs, split))
+    outputs = outputs_of(config, data, network, torch.device("cpu"))
+    found = reports(config, data, replace(outputs, logits=lambda split: member_logits(runs, split)))
     stressed = stressed_validation(config, data, network)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    labels = torch.tensor(arrays_of(val.table)[0])
+    labels = torch.tensor(arrays_of(found.val.table)[0])
     losses = {"val_loss": weighted_loss(torch.from_numpy(member_logits(runs, "val")), labels, weights)}
-    card = _card(predictors, calibration, test.threshold)
-    return Whole(network, card, val, test, losses | {"stressed_val_loss": stressed["stressed_val_loss"]}, stressed)
+    card = _card(predictors, found)
+    return Whole(network, card, found, losses | {"stressed_val_loss": stressed["stressed_val_loss"]}, stressed)
 
 
-def _card(predictors: Sequence[Predictor], calibration: Calibration, threshold: float) -> ModelCard:
+def _card(predictors: Sequence[Predictor], found: Reports) -> ModelCard:
     strategies = sorted({predictor.card.strategy for predictor in predictors})
     return replace(
         predictors[0].card,
         strategy="+".join(strategies),
         weights="; ".join(sorted({predictor.card.weights for predictor in predictors})),
-        calibration=calibration,
-        threshold=threshold,
+        calibration=found.calibration,
+        threshold=found.test.threshold,
+        certainty_limit=found.certainty_limit,
         members=sum(len(predictor.networks) for predictor in predictors),
     )
 
@@ -140,16 +140,18 @@ def _log(
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out | _tags(data, card))
-    for report in (whole.val, whole.test):
+    val, test = whole.reports.val, whole.reports.test
+    for report in (val, test):
         log_report(tracker, report, title)
-    model_id = registry.log_model(whole.network.state_dict(), card, example_of(card.image_size))
-    gap = {"val_test_gap_roc_auc": whole.val.values["roc_auc"] - whole.test.values["roc_auc"]}
+    example, familiarity = example_of(card.image_size), whole.reports.familiarity
+    model_id = registry.log_model(whole.network.state_dict(), card, example, familiarity)
+    gap = {"val_test_gap_roc_auc": val.values["roc_auc"] - test.values["roc_auc"]}
     sizes = dict.fromkeys(("parameters_total", "parameters_trained"), float(count_parameters(whole.network)))
     sizes["parameters_trained"] = float(count_parameters(whole.network, config.phases[-1].trainable))
-    once = {"chosen_threshold": whole.test.threshold, "test_uses_before": float(uses)}
-    final = {**whole.val.metrics(), **whole.test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
+    once = {"chosen_threshold": test.threshold, "test_uses_before": float(uses)}
+    final = {**val.metrics(), **test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
     tracker.metrics(final, step=0, model_id=model_id)
-    tags = version_tags(tracker.run_id, config, data, card, whole.val, whole.losses)
+    tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
     outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
     lines = _summary(runs, whole, uses, tracker, outcome)
     tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
@@ -171,7 +173,7 @@ def _tags(data: Data, card: ModelCard) -> dict[str, str]:
 
 
 def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: MlflowTracker, outcome: str) -> list[str]:
-    test = whole.test
+    test = whole.reports.test
     alone = pd.Series([run.metric("test_roc_auc") for run in runs])
     metrics = ", ".join(
         f"{m} {format_interval(test.interval(m))}" for m in ("accuracy", "roc_auc", "recall", "specificity")

@@ -13,8 +13,16 @@ from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
 from cxr.evaluation.metrics import Floats, group_weights, point_metrics, weighted_metrics
-from cxr.evaluation.report import Report, arrays_of, evaluate, format_interval, implied_prevalence, predictions_table
-from cxr.network.inference import infer
+from cxr.evaluation.report import (
+    Report,
+    arrays_of,
+    evaluate,
+    format_interval,
+    implied_prevalence,
+    predictions_table,
+    with_selection,
+)
+from cxr.network.inference import infer_with_features
 from cxr.runs.messages import Say
 from cxr.runs.record import log_report
 from cxr.storage import Cache
@@ -38,8 +46,12 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
     table = table.assign(split=split)
     images = fingerprint(table)
-    logits, _ = infer(predictor.model, eval_batches(make_split(table, store, split), 32, torch.device("cpu")))
+    batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
+    features, logits = infer_with_features(predictor.model, batches)
     predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
+    if predictor.familiarity:
+        familiar = predictor.familiarity.percentiles(features.numpy())
+        predictions = with_selection(predictions, card.threshold, card.certainty_limit, familiar)
     own = _own_tables(uri)
     prevalence = implied_prevalence(card.calibration, float(own["val"]["label"].mean())) if own else None
     report = evaluate(predictions, split, card.threshold, bootstrap, prevalence)

@@ -24,6 +24,7 @@ from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.metrics import range_of
 from cxr.evaluation.report import HALF, Report
+from cxr.evaluation.selective import COVERAGES, certainty, selective_accuracy
 from cxr.figures import single as plots
 from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
@@ -38,6 +39,7 @@ from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, rep
 from cxr.tracking.tracker import MlflowTracker, Tracker
 
 STRESSED = "stressed_val_loss"
+SELECTIVE_RESAMPLES = 500  # a band in a figure needs fewer than an interval in a table
 
 
 def log_start(
@@ -154,6 +156,7 @@ def card_of(
     data_fingerprint: str,
     threshold: float = HALF,
     calibration: Calibration = IDENTITY,
+    certainty_limit: float = 0.0,
 ) -> ModelCard:
     """What goes with the weights of a run."""
     return ModelCard(
@@ -166,13 +169,15 @@ def card_of(
         weights=str(weights),
         class_to_index=CLASS_TO_INDEX,
         calibration=calibration,
+        certainty_limit=certainty_limit,
     )
 
 
 def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
     if not isinstance(tracker, MlflowTracker):
         return None
-    return registry.log_model(model.state_dict(), _card(config, result), example_of(config.image_size))
+    card, example = _card(config, result), example_of(config.image_size)
+    return registry.log_model(model.state_dict(), card, example, result.reports.familiarity)
 
 
 def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, result: RunResult) -> str:
@@ -209,7 +214,8 @@ def version_tags(
 
 
 def _card(config: TrainConfig, result: RunResult) -> ModelCard:
-    return card_of(config, result.weights, result.data.fingerprint, result.test.threshold, result.calibration)
+    limit, fingerprint = result.reports.certainty_limit, result.data.fingerprint
+    return card_of(config, result.weights, fingerprint, result.test.threshold, result.calibration, limit)
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:
@@ -228,8 +234,19 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
         "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if range_of(m) == (0, 1)}, title),
     }
+    if "abstain" in report.table:
+        figures["selective"] = _selective_figure(report, title)
     for kind, figure in figures.items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
+
+
+def _selective_figure(report: Report, title: str) -> Figure:
+    correct = np.asarray(report.table["decision"] == report.labels, np.int64)
+    sure = certainty(report.probabilities, report.threshold)
+    resamples = SELECTIVE_RESAMPLES if np.isfinite(report.bounds["accuracy"]).all() else 0
+    found = selective_accuracy(correct, sure, list(report.table["group"]), resamples)
+    curve = {"accuracy": found.accuracy, "low": found.low, "high": found.high}
+    return plots.selective_accuracy(COVERAGES, curve, report.selective["abstained"], f"Selective accuracy, {title}")
 
 
 def example_of(size: int) -> bytes:

@@ -11,6 +11,7 @@ from cxr.evaluation.calibration import Calibration
 from cxr.evaluation.report import Report
 from cxr.network.freezing import FreezeProof
 from cxr.network.weights import InitialWeights
+from cxr.runs.reports import Reports
 from cxr.training.loop import EpochRecord
 
 
@@ -25,15 +26,28 @@ class RunResult:
     run_id: str
     weights: InitialWeights
     records: list[EpochRecord]
-    val: Report
-    test: Report
+    reports: Reports
     data: Data
     seconds: float
     peak_memory: float
-    calibration: Calibration
     stressed: dict[str, float]
     uses_before: int = 0
     registered: str = "not registered"
+
+    @property
+    def val(self) -> Report:
+        """The report of validation."""
+        return self.reports.val
+
+    @property
+    def test(self) -> Report:
+        """The report of the held-out split."""
+        return self.reports.test
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration fitted on validation."""
+        return self.reports.calibration
 
     @property
     def history(self) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torchvision.models import ResNet
 from tqdm import tqdm
 
 from cxr.config import TrainConfig, flatten
-from cxr.data.batches import eval_batches, make_split, stress_sizes
+from cxr.data.batches import make_split, stress_sizes
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
 from cxr.data.views import Batch
@@ -26,7 +26,7 @@ from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
-from cxr.runs.reports import Float32, reports
+from cxr.runs.reports import outputs_of, reports
 from cxr.runs.result import RunResult
 from cxr.runs.resume import checkpoints_of, recorded_config
 from cxr.storage import Cache, exclusive
@@ -60,11 +60,11 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
-    val, test, calibration = reports(config, data, lambda split: _logits(config, data, machine, model, split))
+    done = reports(config, data, outputs_of(config, data, model, machine.device))
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
-    result = RunResult(tracker.run_id, weights, records, val, test, data, seconds, memory, calibration, stressed, uses)
+    result = RunResult(tracker.run_id, weights, records, done, data, seconds, memory, stressed, uses)
     return replace(result, registered=log_end(config, tracker, model, result))
 
 
@@ -196,13 +196,6 @@ def _source(
 
 def _progress(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
     return tqdm(batches, total=total, unit="step", leave=False, disable=True if parallel.rank() else None)
-
-
-def _logits(config: TrainConfig, data: Data, machine: Machine, model: ResNet, name: str) -> Float32:
-    split = make_split(data.manifest, data.store, name)
-    logits, _ = infer(model, eval_batches(split, config.batch_size, machine.device))
-    logits_array: Float32 = logits.numpy()
-    return logits_array
 
 
 def _stressed(

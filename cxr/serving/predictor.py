@@ -30,18 +30,21 @@ from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, to_input
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration, margins_of
+from cxr.evaluation.familiarity import Familiarity
+from cxr.evaluation.selective import certainty
 from cxr.network.ensemble import Ensemble
-from cxr.network.inference import infer
+from cxr.network.inference import infer_with_features
 from cxr.network.weights import StateDict
 
-WEIGHTS, CARD, ONNX = "weights.safetensors", "model.json", "X_ray_classifier.onnx"
+WEIGHTS, FEATURES, CARD, ONNX = "weights.safetensors", "features.safetensors", "model.json", "X_ray_classifier.onnx"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin.
 
-    With several `members`, the weights are those of an `Ensemble`.
+    With several `members`, the weights are those of an `Ensemble`. Predictions of which the certainty is below
+    `certainty_limit` abstain.
     """
 
     arch: str
@@ -56,17 +59,29 @@ class ModelCard:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     members: int = 1
+    certainty_limit: float = 0.0
 
     def text(self) -> str:
         """The card as JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def save_package(folder: Path, state: StateDict, card: ModelCard) -> None:
+def save_package(folder: Path, state: StateDict, card: ModelCard, familiarity: Familiarity | None = None) -> None:
     """Write the packaged model into `folder`, made if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    if familiarity:
+        arrays = {"bank": torch.from_numpy(familiarity.bank), "reference": torch.from_numpy(familiarity.reference)}
+        save_file(arrays, folder / FEATURES)
     (folder / CARD).write_text(card.text())
+
+
+def _read_familiarity(folder: Path) -> Familiarity | None:
+    """None for models of version 0.1, and for trials of a search."""
+    if not (folder / FEATURES).exists():
+        return None
+    arrays = load_file(folder / FEATURES)
+    return Familiarity(arrays["bank"].numpy(), arrays["reference"].numpy())
 
 
 def _from_base64(text: str) -> bytes:
@@ -105,8 +120,8 @@ class _Probability(nn.Module):
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet | Ensemble, card: ModelCard):
-        self.model, self.card = model.eval(), card
+    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiarity: Familiarity | None = None):
+        self.model, self.card, self.familiarity = model.eval(), card, familiarity
 
     @property
     def networks(self) -> list[ResNet]:
@@ -122,7 +137,7 @@ class Predictor:
         networks = [get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX)) for _ in range(card.members)]
         model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
-        return cls(model.to(memory_format=torch.channels_last), card)
+        return cls(model.to(memory_format=torch.channels_last), card, _read_familiarity(folder))
 
     def prepare(self, image: object) -> UInt8:
         """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].
@@ -205,12 +220,20 @@ class Predictor:
         return program
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
-        """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold)."""
+        """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold).
+
+        Also familiarity (the percentage of validation images at most as familiar) and abstain (whether the prediction
+        is too uncertain), unless the model was made by version 0.1.
+        """
         stack = torch.from_numpy(np.stack(images))
         batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
-        logits, _ = infer(self.model, batches)
+        features, logits = infer_with_features(self.model, batches)
         probability = self.card.calibration.apply(margins_of(logits.numpy()))
         decision = (probability >= self.card.threshold).astype(np.int64)
         names = {index: name for name, index in self.card.class_to_index.items()}
         label = [names[int(d)] for d in decision]
-        return pd.DataFrame({"label": label, "probability": probability, "decision": decision})
+        table = pd.DataFrame({"label": label, "probability": probability, "decision": decision})
+        if self.familiarity is None:
+            return table
+        abstains = certainty(probability, self.card.threshold) < self.card.certainty_limit
+        return table.assign(familiarity=self.familiarity.percentiles(features.numpy()), abstain=abstains)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 import cxr
 from cxr.errors import UserError
+from cxr.evaluation.familiarity import Familiarity
 from cxr.network.weights import StateDict
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.reading import LoggedRun
@@ -45,7 +46,7 @@ def requirements() -> list[str]:
     return [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-def log_model(state: StateDict, card: ModelCard, example: bytes) -> str:
+def log_model(state: StateDict, card: ModelCard, example: bytes, familiarity: Familiarity | None = None) -> str:
     """Log the model into the active run and return its id. `example` is an encoded image.
 
     One that an interrupted attempt at the same run has logged is the same, and is taken.
@@ -61,14 +62,14 @@ def log_model(state: StateDict, card: ModelCard, example: bytes) -> str:
         # The signature is given; a type hint that allows bytes, text and arrays is none that MLflow could use.
         warnings.filterwarnings("ignore", "(?s).*ype hint", UserWarning)
         package = Path(work) / "package"
-        save_package(package, state, card)
+        save_package(package, state, card, familiarity)
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(source / "serving" / "pyfunc_model.py"),
             artifacts={"package": str(package)},
             code_paths=[str(source)],
             pip_requirements=requirements(),
-            signature=_signature(),
+            signature=_signature(familiarity is not None),
             input_example=pd.DataFrame({"image": [base64.b64encode(example).decode()]}),
             metadata={"class_to_index": card.class_to_index, "strategy": card.strategy, "arch": card.arch},
         )
@@ -103,16 +104,21 @@ def _logged_earlier(experiment_id: str, run_id: str) -> str | None:
     return None
 
 
-def _signature() -> Any:
+def _signature(selective: bool) -> Any:
     """`image` is of any type, because bytes, base64 text and arrays are all taken."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, Schema, TensorSpec
     from mlflow.types.schema import AnyType
 
     anything = AnyType()  # type: ignore[no-untyped-call]
     inputs = Schema([ColSpec(anything)])  # unnamed, so that a list will do as well as a table
-    outputs = Schema([ColSpec("string", "label"), ColSpec("double", "probability"), ColSpec("long", "decision")])
-    return ModelSignature(inputs=inputs, outputs=outputs)
+    outputs: list[ColSpec | TensorSpec] = [
+        ColSpec("string", "label"),
+        ColSpec("double", "probability"),
+        ColSpec("long", "decision"),
+    ]
+    outputs += [ColSpec("double", "familiarity"), ColSpec("boolean", "abstain")] if selective else []
+    return ModelSignature(inputs=inputs, outputs=Schema(outputs))
 
 
 class DataKind(StrEnum):

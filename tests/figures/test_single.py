@@ -206,3 +206,18 @@ def test_plots_do_not_use_pyplot() -> None:
     plots.metric_bars({"accuracy": (0.9, 0.8, 1.0)}, "metrics")
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_selective_accuracy_shows_the_curve_its_band_and_what_the_model_keeps(bounded: bool) -> None:
+    coverages = np.linspace(0.05, 1, 20)
+    accuracy = 0.99 - 0.08 * coverages
+    margin = np.full(20, 0.02 if bounded else np.nan)
+    curve = {"accuracy": accuracy, "low": accuracy - margin, "high": accuracy + margin}
+    figure = plots.selective_accuracy(coverages, curve, 0.104, "Test: partial, seed 0")
+    (axes,) = figure.axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), accuracy)
+    assert len(axes.collections) == bounded
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "model abstains from 10.4%" in labels
+    assert ("95% interval" in labels) == bounded

@@ -66,7 +66,7 @@ def test_the_champion_accepts_images_in_every_documented_form(finished: Finished
         "list of base64": [base64.b64encode(data).decode()],
     }
     answer = mlflow.pyfunc.load_model(CHAMPION).predict(inputs[shape])
-    assert list(answer.columns) == ["label", "probability", "decision"]
+    assert list(answer.columns) == ["label", "probability", "decision", "familiarity", "abstain"]
     expected = finished[1].test.table["probability"][0]
     assert answer["probability"].to_numpy() == pytest.approx(np.full(len(answer), expected), abs=1e-5)
 
