@@ -127,7 +127,8 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
 @click.option(
     "--data-dir",
     required=True,
-    help="folder laid out like the Kaggle set (evaluates its test split), or containing NORMAL/ and PNEUMONIA/",
+    help="folder laid out like the Kaggle set (evaluates its test split), or containing NORMAL/ and PNEUMONIA/, or "
+    "images without labels, for which the accuracy is estimated",
 )
 @click.option(
     "--bootstrap",

@@ -18,6 +18,7 @@ from cxr.data.splits import CLASS_TO_INDEX, CLASSES, OFFICIAL
 from cxr.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png"}
+UNLABELLED = "unlabelled"
 COLUMNS = ["path", "label", "official", "group", "subtype"]
 _UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
@@ -72,15 +73,21 @@ def index_folder(root: Path) -> pd.DataFrame:
 
 
 def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]:
-    """(root, manifest, split) of images to evaluate on: the `test` split of a folder in the Kaggle layout, or all
-    images of a flat folder with `NORMAL/` and `PNEUMONIA/`, as split `external`.
+    """(root, manifest, split) of images to evaluate on: the `test` split of a folder in the Kaggle layout, all images
+    of a flat folder with `NORMAL/` and `PNEUMONIA/`, as split `external`, or the files of a folder without subfolders,
+    as split `unlabelled`, whose label is -1.
 
-    Raises `UserError` for a folder without both classes.
+    Raises `UserError` for a folder with one class only, or without images.
     """
     try:
         top = Path(data_dir).expanduser().absolute()
     except RuntimeError as error:
         raise UserError(f"--data-dir {data_dir}: {error}; pass the absolute path of the folder") from error
+    files = [path for path in _visible(top) if path.suffix.lower() in SUFFIXES]
+    if files and not any(path.is_dir() for path in _visible(top)):
+        rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        return top, table.assign(digest=digest_files(files)), UNLABELLED
     if not any(path.name.upper() in CLASS_TO_INDEX for path in _visible(top)):
         root = find_root(top)
         table = index_folder(root)

@@ -26,6 +26,23 @@ def certainty_limit(certainties: Floats, fraction: float) -> float:
     return float(np.quantile(certainties, fraction)) if fraction else 0.0
 
 
+def estimated_accuracy(correct: Ints, val: Floats, certainties: Floats, weights: tuple[Floats, Floats]) -> Floats:
+    """The accuracy [b] to be expected on unlabelled images with these certainties [m].
+
+    Average-thresholded confidence (Garg et al. 2022, "Leveraging unlabeled data to predict out-of-distribution
+    performance"): the share of images above the certainty below which lies as much of validation as is wrong there.
+    `correct` [n] and certainties `val` [n] are those of validation; the weightings are [b, n] of validation and [b, m]
+    of the images. An estimate: it holds as far as the model is wrong on these images where it is uncertain.
+    """
+    order = np.argsort(val, kind="stable")
+    below = weights[0][:, order].cumsum(1) / weights[0].sum(1, keepdims=True)
+    wrong = (weights[0] * (1 - correct)).sum(1) / weights[0].sum(1)
+    first = [int(np.searchsorted(row, share + 1e-9)) for row, share in zip(below, wrong, strict=True)]
+    limits = np.append(val[order], np.inf)[first]
+    above = (certainties >= limits[:, None]) | (wrong == 0)[:, None]
+    return np.asarray((weights[1] * above).sum(1) / weights[1].sum(1))
+
+
 @dataclass(frozen=True, slots=True)
 class SelectiveAccuracy:
     """The accuracy [c] of the most certain share `COVERAGES` [c] of images, with its 95% interval; NaN for none."""

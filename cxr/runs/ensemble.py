@@ -23,7 +23,7 @@ from cxr.runs.reports import Reports, outputs_of, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit, open_run
-from cxr.tracking.reading import LoggedRun, RunKind, Tag
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 from cxr.training.loop import class_weights
 
@@ -141,6 +141,7 @@ def _log(
     uses = tracker.count(held_out)
     tracker.tags(held_out | _tags(data, card))
     val, test = whole.reports.val, whole.reports.test
+    tracker.table(data.manifest, Artifact.MANIFEST)
     for report in (val, test):
         log_report(tracker, report, title)
     example, familiarity = example_of(card.image_size), whole.reports.familiarity

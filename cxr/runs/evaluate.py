@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
 
 from cxr.data.batches import eval_batches, make_split
-from cxr.data.kaggle import index_for_evaluation
+from cxr.data.kaggle import UNLABELLED, index_for_evaluation
 from cxr.data.load import bad_paths, list_bad
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
 from cxr.evaluation.metrics import Floats, group_weights, point_metrics, weighted_metrics
 from cxr.evaluation.report import (
-    Report,
+    UNFAMILIAR,
     arrays_of,
     evaluate,
     format_interval,
@@ -22,21 +25,67 @@ from cxr.evaluation.report import (
     predictions_table,
     with_selection,
 )
+from cxr.evaluation.selective import certainty, estimated_accuracy
 from cxr.network.inference import infer_with_features
 from cxr.runs.messages import Say
 from cxr.runs.record import log_report
+from cxr.serving.predictor import ModelCard
 from cxr.storage import Cache
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import open_run
-from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, source_run
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, predictions_path, source_run
+from cxr.tracking.tracker import MlflowTracker
 
 
-def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> Report:
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Images to evaluate on: the model's address and card, where they are, their predictions and fingerprint."""
+
+    uri: str
+    card: ModelCard
+    root: Path
+    table: pd.DataFrame
+    split: str
+    predictions: pd.DataFrame
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the images."""
+        return fingerprint(self.table)
+
+
+def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> None:
     """Evaluate a logged or registered model on other images, in a new MLflow run.
 
     The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
-    Kaggle layout. Raises `UserError` for a model or a folder that cannot be used, or unreadable images.
+    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError` for a model or a folder that
+    cannot be used, or unreadable images.
     """
+    found = _predicted(uri, data_dir, cache_dir)
+    own = _own_tables(uri)
+    if found.split == UNLABELLED:
+        metrics, words = _estimated(own, found, bootstrap)
+    else:
+        prevalence = implied_prevalence(found.card.calibration, float(own["val"]["label"].mean())) if own else None
+        report = evaluate(found.predictions, found.split, found.card.threshold, bootstrap, prevalence)
+        drop, words = _drop(own, found.predictions, found.split, bootstrap)
+        metrics, words = report.metrics() | drop, [report.text(), *words]
+    words += _seen(own, found.predictions)
+    with open_run(f"evaluate-{found.root.name}") as tracker:
+        _log_start(tracker, found, bootstrap)
+        if uses := tracker.count({Tag.TEST_SPLIT: found.fingerprint}):
+            words.append(f"these images were evaluated {uses} times before in this store")
+        if found.split == UNLABELLED:
+            tracker.table(found.predictions, predictions_path(found.split))
+        else:
+            tracker.tags({Tag.TEST_SPLIT: found.fingerprint})
+            log_report(tracker, report, f"{uri} on {found.root.name}")
+        tracker.metrics(metrics)
+        tracker.tags({Tag.DESCRIPTION: "\n\n".join(words)})
+        say("\n".join([*words, *(f"look: {where}" for where in tracker.where())]))
+
+
+def _predicted(uri: str, data_dir: str, cache_dir: str) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
     root, table, split = index_for_evaluation(data_dir)
@@ -45,30 +94,52 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
     if bad := bad_paths(table, store):
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
     table = table.assign(split=split)
-    images = fingerprint(table)
     batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
     features, logits = infer_with_features(predictor.model, batches)
     predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
     if predictor.familiarity:
         familiar = predictor.familiarity.percentiles(features.numpy())
         predictions = with_selection(predictions, card.threshold, card.certainty_limit, familiar)
-    own = _own_tables(uri)
-    prevalence = implied_prevalence(card.calibration, float(own["val"]["label"].mean())) if own else None
-    report = evaluate(predictions, split, card.threshold, bootstrap, prevalence)
-    drop, words = _drop(own, predictions, split, bootstrap)
-    words += _seen(own, predictions)
-    with open_run(f"evaluate-{root.name}") as tracker:
-        tracker.params({"evaluate.model": uri, "evaluate.data_dir": str(root), "evaluate.bootstrap": str(bootstrap)})
-        tags: dict[str, str] = {Tag.STRATEGY: card.strategy, Tag.DATA_FINGERPRINT: images, Tag.KIND: RunKind.EVALUATION}
-        if uses := tracker.count({Tag.TEST_SPLIT: images}):
-            words.append(f"these images were evaluated {uses} times before in this store")
-        tracker.tags({**tags, Tag.TEST_SPLIT: images})
-        tracker.dataset(table, str(root), f"{images}-{split}", "evaluation")
-        log_report(tracker, report, f"{uri} on {root.name}")
-        tracker.metrics(report.metrics() | drop)
-        tracker.tags({Tag.DESCRIPTION: "\n\n".join(words)})
-        say("\n".join([report.text(), *words, *(f"look: {where}" for where in tracker.where())]))
-    return report
+    return Predicted(uri, card, root, table, split, predictions)
+
+
+def _log_start(tracker: MlflowTracker, found: Predicted, bootstrap: int) -> None:
+    names = {"model": found.uri, "data_dir": str(found.root), "bootstrap": str(bootstrap)}
+    tracker.params({f"evaluate.{name}": value for name, value in names.items()})
+    tags: dict[str, str] = {Tag.STRATEGY: found.card.strategy, Tag.KIND: RunKind.EVALUATION}
+    tracker.tags({**tags, Tag.DATA_FINGERPRINT: found.fingerprint})
+    tracker.dataset(found.table, str(found.root), f"{found.fingerprint}-{found.split}", "evaluation")
+
+
+def _estimated(own: dict[str, pd.DataFrame], found: Predicted, bootstrap: int) -> tuple[dict[str, float], list[str]]:
+    """(metrics, sentences) of images without labels."""
+    if not own:
+        raise UserError(
+            f"--data-dir {found.root}: has no labels, and the run that logged the model cannot be read: its validation "
+            "is needed to estimate the accuracy; sort the images into NORMAL/ and PNEUMONIA/"
+        )
+    threshold, val, new = found.card.threshold, own["val"], found.predictions
+    sure = [certainty(table["probability"].to_numpy(np.float64), threshold) for table in (val, new)]
+    correct = np.asarray(val["decision"] == val["label"], np.int64)
+    whole = (np.ones((1, len(val))), np.ones((1, len(new))))
+    metrics = {"estimated_accuracy": float(estimated_accuracy(correct, sure[0], sure[1], whole)[0])}
+    low, high = float("nan"), float("nan")
+    if bootstrap:
+        draws = tuple(group_weights(list(each["group"]), bootstrap, seed) for seed, each in enumerate((val, new)))
+        found_draws = estimated_accuracy(correct, sure[0], sure[1], (draws[0], draws[1]))
+        low, high = (float(value) for value in np.quantile(found_draws, [0.025, 0.975]))
+        metrics |= {"estimated_accuracy_low": low, "estimated_accuracy_high": high}
+    interval = format_interval((metrics["estimated_accuracy"], low, high))
+    words = [
+        f"{len(new)} images without labels, {int(new['decision'].sum())} with decision PNEUMONIA",
+        f"estimated accuracy {interval}: an estimate made on unlabelled images, from certainty alone "
+        "(average-thresholded confidence); no model, epoch or threshold may be selected by it",
+    ]
+    if "abstain" in new:
+        unsure, strange = float(new["abstain"].mean()), float((new["familiarity"] < UNFAMILIAR).mean())
+        metrics |= {"unlabelled_abstained": unsure, "unlabelled_unfamiliar": strange}
+        words.append(f"abstains from {unsure:.1%}; {strange:.1%} are unfamiliar (5% of validation)")
+    return metrics, words
 
 
 def _own_tables(uri: str) -> dict[str, pd.DataFrame]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cxr.config import TrainConfig
 from cxr.data.load import Data
-from cxr.evaluation.report import format_interval
+from cxr.evaluation.report import Report, format_interval
 from cxr.network.freezing import FreezeProof
 from cxr.runs.result import RunResult
 from cxr.strategies import STRATEGIES
@@ -44,6 +44,16 @@ def reuse_lines(plan: ReusePlan) -> list[str]:
 def _proof_words(proof: FreezeProof) -> str:
     stages = ", ".join(proof.stages)
     return f"phase {proof.phase}: {stages} unchanged" if stages else f"phase {proof.phase}: nothing was frozen"
+
+
+def _selective_line(report: Report) -> str:
+    """What the model abstains from, and what it does not know."""
+    found = report.selective
+    rest = found.get("kept_accuracy", float("nan"))
+    return (
+        f"{report.split}: abstains from {found['abstained']:.1%} of the images, accuracy of the others {rest:.4f}; "
+        f"{found['unfamiliar']:.1%} are unfamiliar (5% of validation)"
+    )
 
 
 def _average_lines(config: TrainConfig, result: RunResult) -> list[str]:
@@ -95,6 +105,7 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
         f"weights: {weights}" + ("; pretraining is what these strategies compare" if weights.random else ""),
+        _selective_line(test),
         *_average_lines(config, result),
         *_saturation_lines(result),
         f"took: {result.seconds:.0f} s",

@@ -11,6 +11,7 @@ from cxr.evaluation.selective import (
     accuracy_at_coverage,
     certainty,
     certainty_limit,
+    estimated_accuracy,
     selective_accuracy,
 )
 
@@ -74,3 +75,28 @@ def test_where_the_certain_are_right_accuracy_falls_with_coverage_and_the_band_h
     assert found.accuracy[3] > found.accuracy[-1] + 0.05
     assert ((found.low <= found.accuracy) & (found.accuracy <= found.high)).all()
     assert np.isnan(selective_accuracy(correct, certainties, ["a"] * 600, 0).low).all()
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 80), st.integers(0, 10**6))
+def test_the_estimate_for_validation_itself_is_its_accuracy(images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    correct, sure = rng.integers(0, 2, images), rng.permutation(images).astype(float)
+    ones = np.ones((1, images))
+    assert estimated_accuracy(correct, sure, sure, (ones, ones))[0] == pytest.approx(correct.mean())
+
+
+def test_the_estimate_falls_with_certainty_and_is_near_the_truth_where_errors_are_uncertain() -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(scale: float, count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+        sure = rng.exponential(scale, count)
+        return (rng.uniform(size=count) < 1 / (1 + np.exp(-sure))).astype(np.int64), sure
+
+    val, found = draw(3), []
+    for scale in (3, 2, 1):
+        correct, sure = draw(scale)
+        weights = (np.ones((1, 4000)), np.ones((1, 4000)))
+        found.append(float(estimated_accuracy(*val, sure, weights)[0]))
+        assert found[-1] == pytest.approx(correct.mean(), abs=0.15)
+    assert found == sorted(found, reverse=True)

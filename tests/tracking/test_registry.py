@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,29 @@ def test_predict_names_every_bad_file(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "text.jpeg (not a JPEG or PNG)" in error
     assert "gone.png (No such file" in error
+
+
+def test_the_accuracy_on_images_without_labels_is_estimated_and_said_to_be_an_estimate(
+    finished: Finished,
+    in_store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, result, _ = finished
+    files = sorted(Path(config.data_dir).glob("test/*/*"))
+    for file in files:
+        shutil.copy(file, tmp_path / file.name)
+    assert run_main(monkeypatch, "evaluate", "--data-dir", str(tmp_path), "--bootstrap", "50") == 0
+    said = capsys.readouterr().out
+    assert f"{len(files)} images without labels" in said
+    assert "an estimate made on unlabelled images" in said
+    run = mlflow.search_runs(search_all_experiments=True, order_by=["start_time DESC"], output_format="list")[0]
+    metrics = run.data.metrics
+    assert 0 <= metrics["estimated_accuracy_low"] <= metrics["estimated_accuracy"] <= metrics["estimated_accuracy_high"]
+    assert metrics["unlabelled_unfamiliar"] == pytest.approx(result.test.selective["unfamiliar"])
+    assert not [name for name in metrics if name.startswith(("test_", "external_"))]
+    assert "test_split" not in run.data.tags
 
 
 def test_evaluate_reproduces_the_test_metrics_and_calls_a_flat_folder_external(
