@@ -75,13 +75,13 @@ class TrainConfig:
         commands=("train",),
     )
     views: int = param(
-        3,
+        6,
         "augmented versions of each training image, cycled over the epochs; 0 trains without augmentation",
         low=0,
         high=1000,
     )
     augment: str = param(
-        "mild-1",
+        "crops-2",
         "recipe of the augmented versions: crops-2 (random resized crops, mirroring, exposure, blur, JPEG), crops-1 "
         "(the same, cropped and degraded more) or mild-1 (slight zoom, rotation and shift, exposure, blur, JPEG)",
         choices=("crops-2", "crops-1", "mild-1"),

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
@@ -25,7 +26,7 @@ from cxr.data.load import Data, read_data
 from cxr.machine import Machine, ready_machine
 from validation import shown, trained
 
-ARM = ["strategy", "recipe", "average", "seed"]
+ARM = ["strategy", "lr", "recipe", "average", "seed"]
 
 
 def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:
@@ -36,7 +37,7 @@ def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:
     steps = sum(record.metrics["epoch_seconds"] for record in records)
     stressed = sum(record.metrics["eval_seconds"] for record in records)
     return {
-        **dict(zip(ARM, (config.strategy, config.augment, config.average, config.seed), strict=True)),
+        **dict(zip(ARM, (config.strategy, config.lr_top, config.augment, config.average, config.seed), strict=True)),
         "best epoch": best.epoch,
         "val AUC": best.metrics["val_roc_auc"],
         "training s": steps,
@@ -50,7 +51,8 @@ def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:
 @click.option("--data-dir", required=True)
 @click.option("--weights", default="auto", show_default=True)
 @click.option("--strategy", default="partial", show_default=True)
-@click.option("--recipes", default="mild-1,crops-1", show_default=True)
+@click.option("--lr-top", default=5e-4, show_default=True)
+@click.option("--recipes", default="mild-1,crops-1,crops-2", show_default=True)
 @click.option("--averages", default="none,sma", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--epochs", default=6, show_default=True)
@@ -58,14 +60,14 @@ def one(config: TrainConfig, data: Data, machine: Machine) -> dict[str, object]:
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--image-size", default=224, show_default=True)
 @click.option("--out", type=Path, required=True)
-def main(recipes: str, averages: str, seeds: int, out: Path, **parameters: str) -> None:
+def main(recipes: str, averages: str, seeds: int, out: Path, **parameters: Any) -> None:
     """Run every arm that the table lacks, and print the table."""
-    config = TrainConfig(**parameters, select="stressed_val_loss", reuse_gb=12.0)  # type: ignore[arg-type]
+    config = TrainConfig(**parameters, select="stressed_val_loss", reuse_gb=12.0)
     machine, data = ready_machine(config), read_data(config)
     rows = pd.read_csv(out).to_dict("records") if out.exists() else []
     done = {tuple(str(row[name]) for name in ARM) for row in rows}
     for seed, recipe, average in product(range(seeds), recipes.split(","), averages.split(",")):
-        if (config.strategy, recipe, average, str(seed)) not in done:
+        if (config.strategy, str(config.lr_top), recipe, average, str(seed)) not in done:
             rows.append(one(replace(config, augment=recipe, average=average, seed=seed), data, machine))
             pd.DataFrame(rows).to_csv(out, index=False)
     table = pd.DataFrame(rows)

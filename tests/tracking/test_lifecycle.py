@@ -72,7 +72,7 @@ def test_metrics_can_be_recomputed_from_the_predictions(finished: tuple[TrainCon
 
     config, result, logged = finished
     file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
-    again = evaluate(pd.read_csv(file), "test", 0.5, config.bootstrap).metrics()
+    again = evaluate(pd.read_csv(file), "test", result.test.threshold, config.bootstrap).metrics()
     assert len(again) > 30
     for name, value in again.items():
         assert logged.data.metrics[name] == pytest.approx(value, abs=1e-12), name
