@@ -178,7 +178,7 @@ class TrainConfig:
         False, "treat leakage as an error: patients, identical files or near duplicates in more than one split"
     )
     reuse_gb: float = param(
-        4.0,
+        8.0,
         "space in GB for reused activations of the frozen stages, or reused views; 0 disables reuse",
         low=0,
         high=1e6,
@@ -196,8 +196,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if not re.fullmatch(r"[\w .-]+", self.register) or not self.register.strip():
-            raise UserError(f"--register {self.register}: use only letters, digits, spaces, _ . and -")
+        require_model_name(self.register, "--register")
         ThresholdRule.parse(self.threshold)
         self.fold_numbers()
 
@@ -223,6 +222,12 @@ class TrainConfig:
     def rates(self) -> tuple[float, ...]:
         """The learning rate of each phase, in order."""
         return tuple(float(getattr(self, phase.lr)) for phase in self.phases)
+
+
+def require_model_name(name: str, option: str) -> None:
+    """Raise `UserError` for a name that a registered model cannot have."""
+    if not re.fullmatch(r"[\w .-]+", name) or not name.strip():
+        raise UserError(f"{option} {name}: use only letters, digits, spaces, _ . and -")
 
 
 def _check_fields(config: Any) -> None:

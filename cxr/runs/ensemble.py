@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from cxr.config import TrainConfig, flatten
+from cxr.config import TrainConfig, flatten, require_model_name
 from cxr.data.load import Data, read_data
 from cxr.data.splits import CLASSES, fingerprint
 from cxr.errors import UserError
@@ -57,14 +57,16 @@ def ensemble_tracked(
     that run. Returns the ID of the new run. Raises `UserError`, before a run is created, for runs that cannot be
     combined and images that are not those of the runs.
     """
+    require_model_name(name, "--name")
     runs = [LoggedRun.open(run_id) for run_id in run_ids]
     config = _shared_config(runs)
     config = replace(config, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
     data = read_data(config)
     _require_data(runs, data)
+    _require_order(runs, data)
     predictors = [registry.load(f"models:/{registry.model_of(run)}") for run in runs]
     whole = _whole(config, data, runs, predictors)
-    with open_run(f"ensemble-{len(runs)}", parent=parent) as tracker:
+    with open_run(f"ensemble-{len(runs)}", parent=parent, again="the same command") as tracker:
         say("\n".join(_log(config, data, runs, whole, tracker, name)))
     return str(tracker.run_id)
 
@@ -96,6 +98,17 @@ def _require_data(runs: Sequence[LoggedRun], data: Data) -> None:
             )
 
 
+def _require_order(runs: Sequence[LoggedRun], data: Data) -> None:
+    """The fingerprint does not depend on file names, but the order of the logged rows does."""
+    for run in runs:
+        for split in ("val", data.held_out):
+            if list(run.predictions(split)["digest"]) != list(data.part(split)["digest"]):
+                raise UserError(
+                    f"run {run.run_id}: the {split} images are in another order than in {data.root}; files were "
+                    "renamed since, and the runs cannot be combined"
+                )
+
+
 def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
     """The logits [n, 2] of a split, combined from those that the runs logged."""
     tables = [run.predictions(split) for run in runs]
@@ -106,7 +119,7 @@ def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
 
 def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictors: Sequence[Predictor]) -> Whole:
     network = Ensemble(network for predictor in predictors for network in predictor.networks)
-    outputs = outputs_of(config, data, network, torch.device("cpu"))
+    outputs = outputs_of(config, data, network.networks[0], torch.device("cpu"))  # for features; logits were logged
     found = reports(config, data, replace(outputs, logits=lambda split: member_logits(runs, split)))
     stressed = stressed_validation(config, data, network)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cxr.config import TrainConfig, before_they_existed, flatten, unflatten
+from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
 from cxr.storage import Cache
@@ -31,8 +31,14 @@ def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is on this machine."""
     folder = checkpoints_of(config, run.run_id)
     recorded = before_they_existed() | dict(run.params)
-    same = all(recorded.get(key) == value for key, value in flatten(config).items())
+    wanted = {key: value for key, value in flatten(config).items() if not _is_new_and_neutral(key, run)}
+    same = all(recorded.get(key) == value for key, value in wanted.items())
     return same and ("val_loss" not in run.metrics or (folder / LAST).exists())
+
+
+def _is_new_and_neutral(key: str, run: LoggedRun) -> bool:
+    """Whether a parameter that does not determine the result did not exist when the run was recorded."""
+    return key not in run.params and key.removeprefix("train.") in NEUTRAL
 
 
 def is_lost(run_id: str, config: TrainConfig) -> bool:

@@ -33,7 +33,7 @@ from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
 from cxr.studies.family import run_family
-from cxr.tracking.nested import ending, join_parent, open_parent
+from cxr.tracking.nested import children, ending, join_parent, open_parent
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.store import prepare
 from cxr.tracking.tracker import MlflowTracker
@@ -64,11 +64,20 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
     with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
         runs = [load_run(run_id) for run_id in run_ids]
         verdict = _publish(parent, runs, config.margin)
+        if config.ensemble:
+            _ensembles(config, parent.run_id, runs, say)
     say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids)]))
-    for strategy in config.chosen() if config.ensemble else ():
-        seeds = [run.run_id for run in runs if run.strategy == strategy]
-        ensemble_tracked(seeds, config.train.register, cache_dir=config.train.cache_dir, say=say, parent=parent.run_id)
     return verdict
+
+
+def _ensembles(config: CompareConfig, parent: str, runs: Sequence[RunData], say: Say) -> None:
+    """An ensemble of the seeds of each strategy, unless an interrupted call has already finished it."""
+    train = config.train
+    done = {run.params["ensemble.runs"] for run in children(parent) if run.kind is RunKind.ENSEMBLE and run.finished}
+    for strategy in config.chosen():
+        seeds = [run.run_id for run in runs if run.strategy == strategy]
+        if " ".join(seeds) not in done:
+            ensemble_tracked(seeds, train.register, train.data_dir, train.cache_dir, say, parent)
 
 
 def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> Verdict:

@@ -44,7 +44,9 @@ def _members(config: CrossvalConfig) -> dict[str, TrainConfig]:
 
 def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Report]:
     """(metrics per fold, report of the pooled out-of-fold predictions)."""
-    tables = [LoggedRun.open(run_id).predictions("fold") for run_id in run_ids]
+    # Each fold abstains by a threshold of its own, which says nothing about decisions at one half.
+    own = ["familiarity", "abstain"]
+    tables = [LoggedRun.open(run_id).predictions("fold").drop(columns=own, errors="ignore") for run_id in run_ids]
     reports = [evaluate(table, "fold", HALF, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
     pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="same for all folds")

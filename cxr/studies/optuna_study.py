@@ -24,7 +24,15 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from cxr.config import TrainConfig, TuneConfig, result_parameters, search_range, without_password
+from cxr.config import (
+    NEUTRAL,
+    TrainConfig,
+    TuneConfig,
+    before_they_existed,
+    result_parameters,
+    search_range,
+    without_password,
+)
 from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
@@ -126,8 +134,10 @@ def _require_same(study: optuna.Study, config: TuneConfig, origin: dict[str, str
     if theirs is None:
         study.set_user_attr(_BASE, mine)
         return
-    # Parameters introduced after the study was created had their default values.
-    theirs = {**mine, **_parameters(TuneConfig()), **theirs}
+    # Neither lists parameters that have the value from before they existed; others that are missing had their defaults.
+    before = {k: v for k, v in before_they_existed().items() if k.removeprefix("train.") not in NEUTRAL}
+    mine = before | mine
+    theirs = {**mine, **_parameters(TuneConfig()), **before, **theirs}
     other = [f"{key.split('.')[1]} was {theirs.get(key)}" for key, value in mine.items() if theirs.get(key) != value]
     if other:
         raise UserError(

@@ -261,7 +261,7 @@ def load(uri: str) -> Predictor:
         raise UserError(f"--model {uri}: not a model that cxr logged")
     try:
         return Predictor.load(cards[0].parent)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {uri}: is damaged ({str(error).splitlines()[0][:200]})") from error
 
 

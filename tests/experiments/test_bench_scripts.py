@@ -64,7 +64,7 @@ def test_the_search_benchmark_compares_studies_with_notebook_epochs_and_scales_t
     printed, table = run(tmp_path / "work", script, "--data-dir", str(phantoms), *sizes, *growth)
     rows = table.set_index("what")
     assert printed.startswith("device cpu")
-    assert list(rows.index[1:3]) == ["study, reuse 4 GB", "study, no reuse"]
+    assert list(rows.index[1:3]) == ["study, reuse 8 GB", "study, no reuse"]
     assert list(rows.index[3:]) == ["images x1", "images x2", "trials x1", "trials x2"]
     assert rows["s"].gt(0).all()
     assert (rows.iloc[1:].drop(columns=["relative", "activations MB"]) > 0).all(axis=None)

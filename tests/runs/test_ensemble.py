@@ -107,6 +107,7 @@ def test_runs_that_cannot_be_combined_are_refused(
         ([members[0], members[0]], "two or more different runs"),
         ([members[0], whole.run_id], "not a finished training run"),
         ([members[0], "0" * 32], "0" * 32),
+        ([*members, "--name", "a/b"], "--name a/b: use only letters"),
     ):
         assert run_main(monkeypatch, "models", "ensemble", *runs) == 2
         error = capsys.readouterr().err

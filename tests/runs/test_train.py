@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from small import small
 
-from cxr.config import TrainConfig
+from cxr.config import TrainConfig, flatten
 from cxr.data.load import read_data
 from cxr.errors import FreezeError, UserError
 from cxr.runs.messages import summary
+from cxr.runs.resume import can_continue
 from cxr.runs.train import run
 from cxr.strategies import STRATEGIES
+from cxr.tracking.reading import LoggedRun
 from cxr.tracking.tracker import NullTracker
 
 
@@ -109,3 +111,12 @@ def test_random_weights_are_reported_in_tag_and_summary(tiny: TrainConfig, monke
         result = run(replace(tiny, arch="resnet18", weights="auto", epochs=1), tracker, say=lambda line: None)
     assert "could not be downloaded" in tracker.logged_tags["weights_used"]
     assert any("could not be downloaded" in line for line in summary(tiny, tracker, result))
+
+
+def test_a_run_from_before_a_neutral_parameter_existed_can_be_continued(tiny: TrainConfig) -> None:
+    config = replace(tiny, augment="mild-1", stresses="stresses-1")
+    younger = {"train.augment", "train.average", "train.stresses", "train.abstain"}
+    recorded = {key: value for key, value in flatten(config).items() if key not in younger}
+    old = LoggedRun("0" * 32, "1", "old", "KILLED", recorded, {}, {}, "")
+    assert can_continue(old, config)
+    assert not can_continue(old, replace(config, augment="crops-2"))

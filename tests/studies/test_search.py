@@ -425,6 +425,23 @@ def test_the_run_of_a_lost_trial_is_ended_even_if_the_study_does_not_know_it(con
     assert states(config).count("WAITING") == config.trials
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "says"),
+    [
+        ({"augment": "mild-1"}, {"augment": "crops-2"}, "augment was mild-1"),
+        ({"augment": "crops-2"}, {"augment": "mild-1"}, "augment was crops-2"),
+        ({"average": "sma"}, {"average": "none"}, "average was sma"),
+    ],
+)
+def test_a_study_is_not_continued_with_other_values_of_younger_parameters(
+    config: TuneConfig, first: dict[str, str], then: dict[str, str], says: str
+) -> None:
+    tune_tracked(config.replace(trials=1, refit=False, **first), quiet)
+    with pytest.raises(UserError, match=says):
+        tune_tracked(config.replace(trials=2, refit=False, **then), quiet)
+    tune_tracked(config.replace(trials=2, refit=False, abstain=0.2, **first), quiet)
+
+
 @pytest.mark.slow
 def test_a_search_killed_during_a_trial_continues_to_exactly_its_number_of_trials(
     config: TuneConfig, store: str, own_cache: Path

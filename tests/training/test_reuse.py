@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cxr.config import TrainConfig
 from cxr.runs.messages import reuse_lines
 from cxr.strategies import ALL, HEAD, STRATEGIES, TOP
 from cxr.training.reuse import DISK, Decision, PrefixCost, Workload, plan_reuse
@@ -73,3 +74,11 @@ def test_what_is_kept_fits_and_pays(
         if each.kept:
             assert each.bytes + (base.bytes if base else 0) <= budget
             assert not disk or work.saved_outputs() * seconds > each.bytes / DISK
+
+
+def test_the_default_run_keeps_its_activations_at_the_size_of_the_kaggle_set() -> None:
+    config = TrainConfig()
+    val, row = 524, 256 * 14 * 14 * 4  # layer3 in fp32
+    work = Workload(4708, val, 224 * 224, config.views, stressed=4 * val, epochs=config.epochs)
+    plan = plan_reuse(config.phases, {"top": PrefixCost(row, 0.01)}, work, config.reuse_gb * 1e9, on_disk=True)
+    assert [each.decision for each in plan.phases] == [Decision.KEPT_ON_DISK]
