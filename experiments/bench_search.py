@@ -186,7 +186,7 @@ def numbers(context: click.Context, option: click.Parameter, text: str) -> tuple
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--trials", default=30, show_default=True, help="of the study with reuse")
 @click.option("--trials-without", default=3, show_default=True, help="of the study without reuse; 0 skips it")
-@click.option("--reuse-gb", default=4.0, show_default=True)
+@click.option("--reuse-gb", default=TuneConfig().train.reuse_gb, show_default=True)
 @click.option("--notebook-epochs", type=AT_LEAST_1, default=2, show_default=True)
 @click.option("--workers", default=os.cpu_count() or 1, show_default="cores", help="of the notebook's DataLoader")
 @click.option("--growth", "grow", is_flag=True, help="also measure more images and more trials")
