@@ -49,4 +49,5 @@ def shown(config: TrainConfig, data: Data, machine: Machine, model: ResNet, spli
         row[f"accuracy {name}"] = float(balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy()))
     for figure in ("loss", "accuracy"):
         row[f"{figure} stressed"] = float(np.mean([row[f"{figure} {name}"] for name in STRESSES]))
+    row["loss worst"] = max(row[f"loss {name}"] for name in STRESSES)
     return row

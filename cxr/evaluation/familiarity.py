@@ -1,47 +1,48 @@
-"""How like the training images an image is, by what the network makes of it."""
+"""How like the training images an image is, by its features."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.neighbors import NearestNeighbors
+from sklearn.covariance import LedoitWolf
 
-from cxr.evaluation.metrics import Floats
+from cxr.evaluation.metrics import Floats, Ints
 
-Float16 = npt.NDArray[np.float16]
 Float32 = npt.NDArray[np.float32]
-NEIGHBOURS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Familiarity:
-    """Features of training images, the `bank` [m, d], and the distances of the validation images, `reference` [v].
+    """The `means` [k, d] of the training images' features in each class, the inverse of their common covariance,
+    `precision` [d, d], and the sorted distances of the validation images, `reference` [v].
 
-    The distance of an image is the mean cosine distance of its features to the `NEIGHBOURS` nearest of the bank (Sun et
-    al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors").
+    The distance of an image is the squared Mahalanobis distance to the nearest mean (Lee et al. 2018, "A Simple Unified
+    Framework for Detecting Out-of-Distribution Samples"), with the covariance shrunk by scikit-learn's `LedoitWolf`.
     """
 
-    bank: Float16
+    means: Float32
+    precision: Float32
     reference: Float32
-    _index: NearestNeighbors = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(self.bank)), metric="cosine", algorithm="brute")
-        object.__setattr__(self, "_index", index.fit(self.bank.astype(np.float64)))
 
     @classmethod
-    def fit(cls, train: Float32, val: Float32) -> Self:
-        """From features of training images [m, d] and of validation images [v, d]."""
-        bank = (train / np.linalg.norm(train, axis=1, keepdims=True)).astype(np.float16)
-        reference = cls(bank, np.empty(0, np.float32)).distances(val)
-        return cls(bank, np.sort(reference).astype(np.float32))
+    def fit(cls, train: Float32, labels: Ints, val: Float32) -> Self:
+        """From features of training images [m, d], their labels [m], and features of validation images [v, d]."""
+        means = np.stack([train[labels == label].mean(0) for label in np.unique(labels)])
+        residuals = train - means[np.searchsorted(np.unique(labels), labels)]
+        precision = LedoitWolf(assume_centered=True).fit(residuals.astype(np.float64)).precision_.astype(np.float32)
+        reference = cls(means, precision, np.empty(0, np.float32)).distances(val)
+        return cls(means, precision, np.sort(reference).astype(np.float32))
 
     def distances(self, features: Float32) -> Floats:
         """Of features [n, d] from the training images [n]."""
-        return np.asarray(self._index.kneighbors(features.astype(np.float64))[0].mean(1))
+        precision, found = self.precision.astype(np.float64), []
+        for mean in self.means:
+            gaps = features.astype(np.float64) - mean
+            found.append(((gaps @ precision) * gaps).sum(1))
+        return np.asarray(np.min(found, axis=0))
 
     def percentiles(self, features: Float32) -> Floats:
         """The familiarity [n] of features [n, d]: the percentage of validation images that are at most as familiar."""

@@ -14,6 +14,7 @@ from torchvision.models import ResNet
 from cxr.data.views import Batch
 from cxr.network.ensemble import Ensemble, combined
 from cxr.network.resnet import run_stages
+from cxr.network.start import StartNetwork
 from cxr.strategies import STAGES
 
 
@@ -44,18 +45,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def infer_with_features(
-    model: ResNet | Ensemble, batches: Iterable[Batch], precision: str = "fp32"
+    model: ResNet | Ensemble, start: StartNetwork, batches: Iterable[Batch], precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """(features float32 [n, d], logits float32 [n, 2]) on the CPU: the head's input, of an ensemble's first member."""
+    """(features float32 [n, d], logits float32 [n, 2]) on the CPU.
+
+    The features are those of `start`, which shares its first stages with the network, or an ensemble's first member.
+    """
     networks = model.networks if isinstance(model, Ensemble) else [model]
     first, others = networks[0].eval(), networks[1:]
     features, logits = [], []
     with torch.inference_mode():
         for inputs, _ in batches:
             with autocast(inputs.device, precision):
-                pooled = torch.flatten(first.avgpool(run_stages(first, inputs, STAGES[:-1])), 1)
-                answers = [first.fc(pooled), *(other.eval()(inputs) for other in others)]
-            features.append(pooled.float().cpu())
+                shared = run_stages(first, inputs, start.shared)
+                features.append(start.features(shared).cpu())
+                answers = [run_stages(first, shared, STAGES[len(start.shared) :])]
+                answers += [other.eval()(inputs) for other in others]
             logits.append((combined(torch.stack(answers).float()) if others else answers[0].float()).cpu())
     return torch.cat(features).clone(), torch.cat(logits).clone()
 

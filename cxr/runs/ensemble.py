@@ -19,7 +19,7 @@ from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
 from cxr.runs.messages import Say
 from cxr.runs.record import example_of, log_report, version_tags
-from cxr.runs.reports import Reports, outputs_of, reports, stressed_validation
+from cxr.runs.reports import Outputs, Reports, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit, open_run
@@ -65,6 +65,7 @@ def ensemble_tracked(
     _require_data(runs, data)
     _require_order(runs, data)
     predictors = [registry.load(f"models:/{registry.model_of(run)}") for run in runs]
+    _require_familiar(runs[0], predictors[0])
     whole = _whole(config, data, runs, predictors)
     with open_run(f"ensemble-{len(runs)}", parent=parent, again="the same command") as tracker:
         say("\n".join(_log(config, data, runs, whole, tracker, name)))
@@ -109,6 +110,15 @@ def _require_order(runs: Sequence[LoggedRun], data: Data) -> None:
                 )
 
 
+def _require_familiar(run: LoggedRun, predictor: Predictor) -> None:
+    """Familiarity is that of the first member."""
+    if predictor.familiar is None:
+        raise UserError(
+            f"run {run.run_id}: was made by version 0.1, whose models do not tell familiar images; train it again, or "
+            "name another run first"
+        )
+
+
 def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
     """The logits [n, 2] of a split, combined from those that the runs logged."""
     tables = [run.predictions(split) for run in runs]
@@ -119,8 +129,14 @@ def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
 
 def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictors: Sequence[Predictor]) -> Whole:
     network = Ensemble(network for predictor in predictors for network in predictor.networks)
-    outputs = outputs_of(config, data, network.networks[0], torch.device("cpu"))  # for features; logits were logged
-    found = reports(config, data, replace(outputs, logits=lambda split: member_logits(runs, split)))
+    familiar = predictors[0].familiar
+    assert familiar is not None  # `_require_familiar`
+    outputs = Outputs(
+        lambda split: member_logits(runs, split),
+        lambda split: runs[0].predictions(split)["familiarity"].to_numpy(np.float64),
+        familiar,
+    )
+    found = reports(config, data, outputs)
     stressed = stressed_validation(config, data, network)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     labels = torch.tensor(arrays_of(found.val.table)[0])
@@ -157,8 +173,8 @@ def _log(
     tracker.table(data.manifest, Artifact.MANIFEST)
     for report in (val, test):
         log_report(tracker, report, title)
-    example, familiarity = example_of(card.image_size), whole.reports.familiarity
-    model_id = registry.log_model(whole.network.state_dict(), card, example, familiarity)
+    example, familiar = example_of(card.image_size), whole.reports.familiar
+    model_id = registry.log_model(whole.network.state_dict(), card, example, familiar)
     gap = {"val_test_gap_roc_auc": val.values["roc_auc"] - test.values["roc_auc"]}
     sizes = dict.fromkeys(("parameters_total", "parameters_trained"), float(count_parameters(whole.network)))
     sizes["parameters_trained"] = float(count_parameters(whole.network, config.phases[-1].trainable))

@@ -26,7 +26,6 @@ from cxr.evaluation.report import (
     with_selection,
 )
 from cxr.evaluation.selective import certainty, estimated_accuracy
-from cxr.network.inference import infer_with_features
 from cxr.runs.messages import Say
 from cxr.runs.record import log_report
 from cxr.serving.predictor import ModelCard
@@ -95,11 +94,10 @@ def _predicted(uri: str, data_dir: str, cache_dir: str) -> Predicted:
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
     table = table.assign(split=split)
     batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
-    features, logits = infer_with_features(predictor.model, batches)
-    predictions = predictions_table(table, logits.numpy(), card.threshold, card.calibration)
-    if predictor.familiarity:
-        familiar = predictor.familiarity.percentiles(features.numpy())
-        predictions = with_selection(predictions, card.threshold, card.certainty_limit, familiar)
+    logits, familiarity = predictor.outputs(batches)
+    predictions = predictions_table(table, logits, card.threshold, card.calibration)
+    if familiarity is not None:
+        predictions = with_selection(predictions, card.threshold, card.certainty_limit, familiarity)
     return Predicted(uri, card, root, table, split, predictions)
 
 

@@ -177,7 +177,7 @@ def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: Run
     if not isinstance(tracker, MlflowTracker):
         return None
     card, example = _card(config, result), example_of(config.image_size)
-    return registry.log_model(model.state_dict(), card, example, result.reports.familiarity)
+    return registry.log_model(model.state_dict(), card, example, result.reports.familiar)
 
 
 def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, result: RunResult) -> str:

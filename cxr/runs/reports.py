@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torchvision.models import ResNet
 
@@ -15,7 +16,6 @@ from cxr.config import TrainConfig
 from cxr.data.batches import (
     eval_batches,
     make_split,
-    part_of,
     straight_order,
     stress_sizes,
     stressed_parts,
@@ -24,6 +24,7 @@ from cxr.data.batches import (
 from cxr.data.load import Data
 from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
 from cxr.evaluation.familiarity import Familiarity
+from cxr.evaluation.metrics import Floats
 from cxr.evaluation.report import (
     Report,
     evaluate,
@@ -37,22 +38,24 @@ from cxr.evaluation.selective import certainty, certainty_limit
 from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
+from cxr.network.start import StartNetwork
+from cxr.serving.familiar import Familiar
+from cxr.training.batch_source import pooled_features
 from cxr.training.loop import class_weights
 
 Float32 = npt.NDArray[np.float32]
-BANK = 1000  # training images that familiarity compares with; more change little and cost a forward pass each
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What the reports are made from: the logits [n, 2] and features [n, d] of a split's images in order, by name.
+    """What the reports are made from: the logits [n, 2] and the familiarity [n] of a split's images in order, by name.
 
-    `bank` are the features of training images.
+    `familiar` is what measured the familiarity.
     """
 
     logits: Callable[[str], Float32]
-    features: Callable[[str], Float32]
-    bank: Float32
+    percentiles: Callable[[str], Floats]
+    familiar: Familiar
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,41 @@ class Reports:
     test: Report
     calibration: Calibration
     certainty_limit: float
-    familiarity: Familiarity
+    familiar: Familiar
 
 
-def outputs_of(config: TrainConfig, data: Data, model: ResNet | Ensemble, device: torch.device) -> Outputs:
-    """The outputs of a network, each split computed once."""
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What familiarity needs of a network before it is trained: its start weights, and the features of the training
+    images [n, d], each of length 1."""
+
+    start: StartNetwork
+    train: Float32
+
+
+def before_training(config: TrainConfig, data: Data, model: ResNet, precision: str) -> Before:
+    """Of a network that will be trained. The features are those that the audit has kept, if it has."""
+    features = pooled_features(config, data, model, precision, ("train",))
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return Before(StartNetwork.of(model, config.phases), features / np.maximum(lengths, 1e-12))
+
+
+def outputs_of(config: TrainConfig, data: Data, model: ResNet, before: Before, device: torch.device) -> Outputs:
+    """The outputs of a trained network, each split computed once."""
 
     @cache
     def run(name: str) -> tuple[Float32, Float32]:
-        split = make_split(data.manifest, data.store, name)
-        features, logits = infer_with_features(model, eval_batches(split, config.batch_size, device))
+        batches = eval_batches(make_split(data.manifest, data.store, name), config.batch_size, device)
+        features, logits = infer_with_features(model, before.start, batches)
         return features.numpy(), logits.numpy()
 
-    train = make_split(data.manifest, data.store, "train")
-    chosen = part_of(train, np.sort(np.argsort(train.keys)[:BANK]))
-    bank, _ = infer_with_features(model, eval_batches(chosen, config.batch_size, device))
-    return Outputs(lambda name: run(name)[1], lambda name: run(name)[0], bank.numpy())
+    labels = data.part("train")["label"].to_numpy(np.int64)
+    distances = Familiarity.fit(before.train, labels, run("val")[0])
+    return Outputs(
+        lambda name: run(name)[1],
+        lambda name: distances.percentiles(run(name)[0]),
+        Familiar(before.start, distances),
+    )
 
 
 def reports(config: TrainConfig, data: Data, outputs: Outputs) -> Reports:
@@ -90,19 +112,23 @@ def reports(config: TrainConfig, data: Data, outputs: Outputs) -> Reports:
     threshold = choose_threshold(config.threshold_rule, labels, calibration.apply(margins_of(logits)))
     prevalence = implied_prevalence(calibration, float(labels.mean()))
     origins = [origin_of(config.threshold_rule, split) for split in ("val", "test")]
-    familiarity = Familiarity.fit(outputs.bank, outputs.features("val"))
     table = predictions_table(val, logits, threshold, calibration)
-    limit = certainty_limit(certainty(table["probability"].to_numpy(np.float64), threshold), config.abstain)
-    val_table = with_selection(table, threshold, limit, familiarity.percentiles(outputs.features("val")))
+    limit = limit_of(table, threshold, config.abstain)
+    val_table = with_selection(table, threshold, limit, outputs.percentiles("val"))
     test_table = predictions_table(data.part(held_out), outputs.logits(held_out), threshold, calibration)
-    test_table = with_selection(test_table, threshold, limit, familiarity.percentiles(outputs.features(held_out)))
+    test_table = with_selection(test_table, threshold, limit, outputs.percentiles(held_out))
     return Reports(
         evaluate(val_table, "val", threshold, config.bootstrap, origin=origins[0]),
         evaluate(test_table, held_out, threshold, config.bootstrap, prevalence, origins[1]),
         calibration,
         limit,
-        familiarity,
+        outputs.familiar,
     )
+
+
+def limit_of(val: pd.DataFrame, threshold: float, abstain: float) -> float:
+    """The certainty below which a prediction abstains, from the predictions table of validation."""
+    return certainty_limit(certainty(val["probability"].to_numpy(np.float64), threshold), abstain)
 
 
 def stressed_validation(config: TrainConfig, data: Data, model: ResNet | Ensemble) -> dict[str, float]:

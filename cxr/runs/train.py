@@ -26,7 +26,7 @@ from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
-from cxr.runs.reports import outputs_of, reports
+from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
 from cxr.runs.resume import checkpoints_of, recorded_config
 from cxr.storage import Cache, exclusive
@@ -50,6 +50,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     model.to(device=machine.device, memory_format=torch.channels_last)
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
+    before = before_training(config, data, model, machine.precision)
     if found := [finding.check for finding in findings if not finding.ok]:
         say(f"audit: warnings for {', '.join(found)}; see data/audit.txt in the run, or run `cxr data audit`")
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
@@ -60,7 +61,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
-    done = reports(config, data, outputs_of(config, data, model, machine.device))
+    done = reports(config, data, outputs_of(config, data, model, before, machine.device))
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)

@@ -19,10 +19,11 @@ from cxr.data.splits import CLASSES
 from cxr.errors import UserError
 from cxr.evaluation.calibration import fit_calibration, margins_of
 from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, weighted_loss
+from cxr.evaluation.selective import certainty
 from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.freezing import count_parameters
 from cxr.runs.ensemble import member_logits
-from cxr.runs.reports import stressed_validation
+from cxr.runs.reports import limit_of, stressed_validation
 from cxr.serving.predictor import Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
@@ -32,6 +33,7 @@ from cxr.training.loop import class_weights
 # Tolerances: metrics from the same table; probabilities with another batch size, memory format and precision;
 # metrics measured in bf16 or fp16 during training and in fp32 here.
 EXACT, CLOSE, LOOSE = 1e-9, 1e-3, 0.01
+FAMILIAR = 2.0  # percent
 _SHOWN = 5
 
 
@@ -143,16 +145,21 @@ def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: 
     again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
     kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}
     kept["logged threshold"] = run.threshold
+    if "abstain" in val:
+        again["certainty limit"] = limit_of(val, threshold, config.abstain)
+        kept["certainty limit"] = card.certainty_limit
     return _finding("calibration and threshold from validation", _differences(kept, again), "the model carries them")
 
 
 def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding:
-    """Recompute probabilities and decisions from the logged logits with the model's calibration and threshold."""
+    """Recompute probabilities, decisions and abstentions from the logged logits with what the model carries."""
     margins = margins_of(table[["logit_normal", "logit_pneumonia"]].to_numpy())
     again = predictor.card.calibration.apply(margins)
     off = ~np.isclose(again, table["probability"], rtol=EXACT, atol=EXACT)
     off |= (again >= predictor.card.threshold).astype(int) != table["decision"]
-    wrong = [f"{path}: probability or decision is not what its logits give" for path in table.loc[off, "path"]]
+    if "abstain" in table:
+        off |= (certainty(again, predictor.card.threshold) < predictor.card.certainty_limit) != table["abstain"]
+    wrong = [f"{path}: what its logits give is another probability or decision" for path in table.loc[off, "path"]]
     return _finding(f"{split} decisions from the logged logits", wrong, f"{len(table)} equal")
 
 
@@ -177,12 +184,23 @@ def _predictions(data: Data, split: str, table: pd.DataFrame, predictor: Predict
             check, [f"the table has {len(table)} images, the split {len(part)}, or they are not the same"], ""
         )
     images = [data.store.images[data.store.rows[digest]] for digest in table["digest"]]
-    again, logged = predictor.predict(images)["probability"].to_numpy(), table["probability"]
+    predicted = predictor.predict(images)
+    again, logged = predicted["probability"].to_numpy(), table["probability"]
     gap = np.abs(again - logged.to_numpy())
     wrong = [f"{table['path'][i]}: {logged[i]:.4f}, not {again[i]:.4f}" for i in np.where(gap > CLOSE)[0]]
+    wrong += _unlike(table, predicted, predictor)
     labels = part["label"].to_numpy() != table["label"].to_numpy()
     wrong += [f"{path}: another label" for path in table.loc[labels, "path"]]
     return _finding(check, wrong, f"{len(table)} images, probabilities within {gap.max():.1e}")
+
+
+def _unlike(table: pd.DataFrame, predicted: pd.DataFrame, predictor: Predictor) -> list[str]:
+    """The images whose familiarity is another; it goes in steps of one validation image."""
+    if predictor.familiar is None or "familiarity" not in table:
+        return []
+    step = 100.0 / len(predictor.familiar.distances.reference)
+    pairs = zip(table["path"], table["familiarity"], predicted["familiarity"], strict=True)
+    return [f"{path}: familiarity {a:.1f}, not {b:.1f}" for path, a, b in pairs if abs(a - b) > FAMILIAR + step]
 
 
 def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:

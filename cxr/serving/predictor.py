@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,16 @@ from torchvision.models import ResNet, get_model
 
 from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
 from cxr.data.splits import CLASS_TO_INDEX
-from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, to_input
+from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, Batch, to_input
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration, margins_of
-from cxr.evaluation.familiarity import Familiarity
+from cxr.evaluation.familiarity import Float32
+from cxr.evaluation.metrics import Floats
 from cxr.evaluation.selective import certainty
 from cxr.network.ensemble import Ensemble
-from cxr.network.inference import infer_with_features
+from cxr.network.inference import infer, infer_with_features
 from cxr.network.weights import StateDict
+from cxr.serving.familiar import Familiar
 
 WEIGHTS, FEATURES, CARD, ONNX = "weights.safetensors", "features.safetensors", "model.json", "X_ray_classifier.onnx"
 
@@ -66,22 +68,13 @@ class ModelCard:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def save_package(folder: Path, state: StateDict, card: ModelCard, familiarity: Familiarity | None = None) -> None:
+def save_package(folder: Path, state: StateDict, card: ModelCard, familiar: Familiar | None = None) -> None:
     """Write the packaged model into `folder`, made if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
-    if familiarity:
-        arrays = {"bank": torch.from_numpy(familiarity.bank), "reference": torch.from_numpy(familiarity.reference)}
-        save_file(arrays, folder / FEATURES)
+    if familiar:
+        familiar.save(folder / FEATURES)
     (folder / CARD).write_text(card.text())
-
-
-def _read_familiarity(folder: Path) -> Familiarity | None:
-    """None for models of version 0.1, and for trials of a search."""
-    if not (folder / FEATURES).exists():
-        return None
-    arrays = load_file(folder / FEATURES)
-    return Familiarity(arrays["bank"].numpy(), arrays["reference"].numpy())
 
 
 def _from_base64(text: str) -> bytes:
@@ -120,8 +113,8 @@ class _Probability(nn.Module):
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiarity: Familiarity | None = None):
-        self.model, self.card, self.familiarity = model.eval(), card, familiarity
+    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiar: Familiar | None = None):
+        self.model, self.card, self.familiar = model.eval(), card, familiar
 
     @property
     def networks(self) -> list[ResNet]:
@@ -137,7 +130,9 @@ class Predictor:
         networks = [get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX)) for _ in range(card.members)]
         model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
-        return cls(model.to(memory_format=torch.channels_last), card, _read_familiarity(folder))
+        model = model.to(memory_format=torch.channels_last)
+        features = folder / FEATURES  # absent from models of version 0.1, and of trials of a search
+        return cls(model, card, Familiar.read(features, networks[0]) if features.exists() else None)
 
     def prepare(self, image: object) -> UInt8:
         """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].
@@ -227,13 +222,20 @@ class Predictor:
         """
         stack = torch.from_numpy(np.stack(images))
         batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
-        features, logits = infer_with_features(self.model, batches)
-        probability = self.card.calibration.apply(margins_of(logits.numpy()))
+        logits, familiarity = self.outputs(batches)
+        probability = self.card.calibration.apply(margins_of(logits))
         decision = (probability >= self.card.threshold).astype(np.int64)
         names = {index: name for name, index in self.card.class_to_index.items()}
         label = [names[int(d)] for d in decision]
         table = pd.DataFrame({"label": label, "probability": probability, "decision": decision})
-        if self.familiarity is None:
+        if familiarity is None:
             return table
         abstains = certainty(probability, self.card.threshold) < self.card.certainty_limit
-        return table.assign(familiarity=self.familiarity.percentiles(features.numpy()), abstain=abstains)
+        return table.assign(familiarity=familiarity, abstain=abstains)
+
+    def outputs(self, batches: Iterable[Batch]) -> tuple[Float32, Floats | None]:
+        """(logits [n, 2], familiarity [n] in percent, or None if the model was made by version 0.1)."""
+        if self.familiar is None:
+            return infer(self.model, batches)[0].numpy(), None
+        features, logits = infer_with_features(self.model, self.familiar.start, batches)
+        return logits.numpy(), self.familiar.distances.percentiles(features.numpy())

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 import cxr
 from cxr.errors import UserError
-from cxr.evaluation.familiarity import Familiarity
 from cxr.network.weights import StateDict
+from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.reading import LoggedRun
 from cxr.tracking.store import prepare, store_errors
@@ -46,7 +46,7 @@ def requirements() -> list[str]:
     return [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-def log_model(state: StateDict, card: ModelCard, example: bytes, familiarity: Familiarity | None = None) -> str:
+def log_model(state: StateDict, card: ModelCard, example: bytes, familiar: Familiar | None = None) -> str:
     """Log the model into the active run and return its id. `example` is an encoded image.
 
     One that an interrupted attempt at the same run has logged is the same, and is taken.
@@ -62,14 +62,14 @@ def log_model(state: StateDict, card: ModelCard, example: bytes, familiarity: Fa
         # The signature is given; a type hint that allows bytes, text and arrays is none that MLflow could use.
         warnings.filterwarnings("ignore", "(?s).*ype hint", UserWarning)
         package = Path(work) / "package"
-        save_package(package, state, card, familiarity)
+        save_package(package, state, card, familiar)
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(source / "serving" / "pyfunc_model.py"),
             artifacts={"package": str(package)},
             code_paths=[str(source)],
             pip_requirements=requirements(),
-            signature=_signature(familiarity is not None),
+            signature=_signature(familiar is not None),
             input_example=pd.DataFrame({"image": [base64.b64encode(example).decode()]}),
             metadata={"class_to_index": card.class_to_index, "strategy": card.strategy, "arch": card.arch},
         )

@@ -183,17 +183,21 @@ class BatchSource:
 Features = npt.NDArray[np.float32]
 
 
-def pooled_features(config: TrainConfig, data: Data, model: ResNet, precision: str) -> Features:
-    """What the network gives its head [n, d], for every image of the manifest in order, without augmentation."""
+def pooled_features(
+    config: TrainConfig, data: Data, model: ResNet, precision: str, splits: tuple[str, ...] = ()
+) -> Features:
+    """What the network gives its head [n, d], for every image of the manifest (of the splits, if named) in order,
+    without augmentation."""
     cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
-    found: Features = np.empty((len(data.manifest), model.fc.in_features), np.float32)
+    manifest = data.manifest[data.manifest["split"].isin(splits)] if splits else data.manifest
+    found: Features = np.empty((len(manifest), model.fc.in_features), np.float32)
     model.eval()
     settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (HEAD,), cache)
-    for name in data.manifest["split"].unique():
+    for name in manifest["split"].unique():
         part = make_split(data.manifest, data.store, name)
         source = BatchSource(model, part, part, settings)
         source.enter(HEAD)
         with torch.no_grad():
             rows = [features.float().flatten(1).cpu() for features, _ in source.val(HEAD)]
-        found[(data.manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
+        found[(manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
     return found

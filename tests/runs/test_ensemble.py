@@ -20,6 +20,7 @@ from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.train import run_tracked
 from cxr.runs.verify import verify
 from cxr.serving.explain import explain_files
+from cxr.serving.predictor import Predictor
 from cxr.tracking import registry
 from cxr.tracking.reading import LoggedRun
 
@@ -115,6 +116,20 @@ def test_runs_that_cannot_be_combined_are_refused(
         assert error.count("\n") == 1
         assert says in error
     assert len(mlflow.search_runs(search_all_experiments=True)) == before
+
+
+def test_a_run_of_version_0_1_cannot_come_first(
+    members: list[str], in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(uri: str) -> Predictor:
+        predictor = load_as_it_is(uri)
+        predictor.familiar = None
+        return predictor
+
+    load_as_it_is = registry.load
+    monkeypatch.setattr("cxr.runs.ensemble.registry.load", load)
+    with pytest.raises(UserError, match=r"made by version 0\.1"):
+        ensemble_tracked(members, NAME, say=quiet)
 
 
 def test_runs_with_other_parameters_or_images_are_refused(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from narrow import narrow_resnet
@@ -19,10 +20,14 @@ from cxr.data.decode import ImageError, decode_gray
 from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import to_input
 from cxr.errors import UserError
+from cxr.evaluation.familiarity import Familiarity
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
-from cxr.serving.predictor import CARD, WEIGHTS, ModelCard, Predictor, save_package
+from cxr.network.start import StartNetwork
+from cxr.serving.familiar import Familiar
+from cxr.serving.predictor import CARD, FEATURES, WEIGHTS, ModelCard, Predictor, save_package
+from cxr.strategies import STRATEGIES
 
 CARD_OF_TEST = ModelCard(
     arch="resnet18",
@@ -90,6 +95,22 @@ def test_a_package_contains_no_pickle(model: ResNet, tmp_path: Path) -> None:
     save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD}
     assert json.loads((tmp_path / CARD).read_text())["data_fingerprint"] == "0123456789ab"
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "partial"])
+def test_a_package_tells_familiarity_as_when_it_was_saved(strategy: str, png: bytes, tmp_path: Path) -> None:
+    network = narrow_resnet().eval()
+    start = StartNetwork.of(network, STRATEGIES[strategy])
+    with torch.no_grad():
+        network.layer4[0].conv1.weight.add_(0.1 if strategy == "partial" else 0.0)
+    known = np.random.default_rng(0).normal(size=(20, network.fc.in_features)).astype(np.float32)
+    familiar = Familiar(start, Familiarity.fit(known, np.repeat([0, 1], 10), known))
+    save_package(tmp_path, network.state_dict(), replace(CARD_OF_TEST, certainty_limit=0.1), familiar)
+    loaded = Familiar.read(tmp_path / FEATURES, network)
+    assert loaded.start.own == (() if strategy == "frozen" else ("layer4",))
+    first, again = (Predictor(network, CARD_OF_TEST, each) for each in (familiar, loaded))
+    pd.testing.assert_frame_equal(first.predict([first.prepare(png)]), again.predict([again.prepare(png)]))
+    assert (tmp_path / FEATURES).stat().st_size < (tmp_path / WEIGHTS).stat().st_size
 
 
 @pytest.mark.parametrize("above", [False, True])

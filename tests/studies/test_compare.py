@@ -278,7 +278,9 @@ def test_verify_accepts_an_unaltered_run_by_id_and_by_model(
     assert "metrics equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("altered", ["metric", "predictions", "threshold", "rows", "epoch", "stressed"])
+@pytest.mark.parametrize(
+    "altered", ["metric", "predictions", "threshold", "rows", "epoch", "stressed", "familiarity", "abstain"]
+)
 def test_verify_fails_on_altered_metrics(
     config: CompareConfig, altered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,7 +296,10 @@ def test_verify_fails_on_altered_metrics(
         client.log_metric(result.run_id, "chosen_threshold", 0.123, step=99)
     else:
         table = LoggedRun.open(result.run_id).predictions("test")
-        table.loc[0, ["logit_normal", "logit_pneumonia"]] = [0.0, 5.0]
+        if altered in ("familiarity", "abstain"):
+            table[altered] = 50.0 + table[altered] if altered == "familiarity" else 1 - table[altered]
+        else:
+            table.loc[0, ["logit_normal", "logit_pneumonia"]] = [0.0, 5.0]
         table = table.iloc[1:] if altered == "rows" else table
         client.log_text(result.run_id, table.to_csv(index=False), "tables/test_predictions.csv")
     assert run_main(monkeypatch, "models", "verify", result.run_id) == 1
@@ -305,6 +310,8 @@ def test_verify_fails_on_altered_metrics(
         "rows": "not the",
         "stressed": "stressed_val_accuracy is logged as 1.01",
         "epoch": "val_loss of epoch 50",
+        "familiarity": ": familiarity ",
+        "abstain": "another probability or decision",
     }
     assert expected[altered] in output
 
