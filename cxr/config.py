@@ -93,7 +93,7 @@ class TrainConfig:
         1e-3, "learning rate of the phase that trains fc", above=0, high=10, search=(1e-5, 1e-1), log=True
     )
     lr_top: float = param(
-        5e-4,
+        1e-4,
         "learning rate of the phase that trains layer4 and fc",
         above=0,
         high=10,

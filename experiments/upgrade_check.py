@@ -29,7 +29,18 @@ SIZE = ["--image-size", "64", "--epochs", "2", "--views", "2", "--bootstrap", "1
 STRATEGIES = ("frozen", "partial", "full", "gradual")
 TUNE = ["tune", "--strategy", "partial", "--trials", "5", "--refit", "false", "--pruner", "NopPruner", *SIZE]
 # What younger parameters must be for the results of version 0.1.
-AS_BEFORE = ["--augment", "mild-1", "--average", "none", "--stresses", "stresses-1", "--reuse-gb", "4"]
+AS_BEFORE = [
+    "--augment",
+    "mild-1",
+    "--average",
+    "none",
+    "--stresses",
+    "stresses-1",
+    "--reuse-gb",
+    "4",
+    "--lr-top",
+    "5e-4",
+]
 LONG = ["train", "--strategy", "gradual", "--seed", "1", *SIZE]
 # What differs between two runs of the same code: clocks, memory, and how often a test split was looked at.
 CLOCKS = ("seconds", "per_second", "memory", "test_uses", "system/")
