@@ -49,7 +49,40 @@ class TrainConfig:
         "random, or a .pth/.safetensors file",
     )
     data_dir: str = param(
-        SYNTHETIC, "folder with train/ and test/, each with NORMAL/ and PNEUMONIA/, or 'synthetic' for phantoms"
+        SYNTHETIC,
+        "the images: the Kaggle folder, another folder of class folders (with or without train/, val/ and test/ above "
+        "them), a CSV, TSV or JSON list, or 'synthetic' for phantoms",
+    )
+    labels: str = param(
+        "class",
+        "what is classified: class, or subtype (of the Kaggle set: NORMAL, BACTERIA, VIRUS; of a list: its column)",
+        choices=("class", "subtype"),
+        before="class",
+    )
+    classes: str = param(
+        "auto", "names of the classes in order, comma-separated; auto takes those found, sorted", before="auto"
+    )
+    positive: str = param("auto", "the positive one of two classes; auto is the second", before="auto")
+    columns: str = param(
+        "auto",
+        "columns of a list, such as path=Image,label=Finding,patient=Subject,split=Set,subtype=Kind; auto knows the "
+        "usual names",
+        before="auto",
+    )
+    patient_pattern: str = param(
+        "auto",
+        "regular expression with one group that finds the patient in the path of an image, where no column tells; auto "
+        "knows the names of the Kaggle set",
+        before="auto",
+    )
+    splits: str = param(
+        "auto",
+        "the splits: auto (those of the source, else made), or a CSV with the columns digest and split, such as "
+        "data/manifest.csv of a run",
+        before="auto",
+    )
+    test_fraction: float = param(
+        0.2, "fraction held out as test, by patient, if the source has no test split", above=0, high=0.9, before=0.2
     )
     image_size: int = param(224, "side length of the square input in pixels", low=32, high=1024)
     resize: str = param(

@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
-from cxr.data.kaggle import find_root, index_folder
 from cxr.data.phantoms import VERSION, write_synthetic
+from cxr.data.sources import read_source
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
 from cxr.storage import Cache
+from cxr.task import KAGGLE, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Data:
     root: Path
     fingerprint: str
     synthetic: bool
+    task: Task = KAGGLE
+    remarks: tuple[str, ...] = ()  # about the source, for people
     held_out: str = "test"  # the split that reports: `fold` in a cross-validation
 
     def part(self, split: str) -> pd.DataFrame:
@@ -41,20 +44,22 @@ def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = Cache.open(config.cache_dir)
     synthetic = config.data_dir == SYNTHETIC
-    root = find_root(write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
-    table = index_folder(root)
+    source = read_source(config, write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
+    root, table, task = source.root, source.table, source.task
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
     bad = bad_paths(table, store)
     table = reject_bad(table, bad, config.on_bad_image)
     fold = config.fold_numbers()
     if fold:
-        manifest = assign_fold(table, *fold, config.val_fraction, config.split_seed)
+        manifest = assign_fold(table, fold, config.val_fraction, config.split_seed, task)
     else:
-        manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+        given = "official" if config.splits != "auto" else config.val_split
+        manifest = assign_splits(table, given, config.val_fraction, config.split_seed, task)
     shapes = [store.shapes[digest] for digest in manifest["digest"]]
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
-    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, "fold" if fold else "test")
+    held_out = "fold" if fold else "test"
+    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, task, source.remarks, held_out)
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:
