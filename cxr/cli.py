@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainCommand, T
 from cxr.errors import Stopped, UserError
 from cxr.machine import processes
 from cxr.options import options
+from cxr.parameters import option_name
 
 BAD_INPUT, STOPPED = 2, 130
 ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can report the same error first
@@ -100,7 +102,7 @@ MODEL = click.option(
 @MODEL
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per image")
 def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
-    """Print label, probability of pneumonia and decision for each of IMAGES. Not for clinical use."""
+    """Print label, probability and decision for each of IMAGES. Not for clinical use."""
     from cxr.tracking.registry import load
 
     table = load(uri).predict_files(images)
@@ -218,9 +220,36 @@ def data() -> None:
     """Audit a data set, manage the cache, generate phantoms, download the Kaggle set."""
 
 
+# What decides how a source of images is read.
+SOURCE = (
+    *("labels", "classes", "positive", "columns", "patient_pattern", "splits", "test_fraction"),
+    *("val_split", "val_fraction", "split_seed", "cache_dir"),
+)
+
+
+@data.command("check")
+@click.argument("source", default=SYNTHETIC)
+@options(TrainCommand, SOURCE)
+def check_command(source: str, **parameters: Any) -> None:
+    """Print what would be read from SOURCE (a folder or a list), what is odd about it, and how to train on it.
+
+    Only the headers of the images are read, and nothing is written but the phantoms, if they are asked for.
+    """
+    config = TrainConfig(data_dir=source, **parameters)
+    from cxr.data.check import checked
+    from cxr.data.load import source_of
+
+    for line in checked(source_of(config), config):
+        click.echo(line)
+    default = TrainConfig()
+    given = [(name, value) for name, value in parameters.items() if value != getattr(default, name)]
+    extra = [part for name, value in given for part in (option_name(name), str(value))]
+    click.echo(f"train: {shlex.join(['cxr', 'train', '--data-dir', source, *extra])}")
+
+
 @data.command("audit")
 @click.argument("folder", default=SYNTHETIC)
-@click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
+@options(TrainCommand, SOURCE)
 @click.option(
     "--weights",
     default="none",
@@ -228,9 +257,9 @@ def data() -> None:
     help="also test for a shift between splits, in features from these weights (values as in train); none skips it",
 )
 @click.option("--strict", is_flag=True, help="exit with code 2 if there is leakage across splits")
-def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> None:
-    """Report the contents of FOLDER and any problems found. Exit code 1 if files are corrupt."""
-    config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict)
+def audit_command(folder: str, weights: str, strict: bool, **parameters: Any) -> None:
+    """Report the contents of FOLDER (or list) and any problems found. Exit code 1 if files are corrupt."""
+    config = TrainConfig(data_dir=folder, on_bad_image="skip", strict=strict, **parameters)
     from cxr.data.load import read_data
     from cxr.network.resnet import build_model
     from cxr.runs.audit import audited

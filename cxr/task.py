@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -31,6 +33,7 @@ class Task:
             raise UserError(f"{_joined(found)}: a classifier needs 2 to {MAX_CLASSES} classes; check the labels")
         if positive != "auto":
             found = _last(found, positive)
+        _require_different(found)
         return cls(tuple(found))
 
     @property
@@ -48,9 +51,27 @@ class Task:
         """Name -> label."""
         return {name: index for index, name in enumerate(self.classes)}
 
+    @property
+    def slugs(self) -> tuple[str, ...]:
+        """The names as they stand in the names of columns and metrics."""
+        return tuple(slug(name) for name in self.classes)
+
     def words(self) -> str:
         """A description for people."""
         return ", ".join(self.classes) + (f" (positive: {self.positive})" if self.binary else "")
+
+
+def slug(name: str) -> str:
+    """`Pleural effusion` -> `pleural_effusion`."""
+    return re.sub(r"\W+", "_", name.casefold()).strip("_")
+
+
+def _require_different(names: list[str]) -> None:
+    """Raise `UserError` for names that are the same, or nothing, in the names of columns."""
+    counts = Counter(slug(name) for name in names)
+    alike = [repr(name) for name in names if counts[slug(name)] > 1 or not slug(name)]
+    if alike:
+        raise UserError(f"classes {', '.join(alike)}: need names that differ in letters or digits; rename them")
 
 
 def _listed(classes: str, found: list[str]) -> list[str]:

@@ -75,11 +75,10 @@ def _read_table(file: Path) -> pd.DataFrame:
         with file.open(encoding="utf-8-sig") as stream:
             header = stream.readline()
         separator = max("\t,;", key=header.count)
-        with warnings.catch_warnings(
-            action="error", category=pd.errors.ParserWarning
-        ):  # of rows longer than the header
-            options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
-            return pd.read_csv(file, sep=separator, encoding="utf-8-sig", **options)
+        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of rows that are too long
+            table: pd.DataFrame = pd.read_csv(file, sep=separator, encoding="utf-8-sig", **options)
+            return table
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:  # UnicodeDecodeError is a ValueError

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.phantoms import VERSION, write_synthetic
-from cxr.data.sources import read_source
+from cxr.data.sources import Source, read_source
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
@@ -43,8 +43,7 @@ class Data:
 def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = Cache.open(config.cache_dir)
-    synthetic = config.data_dir == SYNTHETIC
-    source = read_source(config, write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
+    synthetic, source = config.data_dir == SYNTHETIC, source_of(config)
     root, table, task = source.root, source.table, source.task
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
@@ -60,6 +59,13 @@ def read_data(config: TrainConfig) -> Data:
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
     held_out = "fold" if fold else "test"
     return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, task, source.remarks, held_out)
+
+
+def source_of(config: TrainConfig) -> Source:
+    """The images of `data_dir`; phantoms are made if they are missing."""
+    if config.data_dir != SYNTHETIC:
+        return read_source(config, config.data_dir)
+    return read_source(config, write_synthetic(Cache.open(config.cache_dir).phantoms(VERSION)))
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torchvision.models import ResNet
 
 
 def combined(logits: Tensor) -> Tensor:
-    """Logits of k networks [k, n, 2] -> the logarithm of their mean probabilities [n, 2], which are logits, too.
+    """Logits of m networks [m, n, k] -> the logarithm of their mean probabilities [n, k], which are logits, too.
 
     A deep ensemble (Lakshminarayanan et al. 2017) averages probabilities, so that no member's confidence outweighs the
     others' as in a mean of logits.
@@ -32,5 +32,5 @@ class Ensemble(nn.Module):
         return [member for member in self.members if isinstance(member, ResNet)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Network input [n, 3, s, s] -> logits [n, 2]."""
+        """Network input [n, 3, s, s] -> logits [n, k]."""
         return combined(torch.stack([member(images).float() for member in self.members]))

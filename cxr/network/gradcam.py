@@ -14,21 +14,23 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from cxr.data.decode import UInt8
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import to_input
 from cxr.network.ensemble import Ensemble
 from cxr.network.resnet import run_stages
 from cxr.strategies import STAGES
 
 Float32 = npt.NDArray[np.float32]
+POSITIVE = 1  # the label of the positive class
 _BATCH = 32
 _BEFORE, _AFTER = STAGES[:-2], STAGES[-2:]  # the stages up to layer4, whose maps are explained, and the head
 
 
 def heatmaps(
-    model: ResNet | Ensemble, images: UInt8 | Sequence[UInt8], target: int = CLASS_TO_INDEX["PNEUMONIA"]
+    model: ResNet | Ensemble, images: UInt8 | Sequence[UInt8], target: int | Sequence[int] = POSITIVE
 ) -> Float32:
-    """Prepared images [n, s, s] -> float32 [n, s, s] in 0 to 1: what spoke for class `target` where.
+    """Prepared images [n, s, s] -> float32 [n, s, s] in 0 to 1: what spoke for a class, and where.
+
+    `target` is the label of the class, of all images or of each.
 
     Grad-CAM (Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks, 2017) of the class's logit on layer4,
     enlarged bilinearly, each map in parts of its own maximum; one without any support is 0 throughout. The model is
@@ -41,12 +43,13 @@ def heatmaps(
     # A copy: modes, flags and gradients of the caller's model stay whatever happens here, and captum hooks into this.
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
-    parts = torch.split(torch.from_numpy(np.array(images)), _BATCH)
-    heats: Float32 = torch.cat([_heat(model, part.to(device), target).cpu() for part in parts]).numpy()
+    targets = torch.tensor(target).expand(len(images))
+    parts = zip(torch.split(torch.from_numpy(np.array(images)), _BATCH), torch.split(targets, _BATCH), strict=True)
+    heats: Float32 = torch.cat([_heat(model, part.to(device), own.to(device)).cpu() for part, own in parts]).numpy()
     return heats
 
 
-def _heat(model: ResNet, images: Tensor, target: int) -> Tensor:
+def _heat(model: ResNet, images: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():  # up to layer4 no gradient is asked for, and a graph would fill gigabytes
         features = run_stages(model, to_input(images), _BEFORE)
     cam = LayerGradCam(lambda x: run_stages(model, x, _AFTER), model.layer4)

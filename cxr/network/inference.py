@@ -47,7 +47,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def infer_with_features(
     model: ResNet | Ensemble, start: StartNetwork, batches: Iterable[Batch], precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """(features float32 [n, d], logits float32 [n, 2]) on the CPU.
+    """(features float32 [n, d], logits float32 [n, k]) on the CPU.
 
     The features are those of `start`, which shares its first stages with the network, or an ensemble's first member.
     """
@@ -68,7 +68,7 @@ def infer_with_features(
 def infer(
     model: ResNet | Ensemble, batches: Iterable[Batch], precision: str = "fp32", stages: Iterable[str] = STAGES
 ) -> tuple[Tensor, Tensor]:
-    """(logits float32 [n, 2], labels int64 [n]) on the CPU, the model in eval mode.
+    """(logits float32 [n, k], labels int64 [n]) on the CPU, the model in eval mode.
 
     `stages` are the ones still to run on the batches' inputs; an ensemble runs all of them.
     """

@@ -14,14 +14,14 @@ from torchvision.models import ResNet
 from cxr.network.weights import InitialWeights, WeightsKind, fit_weights, load_imagenet, read_weights
 
 
-def build_model(arch: str, weights: str, seed: int) -> tuple[ResNet, InitialWeights]:
-    """(model with a fresh two-class head, which weights were really used).
+def build_model(arch: str, weights: str, seed: int, classes: int = 2) -> tuple[ResNet, InitialWeights]:
+    """(model with a fresh head for so many classes, which weights were really used).
 
     `weights` is `auto`, `imagenet`, `random` or a file. Raises `UserError` if the weights are unavailable
     or do not fit.
     """
     torch.manual_seed(seed)
-    model: ResNet = models.get_model(arch, weights=None, num_classes=2)
+    model: ResNet = models.get_model(arch, weights=None, num_classes=classes)
     if weights == "random":
         return model, InitialWeights(WeightsKind.RANDOM)
     if weights in ("auto", "imagenet"):

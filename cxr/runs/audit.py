@@ -15,6 +15,7 @@ from cxr.errors import UserError
 from cxr.network.freezing import checksum
 from cxr.storage import Cache, write_atomically
 from cxr.strategies import HEAD
+from cxr.task import KAGGLE
 from cxr.training.batch_source import pooled_features
 
 VERSION = 3
@@ -27,14 +28,15 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
     """
     prefix = checksum(model, HEAD.frozen) if model else "none"
     names = data.manifest[["path", "group"]].to_csv(index=False)  # the fingerprint does not know them
-    about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root))
+    classes = () if data.task == KAGGLE else (data.task.classes,)
+    about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root), *classes)
     text = repr((*about, prefix, config.image_size, config.resize))
     file = Cache.open(config.cache_dir).audit(hashlib.sha256(text.encode()).hexdigest()[:24])
     findings = _kept(file)
     if findings is None:
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
         features = pooled_features(config, data, model, precision) if model else None
-        findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
+        findings = audit(data.manifest, data.bad, images, data.root, features, data.task)
         content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.conclusive)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):

@@ -22,24 +22,27 @@ from cxr.data.batches import (
     view_batches,
 )
 from cxr.data.load import Data
-from cxr.evaluation.calibration import Calibration, fit_calibration, margins_of
+from cxr.errors import UserError
+from cxr.evaluation.calibration import Calibration, fit
 from cxr.evaluation.familiarity import Familiarity
-from cxr.evaluation.metrics import Floats
+from cxr.evaluation.metrics import Floats, Ints
+from cxr.evaluation.predictions import HALF, predictions_table
 from cxr.evaluation.report import (
     Report,
+    certainties_of,
     evaluate,
     implied_prevalence,
     origin_of,
-    predictions_table,
     stressed_metrics,
     with_selection,
 )
-from cxr.evaluation.selective import certainty, certainty_limit
+from cxr.evaluation.selective import certainty_limit
 from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
 from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
+from cxr.threshold_rule import RuleKind
 from cxr.training.batch_source import pooled_features
 from cxr.training.loop import class_weights
 
@@ -48,7 +51,7 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What the reports are made from: the logits [n, 2] and the familiarity [n] of a split's images in order, by name.
+    """What the reports are made from: the logits [n, k] and the familiarity [n] of a split's images in order, by name.
 
     `familiar` is what measured the familiarity.
     """
@@ -106,20 +109,20 @@ def outputs_of(config: TrainConfig, data: Data, model: ResNet, before: Before, d
 def reports(config: TrainConfig, data: Data, outputs: Outputs) -> Reports:
     """Both reports: what is fitted is fitted on validation, before the held-out split is looked at."""
     val, held_out = data.part("val"), data.held_out
-    labels = val["label"].to_numpy(np.int64)
+    labels, task = val["label"].to_numpy(np.int64), data.task
     logits = outputs.logits("val")
-    calibration = fit_calibration(config.calibration, margins_of(logits), labels)
-    threshold = choose_threshold(config.threshold_rule, labels, calibration.apply(margins_of(logits)))
+    calibration = fit(config.calibration, logits.astype(np.float64), labels)
+    threshold = chosen_threshold(config, labels, calibration.probabilities(logits))
     prevalence = implied_prevalence(calibration, float(labels.mean()))
     origins = [origin_of(config.threshold_rule, split) for split in ("val", "test")]
-    table = predictions_table(val, logits, threshold, calibration)
+    table = predictions_table(val, logits, threshold, calibration, task)
     limit = limit_of(table, threshold, config.abstain)
     val_table = with_selection(table, threshold, limit, outputs.percentiles("val"))
-    test_table = predictions_table(data.part(held_out), outputs.logits(held_out), threshold, calibration)
+    test_table = predictions_table(data.part(held_out), outputs.logits(held_out), threshold, calibration, task)
     test_table = with_selection(test_table, threshold, limit, outputs.percentiles(held_out))
     return Reports(
-        evaluate(val_table, "val", threshold, config.bootstrap, origin=origins[0]),
-        evaluate(test_table, held_out, threshold, config.bootstrap, prevalence, origins[1]),
+        evaluate(val_table, "val", threshold, config.bootstrap, origin=origins[0]).about(task),
+        evaluate(test_table, held_out, threshold, config.bootstrap, prevalence, origins[1]).about(task),
         calibration,
         limit,
         outputs.familiar,
@@ -128,7 +131,20 @@ def reports(config: TrainConfig, data: Data, outputs: Outputs) -> Reports:
 
 def limit_of(val: pd.DataFrame, threshold: float, abstain: float) -> float:
     """The certainty below which a prediction abstains, from the predictions table of validation."""
-    return certainty_limit(certainty(val["probability"].to_numpy(np.float64), threshold), abstain)
+    return certainty_limit(certainties_of(val, threshold), abstain)
+
+
+def chosen_threshold(config: TrainConfig, labels: Ints, probabilities: Floats) -> float:
+    """The threshold by the rule, on probabilities [n, k] of validation; one half, unused, for more than two classes.
+
+    Raises `UserError` for a rule other than the default, which more than two classes cannot have.
+    """
+    classes = probabilities.shape[1]
+    if classes == 2:
+        return choose_threshold(config.threshold_rule, labels, probabilities[:, 1])
+    if config.threshold_rule.kind is not RuleKind.YOUDEN:
+        raise UserError(f"--threshold {config.threshold}: is for two classes, not {classes}; leave it out")
+    return HALF
 
 
 def stressed_validation(config: TrainConfig, data: Data, model: ResNet | Ensemble) -> dict[str, float]:

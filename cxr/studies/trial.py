@@ -99,7 +99,7 @@ class TrialRunner:
     def _train_seed(self, trial: Trial, config: TrainConfig, tracker: MlflowTracker, number: int) -> float:
         search, objective = self.search, self.search.config.objective
         seed_everything(config.seed, search.machine.device)
-        model, _ = build_model(config.arch, config.weights, config.seed)
+        model, _ = build_model(config.arch, config.weights, config.seed, len(search.data.task.classes))
         model.to(device=search.machine.device, memory_format=torch.channels_last)
 
         def report_epoch(record: EpochRecord) -> None:
@@ -124,7 +124,7 @@ class TrialRunner:
         assert self._model is not None
         search, config = self.search, trial_config(self.search.config, trial.params)
         with tempfile.TemporaryDirectory() as work:
-            save_package(Path(work), self._model.state_dict(), card_of(config, search.weights, search.data.fingerprint))
+            save_package(Path(work), self._model.state_dict(), card_of(config, search.weights, search.data))
             keep_only(search.parent.run_id, trial.user_attrs[RUN], Path(work))
 
 

@@ -69,7 +69,7 @@ def log_model(state: StateDict, card: ModelCard, example: bytes, familiar: Famil
             artifacts={"package": str(package)},
             code_paths=[str(source)],
             pip_requirements=requirements(),
-            signature=_signature(familiar is not None),
+            signature=_signature(card, familiar is not None),
             input_example=pd.DataFrame({"image": [base64.b64encode(example).decode()]}),
             metadata={"class_to_index": card.class_to_index, "strategy": card.strategy, "arch": card.arch},
         )
@@ -104,7 +104,7 @@ def _logged_earlier(experiment_id: str, run_id: str) -> str | None:
     return None
 
 
-def _signature(selective: bool) -> Any:
+def _signature(card: ModelCard, selective: bool) -> Any:
     """`image` is of any type, because bytes, base64 text and arrays are all taken."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
@@ -117,6 +117,7 @@ def _signature(selective: bool) -> Any:
         ColSpec("double", "probability"),
         ColSpec("long", "decision"),
     ]
+    outputs += [] if card.task.binary else [ColSpec("double", f"probability_{slug}") for slug in card.task.slugs]
     outputs += [ColSpec("double", "familiarity"), ColSpec("boolean", "abstain")] if selective else []
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.models import ResNet
@@ -382,16 +383,23 @@ def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
-    scores = (logits[:, 1] - logits[:, 0]).numpy().astype(np.float64)
-    auc = float(roc_auc_score(labels.numpy(), scores)) if np.isfinite(scores).all() else math.nan
-    return loss, accuracy, auc
+    return loss, accuracy, _roc_auc(labels.numpy(), logits.numpy().astype(np.float64))
+
+
+def _roc_auc(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Of logits [n, k]; of more than two classes the mean over each against the rest. NaN where one is not finite."""
+    if not np.isfinite(logits).all():
+        return math.nan
+    if logits.shape[1] == 2:
+        return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+    return float(roc_auc_score(labels, softmax(logits, axis=1), multi_class="ovr", labels=range(logits.shape[1])))
 
 
 def class_weights(labels: np.ndarray) -> Tensor:
-    """Weights [2] inverse to the class counts of the training labels, mean 1 over its images.
+    """Weights [k] inverse to the class counts of the training labels, mean 1 over its images.
 
     scikit-learn's `compute_class_weight("balanced")`.
     """
     from sklearn.utils.class_weight import compute_class_weight
 
-    return torch.tensor(compute_class_weight("balanced", classes=np.array([0, 1]), y=labels), dtype=torch.float32)
+    return torch.tensor(compute_class_weight("balanced", classes=np.unique(labels), y=labels), dtype=torch.float32)

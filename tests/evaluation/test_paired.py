@@ -9,8 +9,8 @@ from scipy.stats import false_discovery_control
 from sklearn.metrics import roc_auc_score
 
 from cxr.errors import UserError
+from cxr.evaluation.metrics import DECISION_METRICS, METRICS
 from cxr.evaluation.paired import (
-    COMPARED,
     PRIMARY,
     Replicates,
     RunData,
@@ -27,6 +27,8 @@ from cxr.evaluation.verdict import Claim, ClaimOutcome, PairOutcome, Reason, Ver
 SUPPORTED = Claim(ClaimOutcome.SUPPORTED, Reason.VARIES_LEAST)
 FEW_SEEDS = Claim(ClaimOutcome.NOT_DECIDED, Reason.FEW_SEEDS)
 LABELS = np.repeat([0, 1], [120, 180])
+
+COMPARED = (*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS))
 
 
 def run(strategy: str, seed: int = 0, signal: float = 2.0, noise: float = 0.2) -> RunData:
