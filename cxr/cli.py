@@ -129,8 +129,8 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
 @click.option(
     "--data-dir",
     required=True,
-    help="folder laid out like the Kaggle set (evaluates its test split), or containing NORMAL/ and PNEUMONIA/, or "
-    "images without labels, for which the accuracy is estimated",
+    help="folder with train/ and test/ (evaluates its test split), or of class folders, or a list (CSV, TSV, JSON); or "
+    "a folder of images without labels, for which the accuracy is estimated",
 )
 @click.option(
     "--bootstrap",

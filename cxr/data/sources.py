@@ -14,7 +14,16 @@ import numpy as np
 import pandas as pd
 
 from cxr.config import TrainConfig
-from cxr.data.kaggle import COLUMNS, digest_files, find_root, folder_names, index_folder, list_classes, parse_name
+from cxr.data.kaggle import (
+    COLUMNS,
+    digest_files,
+    find_root,
+    folder_names,
+    index_folder,
+    index_for_evaluation,
+    list_classes,
+    parse_name,
+)
 from cxr.data.lists import find_list, read_list
 from cxr.data.splits import OFFICIAL, grouped_holdout
 from cxr.errors import UserError
@@ -44,18 +53,46 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
     return with_test(found, config)
 
 
+def to_evaluate(data_dir: str | Path, task: Task) -> tuple[Path, pd.DataFrame, str]:
+    """(root, table, split) of images to evaluate a model of this task on: a list's test split, or all of its images as
+    split `external`; or what `index_for_evaluation` finds in a folder.
+
+    Raises `UserError` for labels that the task does not have, and classes without an image.
+    """
+    file = find_list(data_dir)
+    if file is None:
+        return index_for_evaluation(data_dir, task)
+    table = read_list(file)
+    if strange := sorted(set(table["class"]) - set(task.classes)):
+        raise UserError(
+            f"{file}: labels {', '.join(strange)} unknown to the model, which has {', '.join(task.classes)}"
+        )
+    table, split = _labelled(file, table, task), "external"
+    if (table["official"] == "test").any():
+        table, split = table[table["official"] == "test"].reset_index(drop=True), "test"
+    if missing := set(range(len(task.classes))) - set(table["label"]):
+        raise UserError(
+            f"{file}: has no {' and no '.join(task.classes[label] for label in missing)} image to evaluate on"
+        )
+    return file.parent, table, split
+
+
 def _from_list(file: Path, config: TrainConfig) -> Source:
     """The rows of a list; its labels are names."""
     table = read_list(file, config.columns)
     task = Task.of(table["class"], config.classes, config.positive)
+    return Source(file.parent, _labelled(file, table, task), task, (f"list {file.name}",))
+
+
+def _labelled(file: Path, table: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """The rows of a list as a table, with patients and subtypes from file names where it has none."""
     table["label"] = table["class"].map(task.class_to_index)
     parsed = [parse_name(path) for path in table["path"]]
     blank = table["subtype"] == ""
     table.loc[blank, "subtype"] = pd.Series([subtype for _, subtype in parsed], table.index)[blank]
     table["group"] = [own or group for own, (group, _) in zip(table["group"], parsed, strict=True)]
     table = _in_order(table[COLUMNS])
-    table["digest"] = digest_files(file.parent / path for path in table["path"])
-    return Source(file.parent, table, task, (f"list {file.name}",))
+    return table.assign(digest=digest_files(file.parent / path for path in table["path"]))
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:

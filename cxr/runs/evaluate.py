@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from cxr.data.batches import eval_batches, make_split
-from cxr.data.kaggle import UNLABELLED, index_for_evaluation
+from cxr.data.kaggle import UNLABELLED
 from cxr.data.load import bad_paths, list_bad
+from cxr.data.sources import to_evaluate
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
@@ -89,7 +90,7 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
 def _predicted(uri: str, data_dir: str, cache_dir: str) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, table, split = index_for_evaluation(data_dir, card.task)
+    root, table, split = to_evaluate(data_dir, card.task)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(cache_dir))
     if bad := bad_paths(table, store):

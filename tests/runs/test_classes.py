@@ -1,8 +1,9 @@
-"""Three classes end to end: the phantoms by subtype, from training to the served model."""
+"""Other classes than the Kaggle set's: two of other names, and three (the phantoms by subtype) end to end."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sklearn import metrics as sk
 from small import quiet, small
 
 from cxr.config import CompareConfig, CrossvalConfig, TrainConfig
+from cxr.data.kaggle import index_folder
 from cxr.errors import UserError
 from cxr.evaluation.predictions import matrix_of
 from cxr.runs.ensemble import ensemble_tracked
@@ -128,19 +130,29 @@ def test_the_onnx_model_gives_the_probabilities_of_all_classes(run: LoggedRun, i
 
 
 def test_its_test_split_is_evaluated_by_the_command(
-    run: LoggedRun, in_store: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: LoggedRun,
+    in_store: str,
+    phantoms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = run.predictions("test")
     listed = pd.DataFrame({"path": rows["path"], "label": [CLASSES[label] for label in rows["label"]]})
-    folder = tmp_path / "flat"
+    folder, films = tmp_path / "flat", Path(shutil.copytree(phantoms, tmp_path / "films"))
+    listed.to_csv(films / "films.csv", index=False)
     for path, label in zip(listed["path"], listed["label"], strict=True):
         target = folder / label / Path(path).name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((phantoms / path).read_bytes())
-    arguments = ("--model", f"models:/{NAME}@champion", "--data-dir", str(folder), "--bootstrap", "10")
-    assert run_main(monkeypatch, "evaluate", *arguments) == 0
-    newest = mlflow.search_runs(search_all_experiments=True, output_format="list", max_results=1)[0]
-    assert newest.data.metrics["external_roc_auc"] == pytest.approx(run.metric("test_roc_auc"), abs=1e-3)
+    for source in (folder, films / "films.csv"):
+        arguments = ("--model", f"models:/{NAME}@champion", "--data-dir", str(source), "--bootstrap", "10")
+        assert run_main(monkeypatch, "evaluate", *arguments) == 0
+        newest = mlflow.search_runs(search_all_experiments=True, output_format="list", max_results=1)[0]
+        assert newest.data.metrics["external_roc_auc"] == pytest.approx(run.metric("test_roc_auc"), abs=1e-3)
+    listed.replace("VIRUS", "FUNGUS").to_csv(films / "films.csv", index=False)
+    assert run_main(monkeypatch, "evaluate", *arguments) == 2
+    assert "labels FUNGUS unknown to the model" in capsys.readouterr().err
 
 
 def test_strategies_are_compared_and_become_ensembles(config: TrainConfig, in_store: str) -> None:
@@ -180,3 +192,20 @@ def test_what_is_for_two_classes_is_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=says):
         run_tracked(replace(config, strategy="frozen", register="none", **options), say=quiet)  # type: ignore[arg-type]
+
+
+def test_two_classes_of_other_names_in_a_shuffled_list_give_the_same_numbers(
+    config: TrainConfig, in_store: str, phantoms: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    table = index_folder(folder).rename(columns={"group": "patient", "official": "split"}).drop(columns="digest")
+    listed = table.assign(label=[("healthy", "ill")[label] for label in table["label"]])
+    listed.sample(frac=1, random_state=1).to_csv(folder / "films.csv", index=False)
+    plain = replace(config, labels="class", strategy="frozen", register="none")
+    theirs, own = (
+        run_tracked(replace(plain, data_dir=str(source)), say=quiet) for source in (phantoms, folder / "films.csv")
+    )
+    assert own.data.task.classes == ("healthy", "ill")
+    assert own.data.fingerprint == theirs.data.fingerprint
+    np.testing.assert_array_equal(own.test.probabilities, theirs.test.probabilities)
+    assert own.test.values == theirs.test.values
