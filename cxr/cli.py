@@ -101,12 +101,31 @@ MODEL = click.option(
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @MODEL
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per image")
-def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
-    """Print label, probability and decision for each of IMAGES. Not for clinical use."""
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="write a CSV, with unreadable images in its last column",
+)
+def predict(images: tuple[Path, ...], uri: str, as_json: bool, out: Path | None) -> None:
+    """Print label, probability and decision for each of IMAGES: files, folders and lists. Not for clinical use.
+
+    With --out, unreadable images do not stop the others; the exit code is 1 if there are any.
+    """
+    from cxr.serving.bulk import image_files, write_predictions
     from cxr.tracking.registry import load
 
-    table = load(uri).predict_files(images)
-    click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+    files = image_files(images)
+    if out is None:
+        table = load(uri).predict_files(files)
+        click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+        return
+    if as_json:
+        raise UserError("--json: prints, and --out writes a CSV; use one of them")
+    count, bad = write_predictions(load(uri), files, out)
+    for image, reason in bad.items():
+        click.echo(f"unreadable: {image} ({reason})", err=True)
+    click.echo(f"{count} of {len(files)} images predicted, {len(bad)} unreadable: {out}")
+    sys.exit(1 if bad else 0)
 
 
 @cli.command()

@@ -67,6 +67,15 @@ def read_list(file: Path, columns: str = "auto") -> pd.DataFrame:
     return table
 
 
+def read_paths(file: Path) -> list[Path]:
+    """The images that a list names, whether or not it has labels. Raises `UserError` as `read_list` does."""
+    raw = _read_json(file) if file.suffix.lower() == ".json" else _read_table(file)
+    if raw.empty:
+        raise UserError(f"{file}: has no rows")
+    paths = _relative(file, raw[_columns(file, raw, "auto", ("path",))["path"]].str.strip())
+    return [file.parent / path for path in paths]
+
+
 def _read_table(file: Path) -> pd.DataFrame:
     """A CSV or TSV, its separator being the one of tab, comma and semicolon that the header has most of."""
     try:
@@ -107,13 +116,15 @@ def _read_json(file: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
 
 
-def _columns(file: Path, raw: pd.DataFrame, columns: str) -> dict[str, str]:
+def _columns(
+    file: Path, raw: pd.DataFrame, columns: str, needed: tuple[str, ...] = ("path", "label")
+) -> dict[str, str]:
     """What each column means -> its name in the list."""
     plain = {_plain(name): name for name in map(str, reversed(raw.columns))}
     found = {meaning: plain[name] for meaning, names in NAMES.items() for name in names[::-1] if name in plain}
     if columns != "auto":
         found |= _given(raw, columns)
-    for meaning in ("path", "label"):
+    for meaning in needed:
         if meaning not in found:
             have = ", ".join(map(str, raw.columns))
             raise UserError(f"{file}: no column for the {meaning} in {have[:200]}; name it by --columns {meaning}=…")
