@@ -1,4 +1,4 @@
-"""Which images does a registered model call unfamiliar? What is flagged of its splits, and of images that do not belong.
+"""Which images does a registered model call unfamiliar, of its own splits and of images that do not belong?
 
     uv run python experiments/check_familiarity.py --model models:/cxr-pneumonia@champion --data-dir FOLDER
 
