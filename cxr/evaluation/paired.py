@@ -116,6 +116,8 @@ def require_same_images(runs: Sequence[RunData]) -> None:
     for run in runs[1:]:
         if not run.test[["digest", "label"]].equals(first.test[["digest", "label"]]):
             raise UserError(f"runs {first.run_id} and {run.run_id} were evaluated on different images: not comparable")
+        if run.task != first.task:
+            raise UserError(f"runs {first.run_id} and {run.run_id} have different classes: not comparable")
     keys = [(run.strategy, run.seed) for run in runs]
     duplicates = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
     if duplicates:

@@ -94,6 +94,11 @@ def _shared_config(runs: Sequence[LoggedRun]) -> TrainConfig:
 def _require_data(runs: Sequence[LoggedRun], data: Data) -> None:
     for run in runs:
         recorded = run.tags.get(Tag.DATA_FINGERPRINT)
+        if run.task != data.task:
+            raise UserError(
+                f"run {run.run_id}: has the classes {run.task.words()}, and {data.root} {data.task.words()}; they "
+                "cannot be combined"
+            )
         if recorded != data.fingerprint:
             raise UserError(
                 f"run {run.run_id}: was made with images {recorded}, and {data.root} holds {data.fingerprint}; all "

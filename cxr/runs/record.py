@@ -60,6 +60,7 @@ def log_start(
         Tag.DATA_FINGERPRINT: data.fingerprint,
         Tag.WEIGHTS: str(weights),
         Tag.PRECISION: machine.precision,
+        Tag.CLASSES: json.dumps(data.task.classes),
     }
     _require_same(tracker, origin)
     tracker.tags(
@@ -68,7 +69,6 @@ def log_start(
             Tag.ARCH: config.arch,
             Tag.SEED: str(config.seed),
             Tag.DATA: registry.DataKind.of(data.synthetic),
-            Tag.CLASSES: json.dumps(data.task.classes),
             **origin,
             Tag.DEVICE: describe(machine.device),
             Tag.PROCESSES: str(processes()),

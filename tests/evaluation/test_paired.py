@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +25,7 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.verdict import Claim, ClaimOutcome, PairOutcome, Reason, Verdict, decide, variance_test
+from cxr.task import Task
 
 SUPPORTED = Claim(ClaimOutcome.SUPPORTED, Reason.VARIES_LEAST)
 FEW_SEEDS = Claim(ClaimOutcome.NOT_DECIDED, Reason.FEW_SEEDS)
@@ -214,6 +217,9 @@ def test_one_strategy_has_nothing_to_compare() -> None:
 def test_runs_on_different_images_and_duplicates_are_rejected() -> None:
     other = run("full")
     moved = RunData("x", "full", 0, 0.5, other.val, other.test.iloc[::-1], other.history, {})
+    renamed = replace(other, run_id="y", seed=1, task=Task(("well", "ill")))
+    with pytest.raises(UserError, match="different classes"):
+        require_same_images([other, renamed])
     with pytest.raises(UserError, match="different images"):
         require_same_images([run("partial"), moved])
     with pytest.raises(UserError, match="duplicate runs: full seed 0"):
