@@ -25,7 +25,7 @@ from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.reading import LoggedRun
-from cxr.tracking.store import prepare, store_errors
+from cxr.tracking.store import one_at_a_time, prepare, store_errors
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
 REQUIREMENTS = (
@@ -167,14 +167,15 @@ def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     import mlflow
 
     client = mlflow.MlflowClient()
-    registered = client.search_model_versions(f"name = '{name}'")
-    earlier = [v for v in registered if v.source == f"models:/{model_id}"]
-    made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
-    client.set_registered_model_alias(name, CANDIDATE, made.version)
-    champion = _by_alias(name, CHAMPION)
-    better, why = _is_better(tags, champion)
-    if better:
-        promote(name, str(made.version))
+    with one_at_a_time():  # or two that end together could each replace the champion, the worse one last
+        registered = client.search_model_versions(f"name = '{name}'")
+        earlier = [v for v in registered if v.source == f"models:/{model_id}"]
+        made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
+        client.set_registered_model_alias(name, CANDIDATE, made.version)
+        champion = _by_alias(name, CHAMPION)
+        better, why = _is_better(tags, champion)
+        if better:
+            promote(name, str(made.version))
     return Registration(name, str(made.version), better, why)
 
 
