@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models import ResNet, get_model
 
 from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
 from cxr.data.splits import CLASS_TO_INDEX
@@ -35,6 +34,7 @@ from cxr.evaluation.metrics import Floats
 from cxr.evaluation.selective import certainty
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
+from cxr.network.resnet import create
 from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
 
@@ -99,7 +99,7 @@ def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
 class _Probability(nn.Module):
     """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
 
-    def __init__(self, model: ResNet | Ensemble, calibration: Calibration):
+    def __init__(self, model: nn.Module, calibration: Calibration):
         super().__init__()
         self.model, self.calibration = model, calibration
 
@@ -113,11 +113,11 @@ class _Probability(nn.Module):
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiar: Familiar | None = None):
+    def __init__(self, model: nn.Module, card: ModelCard, familiar: Familiar | None = None):
         self.model, self.card, self.familiar = model.eval(), card, familiar
 
     @property
-    def networks(self) -> list[ResNet]:
+    def networks(self) -> list[nn.Module]:
         """The plain torchvision modules: one, or the members of an ensemble."""
         return self.model.networks if isinstance(self.model, Ensemble) else [self.model]
 
@@ -127,8 +127,8 @@ class Predictor:
         fields = json.loads((folder / CARD).read_text())
         calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
         card = ModelCard(**{**fields, "calibration": calibration})
-        networks = [get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX)) for _ in range(card.members)]
-        model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
+        networks = [create(card.arch, len(CLASS_TO_INDEX), card.image_size) for _ in range(card.members)]
+        model: nn.Module = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model = model.to(memory_format=torch.channels_last)
         features = folder / FEATURES  # absent from models of version 0.1, and of trials of a search
