@@ -27,7 +27,7 @@ ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can r
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(cxr.__version__)
 def cli() -> None:
-    """Fine-tune a pretrained ResNet to find pneumonia in chest X-rays, and track it in MLflow.
+    """Fine-tune a pretrained network to find pneumonia in chest X-rays, and track it in MLflow.
 
     Not for clinical use.
     """
@@ -284,7 +284,7 @@ def audit_command(folder: str, weights: str, strict: bool, **parameters: Any) ->
     from cxr.runs.audit import audited
 
     content = read_data(config)
-    model = None if weights == "none" else build_model(config.arch, weights, config.seed)[0]
+    model = None if weights == "none" else build_model(config.arch, weights, config.seed, size=config.image_size)[0]
     for finding in audited(config, content, model):
         click.echo(finding.line())
     sys.exit(1 if content.bad else 0)

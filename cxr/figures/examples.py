@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import pandas as pd
 from matplotlib.figure import Figure
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.data.decode import UInt8
 from cxr.figures.single import explanation_panel
@@ -53,7 +53,7 @@ def _of_every_class(table: pd.DataFrame, count: int) -> list[Hashable]:
     return [*halves, *table.index.drop(halves)][:count]
 
 
-def examples_panel(model: ResNet, images: UInt8, chosen: pd.DataFrame, title: str, task: Task = KAGGLE) -> Figure:
+def examples_panel(model: nn.Module, images: UInt8, chosen: pd.DataFrame, title: str, task: Task = KAGGLE) -> Figure:
     """A figure of the images [n, s, s] with their Grad-CAM heat maps; `chosen` are the n rows from
     `choose_examples`."""
     rows = zip(chosen["kind"], chosen["label"], chosen["probability"], strict=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
 
 def combined(logits: Tensor) -> Tensor:
@@ -22,14 +21,14 @@ def combined(logits: Tensor) -> Tensor:
 class Ensemble(nn.Module):
     """Networks of one architecture whose answers are combined."""
 
-    def __init__(self, members: Iterable[ResNet]):
+    def __init__(self, members: Iterable[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(members)
 
     @property
-    def networks(self) -> list[ResNet]:
+    def networks(self) -> list[nn.Module]:
         """The members."""
-        return [member for member in self.members if isinstance(member, ResNet)]
+        return list(self.members)
 
     def forward(self, images: Tensor) -> Tensor:
         """Network input [n, 3, s, s] -> logits [n, k]."""

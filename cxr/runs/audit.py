@@ -6,27 +6,27 @@ import hashlib
 import json
 from pathlib import Path
 
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.audit.checks import Finding, audit, leaks
 from cxr.config import TrainConfig
 from cxr.data.load import Data
 from cxr.errors import UserError
 from cxr.network.freezing import checksum
+from cxr.network.stages import stages_of
 from cxr.storage import Cache, write_atomically
-from cxr.strategies import HEAD
 from cxr.task import KAGGLE
 from cxr.training.batch_source import pooled_features
 
 VERSION = 3
 
 
-def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: str = "fp32") -> list[Finding]:
+def audited(config: TrainConfig, data: Data, model: nn.Module | None, precision: str = "fp32") -> list[Finding]:
     """Every audit of the data; with a model, also the shift between splits in its pooled features.
 
     Raises `UserError` when `strict` is true and something leaks across splits.
     """
-    prefix = checksum(model, HEAD.frozen) if model else "none"
+    prefix = checksum(model, stages_of(model)[:-1]) if model else "none"
     names = data.manifest[["path", "group"]].to_csv(index=False)  # the fingerprint does not know them
     classes = () if data.task == KAGGLE else (data.task.classes,)
     about = (VERSION, data.fingerprint, names, sorted(data.bad), str(data.root), *classes)

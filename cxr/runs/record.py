@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.audit.checks import Finding
 from cxr.config import TrainConfig
@@ -106,7 +106,7 @@ def views_figure(config: TrainConfig, train: Split) -> Figure:
     return plots.image_grid(torch.cat(rows).numpy(), captions, "What the network sees in training")
 
 
-def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str:
+def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: RunResult) -> str:
     """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
     tracker.table(result.history, Artifact.HISTORY)
@@ -141,7 +141,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     return registration
 
 
-def _gradcam_panel(model: ResNet, result: RunResult, name: str) -> Figure:
+def _gradcam_panel(model: nn.Module, result: RunResult, name: str) -> Figure:
     """Grad-CAM of confident right, confident wrong and borderline images of the held-out split."""
     from cxr.figures.examples import (  # captum costs half a second, and only the end needs it
         choose_examples,
@@ -178,7 +178,7 @@ def card_of(
     )
 
 
-def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
+def _log_model(config: TrainConfig, tracker: Tracker, model: nn.Module, result: RunResult) -> str | None:
     if not isinstance(tracker, MlflowTracker):
         return None
     card, example = _card(config, result), example_of(config.image_size)

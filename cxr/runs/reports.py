@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.config import TrainConfig
 from cxr.data.batches import (
@@ -38,7 +38,6 @@ from cxr.evaluation.report import (
 )
 from cxr.evaluation.selective import certainty_limit
 from cxr.evaluation.thresholds import choose_threshold
-from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
 from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
@@ -81,14 +80,14 @@ class Before:
     train: Float32
 
 
-def before_training(config: TrainConfig, data: Data, model: ResNet, precision: str) -> Before:
+def before_training(config: TrainConfig, data: Data, model: nn.Module, precision: str) -> Before:
     """Of a network that will be trained. The features are those that the audit has kept, if it has."""
     features = pooled_features(config, data, model, precision, ("train",))
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return Before(StartNetwork.of(model, config.phases), features / np.maximum(lengths, 1e-12))
 
 
-def outputs_of(config: TrainConfig, data: Data, model: ResNet, before: Before, device: torch.device) -> Outputs:
+def outputs_of(config: TrainConfig, data: Data, model: nn.Module, before: Before, device: torch.device) -> Outputs:
     """The outputs of a trained network, each split computed once."""
 
     @cache
@@ -147,7 +146,7 @@ def chosen_threshold(config: TrainConfig, labels: Ints, probabilities: Floats) -
     return HALF
 
 
-def stressed_validation(config: TrainConfig, data: Data, model: ResNet | Ensemble) -> dict[str, float]:
+def stressed_validation(config: TrainConfig, data: Data, model: nn.Module) -> dict[str, float]:
     """The metrics of the validation images under the stresses, of a model on the CPU."""
     val, train = make_split(data.manifest, data.store, "val"), data.part("train")
     parts = stressed_parts(val, len(train), config.stresses)

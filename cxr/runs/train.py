@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torchvision.models import ResNet
+from torch import nn
 from tqdm import tqdm
 
 from cxr.config import TrainConfig, flatten
@@ -46,8 +46,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     machine = ready_machine(config)
     reset_peak_memory(machine.device)
     data = read_data(config)
-    model, weights = build_model(config.arch, config.weights, config.seed, len(data.task.classes))
-    model.to(device=machine.device, memory_format=torch.channels_last)
+    model, weights = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
     before = before_training(config, data, model, machine.precision)
@@ -111,8 +111,8 @@ def _follow(config: TrainConfig) -> None:
     config, run_id = parallel.agreed((config, ""))
     machine = ready_machine(config)
     data = read_data(config)
-    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes))
-    model.to(device=machine.device, memory_format=torch.channels_last)
+    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
     with memory_errors():
         train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 
@@ -122,7 +122,7 @@ def train_model(
     tracker: Tracker,
     data: Data,
     machine: Machine,
-    model: ResNet,
+    model: nn.Module,
     say: Say,
     watch: Callable[[EpochRecord], object] = lambda record: None,
     label: str = "",
@@ -175,7 +175,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
 
 
 def _source(
-    config: TrainConfig, data: Data, machine: Machine, model: ResNet, runs: int
+    config: TrainConfig, data: Data, machine: Machine, model: nn.Module, runs: int
 ) -> tuple[BatchSource, torch.Tensor]:
     """(the batches, the class weights [2]) of a training run; `runs` is the number of runs that share activations."""
     fold = config.fold_numbers()
@@ -202,7 +202,7 @@ def _progress(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
 
 
 def _stressed(
-    config: TrainConfig, machine: Machine, model: ResNet, source: BatchSource, data: Data
+    config: TrainConfig, machine: Machine, model: nn.Module, source: BatchSource, data: Data
 ) -> dict[str, float]:
     """The metrics of the validation images under the stresses: overall, and the loss under each."""
     phase = config.phases[-1]

@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models import ResNet, get_model
 
 from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, Batch, to_input
@@ -34,6 +33,7 @@ from cxr.evaluation.metrics import Floats
 from cxr.evaluation.selective import certainty_of
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
+from cxr.network.resnet import create
 from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
 from cxr.task import Task
@@ -105,7 +105,7 @@ class _Probability(nn.Module):
     """Grey levels [n, s, s] -> probabilities of the positive class [n], or of all [n, k] of more than two classes: what
     follows the decoding, as one graph."""
 
-    def __init__(self, model: ResNet | Ensemble, calibration: Calibration):
+    def __init__(self, model: nn.Module, calibration: Calibration):
         super().__init__()
         self.model, self.calibration = model, calibration
 
@@ -120,11 +120,11 @@ class _Probability(nn.Module):
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiar: Familiar | None = None):
+    def __init__(self, model: nn.Module, card: ModelCard, familiar: Familiar | None = None):
         self.model, self.card, self.familiar = model.eval(), card, familiar
 
     @property
-    def networks(self) -> list[ResNet]:
+    def networks(self) -> list[nn.Module]:
         """The plain torchvision modules: one, or the members of an ensemble."""
         return self.model.networks if isinstance(self.model, Ensemble) else [self.model]
 
@@ -135,8 +135,8 @@ class Predictor:
         calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
         card = ModelCard(**{**fields, "calibration": calibration})
         count = len(card.class_to_index)
-        networks = [get_model(card.arch, weights=None, num_classes=count) for _ in range(card.members)]
-        model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
+        networks = [create(card.arch, count, card.image_size) for _ in range(card.members)]
+        model: nn.Module = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model = model.to(memory_format=torch.channels_last)
         features = folder / FEATURES  # absent from models of version 0.1, and of trials of a search

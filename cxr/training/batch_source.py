@@ -15,8 +15,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from cxr.config import TrainConfig
 from cxr.data.batches import (
@@ -33,6 +32,7 @@ from cxr.data.load import Data
 from cxr.data.views import PLAIN, Batch, View, to_input
 from cxr.machine import eval_batch_size
 from cxr.network.freezing import checksum
+from cxr.network.stages import classifier_of, family_of
 from cxr.storage import Cache
 from cxr.strategies import HEAD, Phase
 from cxr.training import distributed as parallel
@@ -67,7 +67,7 @@ class SourceSettings:
 class BatchSource:
     """Batches (what the frozen prefix gives, labels) for `loop.fit`, on the model's device; `plan` is what it keeps."""
 
-    def __init__(self, model: ResNet, train: Split, val: Split, settings: SourceSettings):
+    def __init__(self, model: nn.Module, train: Split, val: Split, settings: SourceSettings):
         device = next(model.parameters()).device
         self.model, self.train_split, self.val_split, self.settings = model, train, val, settings
         folder = settings.cache.activations if settings.cache and device.type == "cpu" and train.store else None
@@ -184,20 +184,21 @@ Features = npt.NDArray[np.float32]
 
 
 def pooled_features(
-    config: TrainConfig, data: Data, model: ResNet, precision: str, splits: tuple[str, ...] = ()
+    config: TrainConfig, data: Data, model: nn.Module, precision: str, splits: tuple[str, ...] = ()
 ) -> Features:
     """What the network gives its head [n, d], for every image of the manifest (of the splits, if named) in order,
     without augmentation."""
     cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
     manifest = data.manifest[data.manifest["split"].isin(splits)] if splits else data.manifest
-    found: Features = np.empty((len(manifest), model.fc.in_features), np.float32)
+    found: Features = np.empty((len(manifest), classifier_of(model).in_features), np.float32)
     model.eval()
-    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (HEAD,), cache)
+    head = family_of(model).phase(HEAD)
+    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (head,), cache)
     for name in manifest["split"].unique():
         part = make_split(data.manifest, data.store, name)
         source = BatchSource(model, part, part, settings)
-        source.enter(HEAD)
+        source.enter(head)
         with torch.no_grad():
-            rows = [features.float().flatten(1).cpu() for features, _ in source.val(HEAD)]
+            rows = [features.float().flatten(1).cpu() for features, _ in source.val(head)]
         found[(manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
     return found

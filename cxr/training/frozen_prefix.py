@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from cxr.data.batches import Split, straight_order, to_device, view_batches
 from cxr.data.views import PLAIN, Batch, View
 from cxr.network.freezing import checksum
 from cxr.network.inference import autocast, folded
-from cxr.network.resnet import run_stages
+from cxr.network.stages import pool, run_stages
 from cxr.strategies import Phase
 from cxr.training.row_file import RowFile, row_file_name
 
@@ -55,7 +54,7 @@ class Prefix:
     `base`, if there is one, is the prefix of a later phase, which is a part of this one: what it has kept is the input.
     """
 
-    def __init__(self, model: ResNet, phase: Phase, settings: PassSettings, base: Prefix | None = None):
+    def __init__(self, model: nn.Module, phase: Phase, settings: PassSettings, base: Prefix | None = None):
         self.phase, self.settings, self.base = phase, settings, base
         self.stages = phase.frozen[len(base.phase.frozen) if base else 0 :]
         self.checksum = checksum(model, phase.frozen)
@@ -84,7 +83,7 @@ class Prefix:
         with torch.no_grad(), autocast(self.settings.device, self.settings.precision):
             features = run_stages(self.network, features, self.stages)
             # The head begins with this pooling, which leaves pooled features unchanged.
-            return self.network.avgpool(features) if self.phase.first == "fc" else features
+            return pool(self.network, features) if self.phase.head_only else features
 
     def _inputs(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         return view_batches(split, order, self.settings.seed, view, self.settings.device)

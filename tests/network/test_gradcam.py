@@ -18,7 +18,7 @@ from cxr.data.views import to_input
 from cxr.figures.style import Floats
 from cxr.network import gradcam
 from cxr.network.freezing import checksum
-from cxr.network.resnet import run_stages, stage_modules
+from cxr.network.stages import run_stages, stage_modules
 from cxr.strategies import STAGES
 
 
