@@ -52,11 +52,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def infer_with_features(
-    model: nn.Module, start: StartNetwork, batches: Iterable[Batch], precision: str = "fp32"
+    model: nn.Module, start: StartNetwork, batches: Iterable[Batch], precision: str = "fp32", shared: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(features float32 [n, d], logits float32 [n, k]) on the CPU.
 
     The features are those of `start`, which shares its first stages with the network, or an ensemble's first member.
+    With `shared`, the batches hold what these stages gave instead of images; not for ensembles.
     """
     networks = model.networks if isinstance(model, Ensemble) else [model]
     first, others = networks[0].eval(), networks[1:]
@@ -64,9 +65,9 @@ def infer_with_features(
     with torch.inference_mode():
         for inputs, _ in batches:
             with autocast(inputs.device, precision):
-                shared = run_stages(first, inputs, start.shared)
-                features.append(start.features(shared).cpu())
-                answers = [run_stages(first, shared, stages_of(first)[len(start.shared) :])]
+                given = inputs if shared else run_stages(first, inputs, start.shared)
+                features.append(start.features(given).cpu())
+                answers = [run_stages(first, given, stages_of(first)[len(start.shared) :])]
                 answers += [other.eval()(inputs) for other in others]
             logits.append((combined(torch.stack(answers).float()) if others else answers[0].float()).cpu())
     return torch.cat(features).clone(), torch.cat(logits).clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,14 @@ from cxr.config import TrainConfig
 from cxr.data.batches import (
     eval_batches,
     make_split,
+    part_of,
     straight_order,
     stress_sizes,
     stressed_parts,
     view_batches,
 )
 from cxr.data.load import Data
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.evaluation.calibration import Calibration, fit
 from cxr.evaluation.familiarity import Familiarity
 from cxr.evaluation.metrics import Floats, Ints
@@ -41,11 +43,13 @@ from cxr.evaluation.thresholds import choose_threshold
 from cxr.network.inference import infer, infer_with_features
 from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
+from cxr.storage import Cache
 from cxr.threshold_rule import RuleKind
-from cxr.training.batch_source import pooled_features
+from cxr.training.batch_source import evaluation_batches, pooled_features
 from cxr.training.loop import class_weights
 
 Float32 = npt.NDArray[np.float32]
+SAMPLE, AGREEMENT = 16, 1e-4  # images that are checked, and by how much their probabilities may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +91,28 @@ def before_training(config: TrainConfig, data: Data, model: nn.Module, precision
     return Before(StartNetwork.of(model, config.phases), features / np.maximum(lengths, 1e-12))
 
 
-def outputs_of(config: TrainConfig, data: Data, model: nn.Module, before: Before, device: torch.device) -> Outputs:
+def _require_agreement(data: Data, name: str, model: nn.Module, logits: torch.Tensor, folder: Path) -> None:
+    """Raise `MachineError` unless the whole network gives the same probabilities for a sample of the images."""
+    split = make_split(data.manifest, data.store, name)
+    rows = np.unique(np.linspace(0, len(split) - 1, SAMPLE).astype(np.int64))
+    own, _ = infer(model, eval_batches(part_of(split, rows), len(rows), next(model.parameters()).device))
+    gap = float((own.softmax(1) - logits[torch.from_numpy(rows)].softmax(1)).abs().max())
+    if not gap <= AGREEMENT:
+        raise MachineError(
+            f"{folder}: what is kept of the frozen layers gives other probabilities than the network (by {gap:.2g}); "
+            "remove this folder and resume the run"
+        )
+
+
+def outputs_of(config: TrainConfig, data: Data, model: nn.Module, before: Before) -> Outputs:
     """The outputs of a trained network, each split computed once."""
 
     @cache
     def run(name: str) -> tuple[Float32, Float32]:
-        batches = eval_batches(make_split(data.manifest, data.store, name), config.batch_size, device)
-        features, logits = infer_with_features(model, before.start, batches)
+        batches, shared = evaluation_batches(config, data, model, before.start.shared, name)
+        features, logits = infer_with_features(model, before.start, batches, shared=shared)
+        if shared:
+            _require_agreement(data, name, model, logits, Cache.open(config.cache_dir).activations)
         return features.numpy(), logits.numpy()
 
     labels = data.part("train")["label"].to_numpy(np.int64)

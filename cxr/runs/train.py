@@ -63,7 +63,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
-    done = reports(config, data, outputs_of(config, data, model, before, machine.device))
+    done = reports(config, data, outputs_of(config, data, model, before))
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)

@@ -21,6 +21,7 @@ from cxr.config import TrainConfig
 from cxr.data.batches import (
     Split,
     epoch_order,
+    eval_batches,
     grey_batches,
     make_split,
     straight_order,
@@ -47,7 +48,7 @@ class SourceSettings:
     `views` are the different views of a training image (0: no augmentation), drawn by the recipe `augment`; `budget` is
     the space for what is kept, bytes; `cache` holds the files that other runs share, None keeps in memory; `stresses`
     is the set for the stressed validation, None if it will not be asked for. `epochs` and `runs` are those of
-    `reuse.Workload`; `phases` all phases of the run.
+    `reuse.Workload`; `phases` all phases of the run; `fold` as in `PassSettings`.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class SourceSettings:
     epochs: int | None = None
     runs: int = 1
     progress: Progress = silent
+    fold: bool = True
 
 
 class BatchSource:
@@ -72,7 +74,8 @@ class BatchSource:
         self.model, self.train_split, self.val_split, self.settings = model, train, val, settings
         folder = settings.cache.activations if settings.cache and device.type == "cpu" and train.store else None
         size = eval_batch_size(device, settings.batch_size)
-        self.passes = PassSettings(size, settings.seed, settings.precision, device, folder, settings.progress)
+        about = (size, settings.seed, settings.precision, device, folder, settings.progress, settings.fold)
+        self.passes = PassSettings(*about)
         self.prefixes: dict[str, Prefix] = {}
         self._views: dict[tuple[int, View], Tensor] = {}
         self._phase: Phase | None = None
@@ -178,6 +181,25 @@ class BatchSource:
             self._views[at] = torch.cat([images.byte() for images, _ in made])
         images, labels = self._views[at], torch.from_numpy(split.labels).to(device)
         return ((to_input(images[index]), labels[index]) for index in to_device(order, device))
+
+
+def evaluation_batches(
+    config: TrainConfig, data: Data, model: nn.Module, shared: tuple[str, ...], name: str
+) -> tuple[Iterable[Batch], bool]:
+    """(batches of a split in order, whether they hold what the stages `shared` give instead of images).
+
+    They do where a phase of the run had exactly these stages frozen, in fp32 and bit for bit as the whole network would
+    give, and are kept for other runs like all outputs of frozen stages.
+    """
+    part, device = make_split(data.manifest, data.store, name), next(model.parameters()).device
+    phase = next((phase for phase in config.phases if phase.frozen == shared), None)
+    if phase is None or not shared or device.type != "cpu":
+        return eval_batches(part, config.batch_size, device), False
+    cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
+    settings = SourceSettings(config.batch_size, 0, 0, "fp32", budget, (phase,), cache, fold=False)
+    source = BatchSource(model, part, part, settings)
+    source.enter(phase)
+    return source.val(phase), True
 
 
 Features = npt.NDArray[np.float32]

@@ -37,7 +37,7 @@ class PassSettings:
     """How images pass through a prefix: images per batch, the seed of their views, precision and device.
 
     `folder` is that of the files which other runs share; None keeps in memory. `progress(batches, total)` may show a
-    bar.
+    bar. With `fold` false, the stages run as they are, and give the same bits as the whole network does.
     """
 
     batch_size: int
@@ -46,6 +46,7 @@ class PassSettings:
     device: torch.device
     folder: Path | None = None
     progress: Progress = silent
+    fold: bool = True
 
 
 class Prefix:
@@ -58,7 +59,7 @@ class Prefix:
         self.phase, self.settings, self.base = phase, settings, base
         self.stages = phase.frozen[len(base.phase.frozen) if base else 0 :]
         self.checksum = checksum(model, phase.frozen)
-        self.network = folded(model, self.stages)
+        self.network = folded(model, self.stages) if settings.fold else model
         self.values: dict[tuple[int, View], Tensor] = {}  # of a split, in memory
         self._files: dict[View, RowFile] = {}
         self._row = torch.empty(0)
@@ -120,7 +121,8 @@ class Prefix:
     def path(self, folder: Path, split: Split, view: View) -> Path:
         """Where the outputs for a view are kept: named by all that they depend on."""
         threads = torch.get_num_threads()  # they may decide in which order a kernel sums
-        about = (self.checksum, self.phase.name, self.settings.precision, threads, split.store)
+        about: tuple[object, ...] = (self.checksum, self.phase.name, self.settings.precision, threads, split.store)
+        about += () if self.settings.fold else ("not folded",)
         return folder / row_file_name(*about, *view.key(self.settings.seed))
 
     def begun(self, split: Split) -> bool:
