@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from cxr.config import NEUTRAL, CompareConfig, TrainConfig, own_parameters
 from cxr.errors import UserError
 from cxr.evaluation.metrics import Ints, counts_of
+from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.paired import (
     PRIMARY,
     RunData,
@@ -24,6 +25,7 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.predictions import HALF, arrays_of, matrix_of
+from cxr.evaluation.report import format_interval
 from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
@@ -32,6 +34,7 @@ from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
 from cxr.studies.family import run_family
+from cxr.task import Task
 from cxr.tracking.nested import children, ending, join_parent, open_parent
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.store import prepare
@@ -158,6 +161,7 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
         parent.figure(figure, plot_path(name, "comparison"))
     tables = {
         "Test metrics (mean over seeds)": _readable(table),
+        **({} if runs[0].task.binary else {"Test metrics of each class": _of_each_class(table, runs[0].task)}),
         "Pairs (test ROC-AUC)": pairs,
         "Cost and stability": stability,
     }
@@ -190,6 +194,20 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
         },
         index=table.index,
     )
+
+
+def _of_each_class(table: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """A row for each strategy and class, its metrics as text."""
+    rows = [
+        {"strategy": strategy, "class": name}
+        | {
+            metric: format_interval(tuple(row[f"{metric}_of_{slug}{end}"] for end in ("", "_low", "_high")))
+            for metric in PER_CLASS
+        }
+        for strategy, row in table.iterrows()
+        for name, slug in zip(task.classes, task.slugs, strict=True)
+    ]
+    return pd.DataFrame(rows).set_index("strategy")
 
 
 def notes(runs: Sequence[RunData], margin: float) -> list[str]:
