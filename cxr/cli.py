@@ -120,9 +120,9 @@ def predict(images: tuple[Path, ...], uri: str, as_json: bool, out: Path | None)
         click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
         return
     if as_json:
-        raise UserError("--json: prints, and --out writes a CSV; use one of them")
+        raise UserError("--json and --out cannot be combined")
     count, bad = write_predictions(load(uri), files, out)
-    for image, reason in bad.items():
+    for image, reason in bad:
         click.echo(f"unreadable: {image} ({reason})", err=True)
     click.echo(f"{count} of {len(files)} images predicted, {len(bad)} unreadable: {out}")
     sys.exit(1 if bad else 0)
@@ -151,19 +151,13 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
     help="folder with train/ and test/ (evaluates its test split), or of class folders, or a list (CSV, TSV, JSON); or "
     "a folder of images without labels, for which the accuracy is estimated",
 )
-@click.option(
-    "--bootstrap",
-    type=click.IntRange(0, 100000),
-    default=1000,
-    show_default=True,
-    help="bootstrap resamples for each 95% interval",
-)
-@click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
-def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
+@options(TrainCommand, ("labels", "columns", "patient_pattern", "bootstrap", "cache_dir"))
+def evaluate_command(uri: str, **parameters: Any) -> None:
     """Evaluate a model on other images and log the result as a new MLflow run."""
+    config = TrainConfig(**parameters)
     from cxr.runs.evaluate import evaluate_tracked
 
-    evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
+    evaluate_tracked(uri, config, say=click.echo)
 
 
 @cli.group()
@@ -252,7 +246,7 @@ SOURCE = (
 def check_command(source: str, **parameters: Any) -> None:
     """Print what would be read from SOURCE (a folder or a list), what is odd about it, and how to train on it.
 
-    Only the headers of the images are read, and nothing is written but the phantoms, if they are asked for.
+    No image is decoded, and nothing is written but the phantoms, if they are asked for.
     """
     config = TrainConfig(data_dir=source, **parameters)
     from cxr.data.check import checked
@@ -280,14 +274,19 @@ def audit_command(folder: str, weights: str, strict: bool, **parameters: Any) ->
     """Report the contents of FOLDER (or list) and any problems found. Exit code 1 if files are corrupt."""
     config = TrainConfig(data_dir=folder, on_bad_image="skip", strict=strict, **parameters)
     from cxr.data.load import read_data
-    from cxr.network.resnet import build_model
     from cxr.runs.audit import audited
 
     content = read_data(config)
-    model = None if weights == "none" else build_model(config.arch, weights, config.seed, size=config.image_size)[0]
+    model = None if weights == "none" else _network(config, weights, len(content.task.classes))
     for finding in audited(config, content, model):
         click.echo(finding.line())
     sys.exit(1 if content.bad else 0)
+
+
+def _network(config: TrainConfig, weights: str, classes: int) -> Any:
+    from cxr.network.resnet import build_model
+
+    return build_model(config.arch, weights, config.seed, classes, config.image_size)[0]
 
 
 @data.command("cache")

@@ -11,6 +11,8 @@ from typing import Self
 from cxr.errors import UserError
 
 MAX_CLASSES = 50
+_LONGEST = 100
+_ENDS = ("low", "high", "sd", "seeds")  # what the names of intervals, deviations and lists of seeds end with
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class Task:
         """The names as they stand in the names of columns and metrics."""
         return tuple(slug(name) for name in self.classes)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names as they stand in the names of parameters, which version 0.1 wrote as they are."""
+        return self.classes if self == KAGGLE else self.slugs
+
     def words(self) -> str:
         """A description for people."""
         return ", ".join(self.classes) + (f" (positive: {self.positive})" if self.binary else "")
@@ -69,9 +76,13 @@ def slug(name: str) -> str:
 def _require_different(names: list[str]) -> None:
     """Raise `UserError` for names that are the same, or nothing, in the names of columns."""
     counts = Counter(slug(name) for name in names)
-    alike = [repr(name) for name in names if counts[slug(name)] > 1 or not slug(name)]
+    alike = [name for name in names if counts[slug(name)] > 1 or not 0 < len(slug(name)) <= _LONGEST]
+    alike += [name for name in names if any(slug(name) == f"{slug(other)}_{end}" for other in names for end in _ENDS)]
     if alike:
-        raise UserError(f"classes {', '.join(alike)}: need names that differ in letters or digits; rename them")
+        raise UserError(
+            f"classes {_joined(alike)}: no metrics could be named after them; use names of at most {_LONGEST} "
+            f"characters that differ in letters or digits, and not only by a last word of {', '.join(_ENDS)}"
+        )
 
 
 def _listed(classes: str, found: list[str]) -> list[str]:
@@ -87,12 +98,14 @@ def _listed(classes: str, found: list[str]) -> list[str]:
 
 def _last(found: list[str], positive: str) -> list[str]:
     if len(found) != 2 or positive not in found:
-        raise UserError(f"--positive {positive}: names one of two classes, and the data has {_joined(found)}")
+        raise UserError(f"--positive {positive}: must name one of the two classes; the data has {_joined(found)}")
     return [name for name in found if name != positive] + [positive]
 
 
 def _joined(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no class"
+    """The first few names."""
+    every = list(names)
+    return ", ".join(every[:5]) + (f" and {len(every) - 5} more" if len(every) > 5 else "") or "no class"
 
 
 KAGGLE = Task(("NORMAL", "PNEUMONIA"))

@@ -59,9 +59,8 @@ def parse_name(path: str) -> tuple[str, str]:
 def index_folder(root: Path, task: Task = KAGGLE) -> pd.DataFrame:
     """The manifest of `root/{train,val,test}/CLASS`, sorted by path.
 
-    Columns: path (relative, posix), label (0 NORMAL, 1 PNEUMONIA), official (split by folder), group, subtype, digest
-    (sha256 of the bytes, or `unreadable:` and the path). Raises `UserError` for a folder without every class in train
-    and test.
+    Columns: path (relative, posix), label (of the task), official (split by folder), group, subtype, digest (sha256 of
+    the bytes, or `unreadable:` and the path). Raises `UserError` for a folder without every class in train and test.
     """
     rows = [row for split in OFFICIAL for row in list_classes(root, split, task)]
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -125,7 +124,7 @@ def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str
 
 def _label(name: str, task: Task) -> int | None:
     """The label of a class folder; those of the Kaggle set may be written in any case."""
-    return task.class_to_index.get(name.upper() if task == KAGGLE else name)
+    return task.class_to_index.get(name.upper() if set(task.classes) == set(KAGGLE.classes) else name)
 
 
 def folder_names(folder: Path) -> list[str]:

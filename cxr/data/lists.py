@@ -27,6 +27,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 _METADATA = "metadata.csv"  # of a Hugging Face image folder
+_BLANK = ("na", "n/a", "nan", "null")  # what programs write for nothing
 _MAX_BYTES = 2_000_000_000
 
 
@@ -40,10 +41,19 @@ def find_list(data_dir: str | Path) -> Path | None:
             raise UserError(
                 f"--data-dir {path}: neither a folder nor a list; give a folder, or a .csv, .tsv or .json file"
             )
-        return path / _METADATA if (path / _METADATA).is_file() else None
+        return path / _METADATA if _has_metadata(path) else None
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--data-dir {data_dir}: cannot be read ({reason}); give an absolute path") from error
+
+
+def _has_metadata(folder: Path) -> bool:
+    """Whether a folder is one of Hugging Face's: a `metadata.csv` that names files, and no splits beside it."""
+    file = folder / _METADATA
+    if not file.is_file() or any((folder / name).is_dir() for name in ("train", "chest_xray")):
+        return False
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        return "file_name" in stream.readline()
 
 
 def read_list(file: Path, columns: str = "auto") -> pd.DataFrame:
@@ -58,6 +68,8 @@ def read_list(file: Path, columns: str = "auto") -> pd.DataFrame:
         raise UserError(f"{file}: has no rows")
     chosen = _columns(file, raw, columns)
     table = pd.DataFrame({name: raw[column].str.strip() for name, column in chosen.items()})
+    for name in {"label", "patient", "subtype"} & set(table.columns):
+        table[name] = table[name].mask(table[name].str.casefold().isin(_BLANK), "")
     table = table.reindex(columns=list(NAMES), fill_value="").rename(columns={"label": "class", "patient": "group"})
     table["official"] = _splits(file, table.pop("split"))
     table["path"] = _relative(file, table["path"])
@@ -112,6 +124,8 @@ def _read_json(file: Path) -> pd.DataFrame:
             continue  # what else describes the data set
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise UserError(f'{file}: {split or "it"} is not a list of objects such as {{"image": …, "label": …}}')
+        if any(isinstance(value, list | dict) for item in items for value in item.values()):
+            raise UserError(f"{file}: {split or 'it'} has lists as values; an image has one path and one label")
         rows += [{**item, **({"split": split} if split else {})} for item in items]
     return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
 

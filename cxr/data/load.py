@@ -9,12 +9,13 @@ import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.phantoms import VERSION, write_synthetic
-from cxr.data.sources import Source, read_source
+from cxr.data.sources import Source, read_source, require_splits
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
 from cxr.storage import Cache
 from cxr.task import KAGGLE, Task
+from cxr.threshold_rule import RuleKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,12 @@ def read_data(config: TrainConfig) -> Data:
     cache = Cache.open(config.cache_dir)
     synthetic, source = config.data_dir == SYNTHETIC, source_of(config)
     root, table, task = source.root, source.table, source.task
+    require_possible(config, task)
     files = [root / path for path in table["path"]]
     store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
     bad = bad_paths(table, store)
     table = reject_bad(table, bad, config.on_bad_image)
+    require_splits(table, config.splits)
     fold = config.fold_numbers()
     if fold:
         manifest = assign_fold(table, fold, config.val_fraction, config.split_seed, task)
@@ -59,6 +62,15 @@ def read_data(config: TrainConfig) -> Data:
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
     held_out = "fold" if fold else "test"
     return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, task, source.remarks, held_out)
+
+
+def require_possible(config: TrainConfig, task: Task) -> None:
+    """Raise `UserError` for what only two classes can have, before anything is trained."""
+    count = len(task.classes)
+    if not task.binary and config.threshold_rule.kind is not RuleKind.YOUDEN:
+        raise UserError(f"--threshold {config.threshold}: is for two classes, not {count}; leave it out")
+    if not task.binary and config.calibration == "platt":
+        raise UserError(f"--calibration platt: is for two classes, not {count}; use temperature or none")
 
 
 def source_of(config: TrainConfig) -> Source:

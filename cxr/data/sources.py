@@ -7,15 +7,19 @@ here), group (the patient), subtype and digest. The rows are in the order of the
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cxr.config import TrainConfig
 from cxr.data.kaggle import (
     COLUMNS,
+    UNLABELLED,
     digest_files,
     find_root,
     folder_names,
@@ -25,7 +29,7 @@ from cxr.data.kaggle import (
     parse_name,
 )
 from cxr.data.lists import find_list, read_list
-from cxr.data.splits import OFFICIAL, grouped_holdout
+from cxr.data.splits import OFFICIAL, grouped_holdout, require_every_class
 from cxr.errors import UserError
 from cxr.task import KAGGLE, SUBTYPES, Task
 
@@ -45,43 +49,91 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
 
     Raises `UserError` for what is no source, or has classes, patients or splits that cannot be used.
     """
+    names = _Names.of(config)
     listed = find_list(folder)
-    found = _from_list(listed, config) if listed else _from_folder(folder, config)
+    found = _from_list(listed, config.columns, names.first) if listed else _from_folder(folder, names.first)
     if config.labels == "subtype":
-        found = _by_subtype(found, config)
+        found = _by_subtype(found, names)
     found = _with_patients(found, config.patient_pattern)
     return with_test(found, config)
 
 
-def to_evaluate(data_dir: str | Path, task: Task) -> tuple[Path, pd.DataFrame, str]:
-    """(root, table, split) of images to evaluate a model of this task on: a list's test split, or all of its images as
-    split `external`; or what `index_for_evaluation` finds in a folder.
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What `--classes` and `--positive` say."""
 
-    Raises `UserError` for labels that the task does not have, and classes without an image.
+    classes: str
+    positive: str
+    subtypes: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> _Names:
+        return cls(config.classes, config.positive, config.labels == "subtype")
+
+    @property
+    def first(self) -> _Names:
+        """For the classes of the source, which are not those of the task where subtypes are classified."""
+        return _Names("auto", "auto") if self.subtypes else self
+
+    def task(self, names: Iterable[str]) -> Task:
+        return Task.of(names, self.classes, self.positive)
+
+
+def to_evaluate(config: TrainConfig, task: Task) -> tuple[Path, pd.DataFrame, str]:
+    """(root, table, split) of the images that `data_dir` names, to evaluate a model of this task on.
+
+    They are a list's test split, or all of its images as split `external`; or what `index_for_evaluation` finds in a
+    folder. A model of subtypes is evaluated on subtypes. Raises `UserError` for labels that the task does not have, and
+    classes without an image.
     """
-    file = find_list(data_dir)
+    file = find_list(config.data_dir)
+    subtypes = config.labels == "subtype" or (task == SUBTYPES and _tells_classes_only(config, file))
     if file is None:
-        return index_for_evaluation(data_dir, task)
-    table = read_list(file)
+        root, table, split = index_for_evaluation(config.data_dir, KAGGLE if subtypes else task)
+        found = Source(root, table, KAGGLE if subtypes else task)
+    else:
+        listed = read_list(file, config.columns)
+        own = Task.of(listed["class"]) if subtypes else _known(file, listed, task)
+        found = Source(file.parent, _labelled(file, listed, own), own)
+        split = "test" if (found.table["official"] == "test").any() else "external"
+        found = replace(found, table=_of_split(found.table, split))
+    if subtypes and split != UNLABELLED:
+        found = _by_subtype(found, _Names(",".join(task.classes), "auto"))
+    table = _with_patients(found, config.patient_pattern).table
+    if split != UNLABELLED and (missing := set(range(len(task.classes))) - set(table["label"])):
+        names = ", ".join(task.classes[label] for label in sorted(missing))
+        raise UserError(f"--data-dir {config.data_dir}: has no image of {names} to evaluate on")
+    return found.root, table, split
+
+
+def _tells_classes_only(config: TrainConfig, file: Path | None) -> bool:
+    """Whether the source is sorted into NORMAL and PNEUMONIA, so that subtypes must come from elsewhere."""
+    if file:
+        return "PNEUMONIA" in set(read_list(file, config.columns)["class"])
+    folder = Path(config.data_dir).expanduser()
+    names = {
+        name.upper() for place in (folder, folder / "test", folder / "chest_xray/test") for name in folder_names(place)
+    }
+    return "PNEUMONIA" in names
+
+
+def _of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    return table[table["official"] == "test"].reset_index(drop=True) if split == "test" else table
+
+
+def _known(file: Path, table: pd.DataFrame, task: Task) -> Task:
+    """The task, unless the list has other labels."""
     if strange := sorted(set(table["class"]) - set(task.classes)):
-        raise UserError(
-            f"{file}: labels {', '.join(strange)} unknown to the model, which has {', '.join(task.classes)}"
-        )
-    table, split = _labelled(file, table, task), "external"
-    if (table["official"] == "test").any():
-        table, split = table[table["official"] == "test"].reset_index(drop=True), "test"
-    if missing := set(range(len(task.classes))) - set(table["label"]):
-        raise UserError(
-            f"{file}: has no {' and no '.join(task.classes[label] for label in missing)} image to evaluate on"
-        )
-    return file.parent, table, split
+        known, named = ", ".join(task.classes), ", ".join(strange[:3])
+        raise UserError(f"{file}: {len(strange)} label(s) unknown to the model ({named}), which has {known}")
+    return task
 
 
-def _from_list(file: Path, config: TrainConfig) -> Source:
+def _from_list(file: Path, columns: str, names: _Names) -> Source:
     """The rows of a list; its labels are names."""
-    table = read_list(file, config.columns)
-    task = Task.of(table["class"], config.classes, config.positive)
-    return Source(file.parent, _labelled(file, table, task), task, (f"list {file.name}",))
+    table = read_list(file, columns)
+    task = names.task(table["class"])
+    return Source(file.parent, _labelled(file, table, task), task, (f"read from the list {file.name}",))
 
 
 def _labelled(file: Path, table: pd.DataFrame, task: Task) -> pd.DataFrame:
@@ -102,13 +154,13 @@ def _in_order(table: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[sorted(range(len(table)), key=keys.__getitem__)].reset_index(drop=True)
 
 
-def _from_folder(folder: str | Path, config: TrainConfig) -> Source:
+def _from_folder(folder: str | Path, names: _Names) -> Source:
     """Class folders with `train/` above them, or none."""
     top = Path(folder).expanduser()
     flat = top.is_dir() and "train" not in folder_names(top) and _flat_names(top)
     root = top.absolute() if flat else find_root(folder)
-    names = _flat_names(root) if flat else sorted({name for split in OFFICIAL for name in folder_names(root / split)})
-    task = _task_of_folders(root, names, config)
+    found = _flat_names(root) if flat else sorted({name for split in OFFICIAL for name in folder_names(root / split)})
+    task = _task_of_folders(root, found, names)
     if not flat:
         return Source(root, index_folder(root, task), task)
     table = pd.DataFrame(list_classes(root, ".", task), columns=COLUMNS).assign(official="")
@@ -124,31 +176,33 @@ def _flat_names(top: Path) -> list[str]:
     return [] if "chest_xray" in names else names
 
 
-def _task_of_folders(root: Path, names: list[str], config: TrainConfig) -> Task:
+def _task_of_folders(root: Path, found: list[str], names: _Names) -> Task:
     """The task of class folders with these names; any name of the Kaggle set means that set."""
-    if config.classes == "auto" and (not names or {name.upper() for name in names} & set(KAGGLE.classes)):
-        return Task.of(KAGGLE.classes, positive=config.positive)
-    spelled = pd.Series(names).groupby([name.casefold() for name in names]).agg(list)
+    if names.classes == "auto" and (not found or {name.upper() for name in found} & set(KAGGLE.classes)):
+        return names.task(KAGGLE.classes)
+    spelled = pd.Series(found).groupby([name.casefold() for name in found]).agg(list)
     if twice := [spellings for spellings in spelled if len(spellings) > 1]:
         raise UserError(f"{root}: class folders {' and '.join(twice[0])} differ in case only; rename one of them")
-    return Task.of(names, config.classes, config.positive)
+    return names.task(found)
 
 
-def _by_subtype(found: Source, config: TrainConfig) -> Source:
+def _by_subtype(found: Source, names: _Names) -> Source:
     """The same images, classified by their subtypes; one without a subtype keeps the name of its class."""
-    table, names = found.table.copy(), pd.Series(found.task.classes)
-    own = names[table["label"]].reset_index(drop=True)
-    kinds = table["subtype"].where(table["subtype"] != "unknown", own)
-    if found.task == KAGGLE:
+    own = pd.Series(found.task.classes)[found.table["label"]].reset_index(drop=True)
+    kinds = found.table["subtype"].reset_index(drop=True)
+    if (kinds == "unknown").all():
+        raise UserError(f"--labels subtype: {found.root} tells no subtypes, by names or a column; use --labels class")
+    if found.task == KAGGLE and set(kinds) <= {"normal", "bacteria", "virus", "unknown"}:
         kinds = kinds.str.upper()
-    if found.task == KAGGLE and set(kinds) - set(SUBTYPES.classes):
-        wrong = table.loc[~kinds.isin(SUBTYPES.classes), "path"]
-        raise UserError(
-            f"--labels subtype: {some(wrong)} without bacteria, virus or normal in the name; use --labels class"
-        )
-    own_order = set(kinds) == set(SUBTYPES.classes) and config.classes == "auto"
-    task = SUBTYPES if own_order else Task.of(kinds, config.classes, config.positive)
-    return replace(found, table=table.assign(label=kinds.map(task.class_to_index)), task=task)
+        wrong = (kinds == "UNKNOWN") | ((kinds == "NORMAL") != (own == "NORMAL"))
+        if wrong.any():
+            paths = found.table.loc[wrong.to_numpy(), "path"]
+            raise UserError(f"--labels subtype: {some(paths)} with a name that tells no subtype of its class")
+    kinds = kinds.where(kinds != "unknown", own)
+    own_order = set(kinds) == set(SUBTYPES.classes) and names.classes == "auto"
+    task = SUBTYPES if own_order else replace(names, subtypes=False).task(kinds)
+    labels = kinds.map(task.class_to_index).to_numpy()
+    return replace(found, table=found.table.assign(label=labels), task=task)
 
 
 def _with_patients(found: Source, pattern: str) -> Source:
@@ -158,7 +212,9 @@ def _with_patients(found: Source, pattern: str) -> Source:
     if pattern != "auto":
         table = table.assign(group=_matched(table["path"], table["group"], pattern))
         unmatched = int((table["group"] == table["path"]).sum())
-        remark = f"patients: by --patient-pattern, {unmatched} of {len(table)} images without a match are their own"
+        remark = (
+            f"patients: of {own} images by --patient-pattern; {unmatched} without a match count as separate patients"
+        )
     elif own:
         remark = (
             f"patients: unknown for {own} of {len(table)} images, each of which counts as a patient of its own; see "
@@ -173,43 +229,64 @@ def _matched(paths: pd.Series, groups: pd.Series, pattern: str) -> list[str]:
     """The patient that the pattern finds in each path that has no patient yet (its group is the path)."""
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"--patient-pattern {pattern}: not a regular expression ({error})") from error
     if expression.groups != 1:
         raise UserError(f"--patient-pattern {pattern}: has {expression.groups} groups in parentheses; it needs one")
     matches = [expression.search(path) for path in paths]
     if not any(matches):
         raise UserError(f"--patient-pattern {pattern}: matches no path, such as {paths.iloc[0]}")
-    return [match[1] if match and match[1] else group for match, group in zip(matches, groups, strict=True)]
+    rows = zip(matches, paths, groups, strict=True)
+    return [match[1] if match and match[1] and path == group else group for match, path, group in rows]
 
 
 def with_test(found: Source, config: TrainConfig) -> Source:
     """Splits from a file, or a test split made where the source has none."""
     if config.splits != "auto":
-        return replace(found, table=_given_splits(found.table, Path(config.splits).expanduser()))
+        return replace(found, table=_given_splits(found.table, config.splits))
     if (found.table["official"] == "test").any():
         return found
-    table = found.table.copy()
+    table = found.table.assign(group=_joined_by_copies(found.table))
     held = grouped_holdout(table["group"], table["label"], config.test_fraction, config.split_seed)
     table["official"] = np.where(held, "test", table["official"].replace("", "train"))
+    require_every_class(table.assign(split=table["official"]), "--test-fraction", found.task, ("train", "test"))
     remark = f"test split: made here, {held.sum()} of {len(table)} images by patient (--test-fraction, --split-seed)"
     return replace(found, table=_in_order(table), remarks=(*found.remarks, remark))
 
 
-def _given_splits(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """The table with the splits that a file gives, by digest."""
+def _joined_by_copies(table: pd.DataFrame) -> pd.Series:
+    """The groups, those that share an image byte for byte being one, so that no split has a copy on either side."""
+    groups, digests = (pd.factorize(table[name])[0] for name in ("group", "digest"))
+    size = int(groups.max()) + 1
+    edges = coo_array((np.ones(len(table)), (groups, size + digests)), shape=(size + int(digests.max()) + 1,) * 2)
+    parts = pd.Series(connected_components(edges, directed=False)[1][groups], table.index)
+    return table["group"].groupby(parts).transform("min")
+
+
+def _given_splits(table: pd.DataFrame, path: str) -> pd.DataFrame:
+    """The table with the splits that a file gives, by digest; "" for images that it does not have."""
     try:
-        given = pd.read_csv(file, dtype=str)[["digest", "split"]]
-    except (OSError, ValueError, KeyError) as error:
+        file = Path(path).expanduser()
+        given = pd.read_csv(file, dtype=str)[["digest", "split"]].dropna().drop_duplicates()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it needs the columns digest and split"
-        raise UserError(f"--splits {file}: cannot be read ({reason})") from error
-    splits = table["digest"].map(given.drop_duplicates("digest").set_index("digest")["split"])
-    if strange := sorted(set(given["split"].dropna()) - set(OFFICIAL)):
-        raise UserError(f"--splits {file}: {', '.join(strange)} is not a split; use train, val and test")
-    if splits.isna().any():
-        missing = table.loc[splits.isna(), "path"]
-        raise UserError(f"--splits {file}: has no split for {some(missing)}; it was made for other images")
-    return _in_order(table.assign(official=splits))
+        raise UserError(f"--splits {path}: cannot be read ({reason})") from error
+    if strange := sorted(set(given["split"]) - set(OFFICIAL)):
+        raise UserError(f"--splits {file}: {', '.join(strange[:3])} is not a split; use train, val and test")
+    if twice := int(given["digest"].duplicated().sum()):
+        raise UserError(f"--splits {file}: {twice} image(s) in two splits; give each one")
+    table = table.assign(official=table["digest"].map(given.set_index("digest")["split"]).fillna(""))
+    splits = table[table["official"] != ""].groupby("group")["official"].nunique()
+    if crossing := int((splits > 1).sum()):
+        raise UserError(f"--splits {file}: {crossing} patient(s) in more than one split; a patient belongs in one")
+    return _in_order(table)
+
+
+def require_splits(table: pd.DataFrame, path: str) -> None:
+    """Raise `UserError` if images, those left out as unreadable apart, have no split in the file of `--splits`."""
+    missing = table.loc[table["official"] == "", "path"]
+    if len(missing):
+        raise UserError(f"--splits {path}: has no split for {some(missing)}; it was made for other images")
 
 
 def some(paths: pd.Series) -> str:

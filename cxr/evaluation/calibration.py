@@ -14,7 +14,6 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.linear_model import LogisticRegression
 
-from cxr.errors import UserError
 from cxr.evaluation.metrics import Floats, Ints
 
 _EDGE = 1e-12  # probabilities are clipped by this much
@@ -116,14 +115,12 @@ def fit_temperature(logits: Floats, labels: Ints) -> Calibration:
 
 
 def fit(method: str, logits: Floats, labels: Ints) -> Calibration:
-    """The calibration of validation logits [n, k] and labels [n].
-
-    Raises `UserError` for Platt scaling of more than two classes.
-    """
+    """The calibration of validation logits [n, k] and labels [n]. Raises ValueError for Platt scaling of more than two
+    classes."""
     if logits.shape[1] == 2:
         return fit_calibration(method, margins_of(logits), labels)
     if method == CalibrationMethod.PLATT:
-        raise UserError(f"--calibration platt: is for two classes, not {logits.shape[1]}; use temperature or none")
+        raise ValueError("Platt scaling is for two classes")
     return fit_temperature(logits, labels) if method == CalibrationMethod.TEMPERATURE else IDENTITY
 
 

@@ -56,7 +56,9 @@ def _against_the_rest(
     """The metrics of one class against all others."""
     tp, fn = weights @ (positive & decided), weights @ (positive & ~decided)
     fp, tn = weights @ (~positive & decided), weights @ (~positive & ~decided)
-    return from_counts(tp, fp, fn, tn) | ranking_metrics(positive, probabilities, weights)
+    found = from_counts(tp, fp, fn, tn) | ranking_metrics(positive, probabilities, weights)
+    # Undefined like recall where a resample lacks the class, so that all metrics are of the same resamples.
+    return found | {name: np.where(tp + fn > 0, found[name], np.nan) for name in ("precision", "f1")}
 
 
 def _top_label_ece(weights: Floats, correct: npt.NDArray[np.bool_], confidence: Floats) -> Floats:

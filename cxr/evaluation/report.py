@@ -39,9 +39,10 @@ from cxr.evaluation.predictions import (
     points_of,
 )
 from cxr.evaluation.selective import certainty_of
-from cxr.task import KAGGLE, Task
+from cxr.task import KAGGLE, Task, slug
 from cxr.threshold_rule import RuleKind, ThresholdRule
 
+SUBTYPE_NAMES = ("bacteria", "virus", "unknown", "normal")  # as file names of the Kaggle set tell them
 UNFAMILIAR = 5.0  # the percentage of validation images that would be called unfamiliar
 CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
 
@@ -119,7 +120,7 @@ class Report:
         `test_chosen_recall`, and so on."""
         named = _named(f"{self.split}_", self.values, self.bounds)
         named |= _named(f"{self.split}_chosen_", self.chosen_values, self.chosen_bounds)
-        named |= {f"{self.split}_recall_{name}": value for name, value in self.subtypes.items()}
+        named |= {f"{self.split}_recall_{_subtype_key(name)}": value for name, value in self.subtypes.items()}
         named |= {f"{self.split}_uncalibrated_{name}": value for name, value in self.before.items()}
         named |= {f"{self.split}_{name}": value for name, value in self.selective.items()}
         return named | {f"{self.split}_prior_{name}": value for name, value in self.prior.items()}
@@ -160,6 +161,11 @@ class Report:
             f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
             f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
         ]
+
+
+def _subtype_key(name: str) -> str:
+    """A subtype in the name of a metric: those of the Kaggle set as they are, others unlike any other metric."""
+    return name if name in SUBTYPE_NAMES else f"of_subtype_{slug(name)}"
 
 
 def _named(prefix: str, values: dict[str, float], bounds: dict[str, tuple[float, float]]) -> dict[str, float]:

@@ -170,7 +170,7 @@ def _log(
     """Everything in the run; returns the summary."""
     card, title = whole.card, f"ensemble of {whole.card.members}"
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64)).tolist()
-    own = {f"class_weight.{label}": f"{weight:.6f}" for label, weight in zip(data.task.classes, weights, strict=True)}
+    own = {f"class_weight.{label}": f"{weight:.6f}" for label, weight in zip(data.task.keys, weights, strict=True)}
     tracker.params({"ensemble.runs": " ".join(run.run_id for run in runs), **flatten(config), **own})
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)

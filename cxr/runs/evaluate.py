@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cxr.config import TrainConfig
 from cxr.data.batches import eval_batches, make_split
 from cxr.data.kaggle import UNLABELLED
 from cxr.data.load import bad_paths, list_bad
@@ -55,14 +56,16 @@ class Predicted:
         return fingerprint(self.table)
 
 
-def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> None:
+def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
     """Evaluate a logged or registered model on other images, in a new MLflow run.
+
+    Of the configuration, `data_dir`, `labels`, `columns`, `patient_pattern`, `bootstrap` and `cache_dir` matter.
 
     The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
     Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError` for a model or a folder that
     cannot be used, or unreadable images.
     """
-    found = _predicted(uri, data_dir, cache_dir)
+    found, bootstrap = _predicted(uri, config), config.bootstrap
     own = _own_tables(uri)
     if found.split == UNLABELLED:
         metrics, words = _estimated(own, found, bootstrap)
@@ -87,12 +90,12 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         say("\n".join([*words, *(f"look: {where}" for where in tracker.where())]))
 
 
-def _predicted(uri: str, data_dir: str, cache_dir: str) -> Predicted:
+def _predicted(uri: str, config: TrainConfig) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, table, split = to_evaluate(data_dir, card.task)
+    root, table, split = to_evaluate(config, card.task)
     files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(cache_dir))
+    store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(config.cache_dir))
     if bad := bad_paths(table, store):
         raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
     table = table.assign(split=split)
@@ -195,7 +198,7 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
     if not own:
         return []
     trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
-    known = predictions["subtype"] != "unknown"  # other file names do not identify patients
+    known = predictions["group"] != predictions["path"]  # of the others, the patient is unknown
     copies = int(predictions["digest"].isin(set(trained["digest"])).sum())
     seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
     head, tail = f"of {len(predictions)} images are", "these metrics are not a valid evaluation"
@@ -203,9 +206,7 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
     if copies:
         words.append(f"WARNING: {copies} {head} files that the model was trained or selected on: {tail}")
     if seen:
-        words.append(
-            f"WARNING: {seen} {head} of patients that the model was trained or selected on, by file names: {tail}"
-        )
+        words.append(f"WARNING: {seen} {head} of patients that the model was trained or selected on: {tail}")
     return words
 
 

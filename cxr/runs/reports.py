@@ -24,7 +24,7 @@ from cxr.data.batches import (
     view_batches,
 )
 from cxr.data.load import Data
-from cxr.errors import MachineError, UserError
+from cxr.errors import MachineError
 from cxr.evaluation.calibration import Calibration, fit
 from cxr.evaluation.familiarity import Familiarity
 from cxr.evaluation.metrics import Floats, Ints
@@ -44,7 +44,6 @@ from cxr.network.inference import infer, infer_with_features
 from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
 from cxr.storage import Cache
-from cxr.threshold_rule import RuleKind
 from cxr.training.batch_source import evaluation_batches, pooled_features
 from cxr.training.loop import class_weights
 
@@ -153,16 +152,10 @@ def limit_of(val: pd.DataFrame, threshold: float, abstain: float) -> float:
 
 
 def chosen_threshold(config: TrainConfig, labels: Ints, probabilities: Floats) -> float:
-    """The threshold by the rule, on probabilities [n, k] of validation; one half, unused, for more than two classes.
-
-    Raises `UserError` for a rule other than the default, which more than two classes cannot have.
-    """
-    classes = probabilities.shape[1]
-    if classes == 2:
-        return choose_threshold(config.threshold_rule, labels, probabilities[:, 1])
-    if config.threshold_rule.kind is not RuleKind.YOUDEN:
-        raise UserError(f"--threshold {config.threshold}: is for two classes, not {classes}; leave it out")
-    return HALF
+    """The threshold by the rule, on probabilities [n, k] of validation; one half, unused, for more than two classes."""
+    if probabilities.shape[1] > 2:
+        return HALF
+    return choose_threshold(config.threshold_rule, labels, probabilities[:, 1])
 
 
 def stressed_validation(config: TrainConfig, data: Data, model: nn.Module) -> dict[str, float]:

@@ -133,7 +133,7 @@ def train_model(
     `watch` sees each record once it is logged, and may raise to end the run. `runs` like this one share activations.
     """
     source, weights = _source(config, data, machine, model, runs)
-    names = zip(data.task.classes, weights, strict=True)
+    names = zip(data.task.keys, weights, strict=True)
     tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in names})
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")

@@ -124,7 +124,7 @@ def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Findi
     best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
     named = run.tags.get(Tag.BEST_EPOCH, "nothing")
     wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, recomputed {best}"]
-    weights = torch.tensor([run.number(f"class_weight.{name}") for name in run.task.classes])
+    weights = torch.tensor([run.number(f"class_weight.{name}") for name in run.task.keys])
     logits = torch.tensor(logits_of(val))
     name = f"val_loss of epoch {best}"
     again = {name: weighted_loss(logits, torch.tensor(val["label"].to_numpy(np.int64)), weights)}
@@ -204,7 +204,7 @@ def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predic
     """Recompute class weights from the training labels, and the stressed validation from model and data."""
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     classes = data.task.classes
-    named = {f"class_weight.{name}": weight for name, weight in zip(classes, weights.tolist(), strict=True)}
+    named = {f"class_weight.{name}": weight for name, weight in zip(data.task.keys, weights.tolist(), strict=True)}
     logged = {name: run.number(name) for name in named}
     wrong = _differences(logged, named, 1e-6)  # the precision of the logged values
     again = stressed_validation(config, data, predictor.model)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cxr.data.decode import ImageError, UInt8
+from cxr.data.decode import UInt8
 from cxr.data.kaggle import SUFFIXES
 from cxr.data.lists import LIST_SUFFIXES, read_paths
 from cxr.errors import UserError
@@ -32,14 +32,27 @@ def image_files(targets: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for target in targets:
-        if target.is_dir():
-            inside = sorted(path for path in target.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if _is_folder(target):
+            inside = sorted(path for path in target.rglob("*") if _is_image(path.relative_to(target)))
             if not inside:
                 raise UserError(f"{target}: contains no image")
             found += inside
         else:
             found += read_paths(target.absolute()) if target.suffix.lower() in LIST_SUFFIXES else [target]
     return found
+
+
+def _is_folder(target: Path) -> bool:
+    try:
+        return target.is_dir()
+    except (OSError, ValueError):  # a name that no file can have: it is reported when it is read
+        return False
+
+
+def _is_image(path: Path) -> bool:
+    """By its suffix, and in no hidden folder."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def predicted(predictor: Predictor, paths: Sequence[Path]) -> Iterator[pd.DataFrame]:
@@ -50,7 +63,7 @@ def predicted(predictor: Predictor, paths: Sequence[Path]) -> Iterator[pd.DataFr
         table = pd.DataFrame({"image": [os.fsencode(file).decode(errors="replace") for file in files]})
         if good:
             found = predictor.predict([image for image in images if isinstance(image, np.ndarray)])
-            table = table.join(found.set_index(pd.Index(good)))
+            table = table.join(found.set_index(pd.Index(good)).convert_dtypes())  # whole numbers stay whole beside gaps
         table["error"] = pd.Series([image if isinstance(image, str) else None for image in images], dtype=object)
         yield table
 
@@ -61,7 +74,7 @@ def _batches(predictor: Predictor, paths: Sequence[Path]) -> Iterator[tuple[Sequ
     def read(path: Path) -> Read:
         try:
             return predictor.prepare(path.read_bytes())
-        except (OSError, ImageError) as error:
+        except (OSError, ValueError) as error:  # ValueError: an ImageError, or a name that no file can have
             return str(getattr(error, "strerror", None) or error)
 
     waiting: deque[tuple[Sequence[Path], list[Future[Read]]]] = deque()
@@ -76,11 +89,13 @@ def _batches(predictor: Predictor, paths: Sequence[Path]) -> Iterator[tuple[Sequ
             yield files, [future.result() for future in futures]
 
 
-def write_predictions(predictor: Predictor, paths: Sequence[Path], out: Path) -> tuple[int, dict[str, str]]:
-    """Write the predictions of all images as CSV; returns how many there are, and path -> reason of unreadable images.
+def write_predictions(predictor: Predictor, paths: Sequence[Path], out: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Write the predictions of all images as CSV; returns how many there are, and (path, reason) of unreadable images.
 
     The file appears when it is complete. Raises `UserError` if it cannot be written.
     """
+    if not out.name:
+        raise UserError(f"--out {out}: names no file")
     work = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,15 +110,15 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], out: Path) ->
             work.unlink()
 
 
-def _write(predictor: Predictor, paths: Sequence[Path], stream: TextIO) -> tuple[int, dict[str, str]]:
+def _write(predictor: Predictor, paths: Sequence[Path], stream: TextIO) -> tuple[int, list[tuple[str, str]]]:
     count, columns = 0, [*_columns(predictor), "error"]
-    bad: dict[str, str] = {}
+    bad: list[tuple[str, str]] = []
     pd.DataFrame(columns=columns).to_csv(stream, index=False)
     with tqdm(total=len(paths), desc="predicting", unit="img", leave=False, disable=None) as bar:
         for table in predicted(predictor, paths):
             table.reindex(columns=columns).to_csv(stream, index=False, header=False)
             failed = table[table["error"].notna()]
-            bad |= dict(zip(failed["image"], failed["error"], strict=True))
+            bad += zip(failed["image"], failed["error"], strict=True)
             count += len(table) - len(failed)
             bar.update(len(table))
     return count, bad

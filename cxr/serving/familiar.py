@@ -30,9 +30,12 @@ class Familiar:
         save_file(kept, file)
 
     @classmethod
-    def read(cls, file: Path, network: nn.Module) -> Familiar:
-        """What `save` wrote; `network` is the trained one, or the first of an ensemble."""
-        kept = load_file(file)
+    def read(cls, file: Path, network: nn.Module) -> Familiar | None:
+        """What `save` wrote; `network` is the trained one, or the first of an ensemble. None if there is no such file,
+        as in models of version 0.1, or it is of the form that lasted for a day and told less."""
+        kept = load_file(file) if file.exists() else {}
+        if "means" not in kept:
+            return None
         own = {name.removeprefix(_START): value for name, value in kept.items() if name.startswith(_START)}
         distances = Familiarity(*(kept[name].numpy() for name in ("means", "precision", "reference")))
         return cls(StartNetwork(network, own), distances)

@@ -139,8 +139,7 @@ class Predictor:
         model: nn.Module = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model = model.to(memory_format=torch.channels_last)
-        features = folder / FEATURES  # absent from models of version 0.1, and of trials of a search
-        return cls(model, card, Familiar.read(features, networks[0]) if features.exists() else None)
+        return cls(model, card, Familiar.read(folder / FEATURES, networks[0]))
 
     def prepare(self, image: object) -> UInt8:
         """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].

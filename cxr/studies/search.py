@@ -106,7 +106,7 @@ def open_worker(config: TuneConfig, say: Say) -> Worker:
     if train.strict:
         audited(train, data, None)
     # Missing weights fail here, not in every trial.
-    _, weights = build_model(train.arch, train.weights, train.seed, size=train.image_size)
+    _, weights = build_model(train.arch, train.weights, train.seed, len(data.task.classes), train.image_size)
     machine = ready_machine(train)
     origin = {"data": data.without("test").fingerprint, "weights": str(weights)}
     study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)

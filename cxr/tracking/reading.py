@@ -21,6 +21,7 @@ from cxr.errors import InUseError, UserError
 from cxr.task import KAGGLE, Task
 from cxr.tracking.store import prepare, store_errors
 
+_TEXTS = ("path", "digest", "group", "subtype")  # columns that stay text, though a patient may be called 007 or NA
 FINISHED = "finished"  # the value of `Tag.OUTCOME`
 
 
@@ -203,7 +204,8 @@ class LoggedRun:
         import mlflow
 
         with store_errors():
-            return pd.read_csv(StringIO(mlflow.artifacts.load_text(f"{self.artifact_uri}/{path}")))
+            text = mlflow.artifacts.load_text(f"{self.artifact_uri}/{path}")
+        return pd.read_csv(StringIO(text), converters=dict.fromkeys(_TEXTS, str))
 
     def predictions(self, split: str) -> pd.DataFrame:
         """The predictions table of a split. Raises `UserError` when it is missing."""

@@ -194,11 +194,11 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     if champion.tags.get("run_id") == tags["run_id"]:
         return True, "champion"
     before = f"version {champion.version}"
+    if champion.tags.get("class_to_index", tags.get("class_to_index")) != tags.get("class_to_index"):
+        return False, f"{before} remains champion: it has other classes; give --register another name"
     seen = [DataKind.of_version(each) for each in (champion.tags, tags)]
     if seen[0] is DataKind.PHANTOMS and seen[1] is not DataKind.PHANTOMS:
         return True, f"champion: {before} was trained on phantoms only"
-    if champion.tags.get("class_to_index", tags.get("class_to_index")) != tags.get("class_to_index"):
-        return False, f"{before} remains champion: it has other classes; give --register another name"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"{before} remains champion: validated on different images, so they cannot be compared"
     name = tags.get("selected_by", "val_loss")

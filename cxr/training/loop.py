@@ -384,7 +384,7 @@ def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
-    return loss, accuracy, _roc_auc(labels.numpy(), logits.numpy().astype(np.float64))
+    return loss, accuracy, _roc_auc(labels.numpy(), logits.numpy())
 
 
 def _roc_auc(labels: np.ndarray, logits: np.ndarray) -> float:
@@ -392,8 +392,9 @@ def _roc_auc(labels: np.ndarray, logits: np.ndarray) -> float:
     if not np.isfinite(logits).all():
         return math.nan
     if logits.shape[1] == 2:
-        return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
-    return float(roc_auc_score(labels, softmax(logits, axis=1), multi_class="ovr", labels=range(logits.shape[1])))
+        return float(roc_auc_score(labels, (logits[:, 1] - logits[:, 0]).astype(np.float64)))
+    scores = softmax(logits.astype(np.float64), axis=1)
+    return float(roc_auc_score(labels, scores, multi_class="ovr", labels=range(logits.shape[1])))
 
 
 def class_weights(labels: np.ndarray) -> Tensor:

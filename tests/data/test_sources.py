@@ -136,11 +136,12 @@ def test_lists_with_usual_column_names_and_separators_need_no_options(
     found = read(write_list(tmp_path, rows, separator=separator), **options)
     assert found.task == Task(("sick", "well"))
     assert set(found.table["group"]) == {f"p{n}" for n in range(10)}
-    assert "list list.csv" in found.remarks
+    assert "read from the list list.csv" in found.remarks
 
 
 def test_metadata_csv_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
-    file = write_list(tmp_path, patients(6), "metadata.csv")
+    rows = [{"file_name": row.pop("path"), **row} for row in patients(6)]
+    file = write_list(tmp_path, rows, "metadata.csv")
     file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
     assert len(read(tmp_path).table) == len(read(file).table) == 12
 
@@ -186,7 +187,7 @@ def test_subtypes_of_the_kaggle_set_are_three_classes(phantoms: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(4, 40), st.integers(0, 1000), st.floats(0.1, 0.5))
+@given(st.integers(9, 40), st.integers(0, 1000), st.floats(0.1, 0.5))
 def test_a_patient_is_never_on_two_sides_of_a_split_that_is_made(count: int, seed: int, fraction: float) -> None:
     groups = np.repeat([f"p{n}" for n in range(count)], 2)
     labels = np.repeat(np.arange(count) % 3, 2)
@@ -269,7 +270,7 @@ def test_a_broken_list_is_refused_in_one_line(
     [
         ({"classes": "sick,well,other"}, "other not in the data"),
         ({"classes": "sick,sick"}, "well in the data and not listed"),
-        ({"positive": "other"}, "names one of two classes"),
+        ({"positive": "other"}, "must name one of the two classes"),
         ({"columns": "path"}, "use the form"),
         ({"columns": "path=nothing"}, "has no column nothing"),
         ({"patient_pattern": "("}, "not a regular expression"),
@@ -292,7 +293,7 @@ def test_class_folders_that_differ_in_case_only_are_refused(tmp_path: Path) -> N
 
 
 def test_a_loop_of_links_is_no_trap(tmp_path: Path) -> None:
-    touch(tmp_path, "cat/1.png", "dog/2.png")
+    touch(tmp_path, *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
     (tmp_path / "cat/loop").symlink_to(tmp_path / "cat")
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
     assert read(tmp_path).task == Task(("cat", "dog"))
@@ -305,3 +306,88 @@ def test_other_classes_beside_those_of_the_kaggle_set_must_be_named(phantoms: Pa
     with pytest.raises(UserError, match="COVID: not a class folder"):
         read(folder)
     assert read(folder, classes="NORMAL,PNEUMONIA,COVID").task.classes == ("NORMAL", "PNEUMONIA", "COVID")
+
+
+def test_a_pattern_applies_only_where_no_column_tells(tmp_path: Path) -> None:
+    rows = patients(6)
+    for row in rows[:4]:
+        row["patient"] = ""
+    found = read(write_list(tmp_path, rows), patient_pattern=r"/(\d)-")
+    assert set(found.table["group"]) == {"0", "1", *(f"p{n}" for n in range(2, 6))}
+
+
+def test_copies_of_an_image_are_on_one_side_of_a_split_that_is_made(tmp_path: Path) -> None:
+    file = write_list(tmp_path, patients(30))
+    for n in range(0, 28, 4):  # the first image of a patient is also one of another patient of its class
+        shutil.copy(tmp_path / f"images/{n}-0.png", tmp_path / f"images/{n + 2}-1.png")
+    for seed in range(5):
+        table = read(file, split_seed=seed, test_fraction=0.3).table
+        assert table.groupby("digest")["official"].nunique().max() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.assign(split=["train", "test"] * (len(t) // 2)), "4 patient(s) in more than one split"),
+        (lambda t: pd.concat([t, t.assign(split="val")]), "in two splits"),
+        (lambda t: t.assign(split="holdout"), "holdout is not a split"),
+    ],
+)
+def test_a_file_of_splits_must_not_contradict(
+    tmp_path: Path, refused: Refused, change: Callable[[pd.DataFrame], pd.DataFrame], says: str
+) -> None:
+    file = write_list(tmp_path, patients(4))
+    table = read(file).table.sort_values("path").assign(split="train")
+    change(table).to_csv(tmp_path / "splits.csv", index=False)
+    assert says in refused(file, splits=str(tmp_path / "splits.csv"))
+
+
+def test_images_without_a_split_are_named_unless_they_are_left_out(phantoms: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    config = TrainConfig(data_dir=str(folder), image_size=32, cache_dir=str(tmp_path / "cache"), on_bad_image="skip")
+    bad = next(folder.glob("train/NORMAL/*"))
+    bad.write_bytes(b"no image")
+    manifest = read_data(config).manifest
+    manifest.to_csv(tmp_path / "manifest.csv", index=False)
+    again = read_data(replace(config, splits=str(tmp_path / "manifest.csv"))).manifest
+    for split in ("train", "val", "test"):
+        own, theirs = (table.loc[table["split"] == split, "digest"] for table in (again, manifest))
+        assert list(own) == list(theirs)
+    manifest.iloc[1:].to_csv(tmp_path / "manifest.csv", index=False)
+    with pytest.raises(UserError, match=r"has no split for 1 image\(s\)"):
+        read_data(replace(config, splits=str(tmp_path / "manifest.csv")))
+
+
+def test_subtypes_of_a_list_come_from_its_column(tmp_path: Path) -> None:
+    rows = patients(36, subtype=lambda n: ("", "mild", "severe")[n % 3] if n % 2 else "")
+    found = read(write_list(tmp_path, rows), labels="subtype")
+    assert found.task.classes == ("mild", "severe", "sick", "well")
+    kaggle = [{**row, "label": "PNEUMONIA" if row["label"] == "sick" else "NORMAL"} for row in rows]
+    for row in kaggle:
+        row["subtype"] = "fungal" if row["label"] == "PNEUMONIA" else "none"
+    assert read(write_list(tmp_path, kaggle), labels="subtype").task.classes == ("fungal", "none")
+    plain = [{key: value for key, value in row.items() if key != "subtype"} for row in rows]
+    with pytest.raises(UserError, match="tells no subtypes"):
+        read(write_list(tmp_path, plain), labels="subtype")
+
+
+def test_subtypes_may_be_listed_in_an_order_and_must_fit_their_class(phantoms: Path, tmp_path: Path) -> None:
+    listed = read(phantoms, labels="subtype", classes="VIRUS,BACTERIA,NORMAL")
+    assert listed.task.classes == ("VIRUS", "BACTERIA", "NORMAL")
+    folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    file = next(folder.glob("train/NORMAL/*"))
+    file.rename(folder / "train/PNEUMONIA" / file.name)
+    with pytest.raises(UserError, match="tells no subtype of its class"):
+        read(folder, labels="subtype")
+
+
+def test_a_patient_written_as_missing_is_none(tmp_path: Path) -> None:
+    rows = [{**row, "patient": "NA"} for row in patients(6)]
+    found = read(write_list(tmp_path, rows))
+    assert (found.table["group"] == found.table["path"]).all()
+
+
+def test_metadata_beside_splits_is_not_read_as_a_list(phantoms: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    (folder / "metadata.csv").write_text("file_name,age\n1.png,3\n")
+    pd.testing.assert_frame_equal(read(folder).table, read(phantoms).table)

@@ -46,7 +46,7 @@ def test_every_image_is_predicted_as_alone_and_bad_ones_are_named(
     assert len(files) == COUNT
     count, bad = write_predictions(predictor, files, tmp_path / "new" / "out.csv")
     assert count == COUNT - 3
-    assert {Path(path).name: reason for path, reason in bad.items()}.items() >= {
+    assert {Path(path).name: reason for path, reason in bad}.items() >= {
         "001.png": "zero bytes",
         "003.png": "not a JPEG or PNG",
     }.items()
