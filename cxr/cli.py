@@ -86,6 +86,13 @@ def crossval(**parameters: Any) -> None:
     crossval_tracked(config, say=click.echo)
 
 
+PATHS = click.option(
+    "--paths",
+    type=click.Choice(["auto", "plain", "hashed"]),
+    default="auto",
+    show_default=True,
+    help="what stands for an image: its path, or the start of the sha256 of its bytes (auto: if any file is DICOM)",
+)
 MODEL = click.option(
     "--model",
     "uri",
@@ -138,11 +145,12 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
     help="bootstrap resamples for each 95% interval",
 )
 @click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
-def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str) -> None:
+@PATHS
+def evaluate_command(uri: str, data_dir: str, bootstrap: int, cache_dir: str, paths: str) -> None:
     """Evaluate a model on other images and log the result as a new MLflow run."""
     from cxr.runs.evaluate import evaluate_tracked
 
-    evaluate_tracked(uri, data_dir, bootstrap, cache_dir, say=click.echo)
+    evaluate_tracked(uri, data_dir, bootstrap, cache_dir, click.echo, paths)
 
 
 @cli.group()
@@ -228,9 +236,10 @@ def data() -> None:
     help="also test for a shift between splits, in features from these weights (values as in train); none skips it",
 )
 @click.option("--strict", is_flag=True, help="exit with code 2 if there is leakage across splits")
-def audit_command(folder: str, cache_dir: str, weights: str, strict: bool) -> None:
+@PATHS
+def audit_command(folder: str, cache_dir: str, weights: str, strict: bool, paths: str) -> None:
     """Report the contents of FOLDER and any problems found. Exit code 1 if files are corrupt."""
-    config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict)
+    config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict, paths=paths)
     from cxr.data.load import read_data
     from cxr.network.resnet import build_model
     from cxr.runs.audit import audited

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from cxr.data import dicom
 from cxr.data.splits import CLASS_TO_INDEX, CLASSES, OFFICIAL
 from cxr.errors import UserError
 
-SUFFIXES = {".jpeg", ".jpg", ".png"}
+SUFFIXES = {".jpeg", ".jpg", ".png"} | dicom.SUFFIXES
 UNLABELLED = "unlabelled"
 COLUMNS = ["path", "label", "official", "group", "subtype"]
 _UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
@@ -67,7 +68,9 @@ def index_folder(root: Path) -> pd.DataFrame:
     for split in ("train", "test"):
         for name, label in CLASS_TO_INDEX.items():
             if not ((table["official"] == split) & (table["label"] == label)).any():
-                raise UserError(f"{root / split / name}: contains no .jpeg, .jpg or .png; both classes are required")
+                raise UserError(
+                    f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; both classes are required"
+                )
     table["digest"] = digest_files(root / path for path in table["path"])
     return table
 
@@ -83,7 +86,7 @@ def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]
         top = Path(data_dir).expanduser().absolute()
     except RuntimeError as error:
         raise UserError(f"--data-dir {data_dir}: {error}; pass the absolute path of the folder") from error
-    files = [path for path in _visible(top) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in _visible(top) if _is_image(path)]
     if files and not any(path.is_dir() for path in _visible(top)):
         rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
         table = pd.DataFrame(rows, columns=COLUMNS)
@@ -108,10 +111,22 @@ def _index_split(root: Path, split: str) -> list[tuple[str, int, str, str, str]]
                 continue
             raise UserError(f"{folder}: not a class folder; {split}/ may contain only {' and '.join(CLASSES)}")
         for file in _visible(folder):
-            if file.suffix.lower() in SUFFIXES:
+            if _is_image(file):
                 path = file.relative_to(root).as_posix()
                 rows.append((path, CLASS_TO_INDEX[name], split, *parse_name(path)))
     return rows
+
+
+def _is_image(file: Path) -> bool:
+    """By its suffix; a file without one, or with a number (`1.2.840.113619`), is an image if it is DICOM."""
+    suffix = file.suffix.lower()
+    if suffix in SUFFIXES or not (suffix == "" or suffix[1:].isdigit()):
+        return suffix in SUFFIXES
+    try:
+        with file.open("rb") as stream:
+            return dicom.is_dicom(stream.read(dicom.HEAD))
+    except OSError:  # a folder, or not readable
+        return False
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
+from cxr.data.depth import FULL
 from cxr.data.kaggle import find_root, index_folder
 from cxr.data.phantoms import VERSION, write_synthetic
+from cxr.data.sources import Sources, read_sources
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
 from cxr.storage import Cache
 
+# How an owner finds a file whose path is not shown.
+HIDDEN_HINT = " (paths are hidden: `sha256sum` of the files finds them, --paths plain shows them)"
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A data set ready to train on: the manifest (bad images left out), the decoded images, and their origin."""
+    """A data set ready to train on: the manifest (bad images left out), the decoded images, and their origin.
+
+    `files` maps the manifest's `path` to the file; the former may be a digest in place of the path. `depth` is that of
+    16-bit grey, in bits.
+    """
 
     manifest: pd.DataFrame
     store: Store
@@ -27,6 +37,8 @@ class Data:
     fingerprint: str
     synthetic: bool
     held_out: str = "test"  # the split that reports: `fold` in a cross-validation
+    files: Mapping[str, Path] = field(default_factory=dict)
+    depth: int = FULL
 
     def part(self, split: str) -> pd.DataFrame:
         """The manifest's rows of one split."""
@@ -42,19 +54,28 @@ def read_data(config: TrainConfig) -> Data:
     cache = Cache.open(config.cache_dir)
     synthetic = config.data_dir == SYNTHETIC
     root = find_root(write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
-    table = index_folder(root)
-    files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
+    found = read_sources(root, index_folder(root), cache, config.paths, config.depth)
+    table, reading = found.table, found.reading
+    store = open_store(
+        list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
+    )
     bad = bad_paths(table, store)
-    table = reject_bad(table, bad, config.on_bad_image)
-    fold = config.fold_numbers()
-    if fold:
-        manifest = assign_fold(table, *fold, config.val_fraction, config.split_seed)
-    else:
-        manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+    manifest = _split(config, reject_bad(table, bad, config.on_bad_image, reading.hidden), found)
     shapes = [store.shapes[digest] for digest in manifest["digest"]]
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
-    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, "fold" if fold else "test")
+    identity = fingerprint(manifest, reading.depth)
+    held_out = "fold" if config.fold_numbers() else "test"
+    return Data(manifest, store, bad, root, identity, synthetic, held_out, found.files, reading.depth)
+
+
+def _split(config: TrainConfig, table: pd.DataFrame, found: Sources) -> pd.DataFrame:
+    """The manifest with the column `split`; groups are split in an order that no key determines."""
+    ordered = table.assign(group=table["group"].map(found.order))
+    if fold := config.fold_numbers():
+        manifest = assign_fold(ordered, *fold, config.val_fraction, config.split_seed)
+    else:
+        manifest = assign_splits(ordered, config.val_split, config.val_fraction, config.split_seed)
+    return manifest.assign(group=manifest["path"].map(table.set_index("path")["group"]))
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:
@@ -67,13 +88,14 @@ def list_bad(bad: dict[str, str]) -> str:
     return "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
 
 
-def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str) -> pd.DataFrame:
-    """The manifest without the unreadable images. `bad` maps a path to the reason.
+def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str, hidden: bool = False) -> pd.DataFrame:
+    """The manifest without the unreadable images. `bad` maps a path to the reason, or what stands for it if `hidden`.
 
     Raises `UserError` naming all of them when `on_bad_image` is `stop` and there are any.
     """
     if bad and on_bad_image == "stop":
         raise UserError(
             f"{len(bad)} unreadable image(s): {list_bad(bad)}; fix or remove them, or use --on-bad-image skip"
+            + HIDDEN_HINT * hidden
         )
     return manifest[~manifest["path"].isin(bad)].reset_index(drop=True)

@@ -34,7 +34,8 @@ def audited(config: TrainConfig, data: Data, model: ResNet | None, precision: st
     if findings is None:
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
         features = pooled_features(config, data, model, precision) if model else None
-        findings = audit(data.manifest, data.bad, images=images, root=data.root, features=features)
+        manifest = data.manifest.assign(file=data.manifest["path"].map(data.files))
+        findings = audit(manifest, data.bad, images=images, root=data.root, features=features)
         content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.conclusive)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):

@@ -11,7 +11,8 @@ import torch
 
 from cxr.data.batches import eval_batches, make_split
 from cxr.data.kaggle import UNLABELLED, index_for_evaluation
-from cxr.data.load import bad_paths, list_bad
+from cxr.data.load import HIDDEN_HINT, bad_paths, list_bad
+from cxr.data.sources import read_sources
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
@@ -53,14 +54,16 @@ class Predicted:
         return fingerprint(self.table)
 
 
-def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print) -> None:
+def evaluate_tracked(
+    uri: str, data_dir: str, bootstrap: int, cache_dir: str, say: Say = print, paths: str = "auto"
+) -> None:
     """Evaluate a logged or registered model on other images, in a new MLflow run.
 
     The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
-    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError` for a model or a folder that
-    cannot be used, or unreadable images.
+    Kaggle layout. Of images without labels, the accuracy is estimated. `paths` is as in training. Raises `UserError`
+    for a model or a folder that cannot be used, or unreadable images.
     """
-    found = _predicted(uri, data_dir, cache_dir)
+    found = _predicted(uri, data_dir, cache_dir, paths)
     own = _own_tables(uri)
     if found.split == UNLABELLED:
         metrics, words = _estimated(own, found, bootstrap)
@@ -84,14 +87,17 @@ def evaluate_tracked(uri: str, data_dir: str, bootstrap: int, cache_dir: str, sa
         say("\n".join([*words, *(f"look: {where}" for where in tracker.where())]))
 
 
-def _predicted(uri: str, data_dir: str, cache_dir: str) -> Predicted:
+def _predicted(uri: str, data_dir: str, cache_dir: str, paths: str) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, table, split = index_for_evaluation(data_dir)
-    files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(cache_dir))
+    root, indexed, split = index_for_evaluation(data_dir)
+    cache = Cache.open(cache_dir)
+    found = read_sources(root, indexed, cache, paths)
+    table, files = found.table, list(found.files.values())
+    store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache, found.reading)
     if bad := bad_paths(table, store):
-        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
+        hint = HIDDEN_HINT * found.reading.hidden
+        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them{hint}")
     table = table.assign(split=split)
     batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
     logits, familiarity = predictor.outputs(batches)
@@ -186,7 +192,7 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
     if not own:
         return []
     trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
-    known = predictions["subtype"] != "unknown"  # other file names do not identify patients
+    known = predictions["group"] != predictions["path"]  # neither the header nor the file name tells other patients
     copies = int(predictions["digest"].isin(set(trained["digest"])).sum())
     seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
     head, tail = f"of {len(predictions)} images are", "these metrics are not a valid evaluation"
@@ -195,7 +201,7 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
         words.append(f"WARNING: {copies} {head} files that the model was trained or selected on: {tail}")
     if seen:
         words.append(
-            f"WARNING: {seen} {head} of patients that the model was trained or selected on, by file names: {tail}"
+            f"WARNING: {seen} {head} of patients that the model was trained or selected on, by header or name: {tail}"
         )
     return words
 

@@ -16,6 +16,7 @@ from torchvision.models import ResNet
 from cxr.audit.checks import Finding
 from cxr.config import TrainConfig
 from cxr.data.batches import Split, make_split
+from cxr.data.depth import FULL
 from cxr.data.load import Data
 from cxr.data.phantoms import phantom
 from cxr.data.splits import CLASS_TO_INDEX, CLASSES, fingerprint
@@ -67,6 +68,7 @@ def log_start(
             Tag.SEED: str(config.seed),
             Tag.DATA: registry.DataKind.of(data.synthetic),
             **origin,
+            Tag.DEPTH: str(data.depth),
             Tag.DEVICE: describe(machine.device),
             Tag.PROCESSES: str(processes()),
             Tag.COMMIT: git_commit(),
@@ -157,6 +159,7 @@ def card_of(
     threshold: float = HALF,
     calibration: Calibration = IDENTITY,
     certainty_limit: float = 0.0,
+    depth: int = FULL,
 ) -> ModelCard:
     """What goes with the weights of a run."""
     return ModelCard(
@@ -170,6 +173,7 @@ def card_of(
         class_to_index=CLASS_TO_INDEX,
         calibration=calibration,
         certainty_limit=certainty_limit,
+        depth=depth,
     )
 
 
@@ -214,8 +218,10 @@ def version_tags(
 
 
 def _card(config: TrainConfig, result: RunResult) -> ModelCard:
-    limit, fingerprint = result.reports.certainty_limit, result.data.fingerprint
-    return card_of(config, result.weights, fingerprint, result.test.threshold, result.calibration, limit)
+    limit, data = result.reports.certainty_limit, result.data
+    return card_of(
+        config, result.weights, data.fingerprint, result.test.threshold, result.calibration, limit, data.depth
+    )
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:

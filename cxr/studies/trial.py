@@ -124,7 +124,11 @@ class TrialRunner:
         assert self._model is not None
         search, config = self.search, trial_config(self.search.config, trial.params)
         with tempfile.TemporaryDirectory() as work:
-            save_package(Path(work), self._model.state_dict(), card_of(config, search.weights, search.data.fingerprint))
+            save_package(
+                Path(work),
+                self._model.state_dict(),
+                card_of(config, search.weights, search.data.fingerprint, depth=search.data.depth),
+            )
             keep_only(search.parent.run_id, trial.user_attrs[RUN], Path(work))
 
 

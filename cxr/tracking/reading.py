@@ -36,6 +36,7 @@ class Tag(StrEnum):
     SEED = "seed"
     DATA = "data"
     DATA_FINGERPRINT = "data_fingerprint"
+    DEPTH = "depth"
     TEST_SPLIT = "test_split"  # by which the uses of a test split are counted
     WEIGHTS = "weights_used"
     DEVICE = "device"
