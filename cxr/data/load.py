@@ -10,9 +10,9 @@ import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.depth import FULL
+from cxr.data.headers import Headers, read_headers
 from cxr.data.kaggle import find_root, index_folder
 from cxr.data.phantoms import VERSION, write_synthetic
-from cxr.data.sources import Sources, read_sources
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
@@ -54,7 +54,7 @@ def read_data(config: TrainConfig) -> Data:
     cache = Cache.open(config.cache_dir)
     synthetic = config.data_dir == SYNTHETIC
     root = find_root(write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
-    found = read_sources(root, index_folder(root), cache, config.paths, config.depth)
+    found = read_headers(root, index_folder(root), cache, config.paths, config.depth)
     table, reading = found.table, found.reading
     store = open_store(
         list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
@@ -68,7 +68,7 @@ def read_data(config: TrainConfig) -> Data:
     return Data(manifest, store, bad, root, identity, synthetic, held_out, found.files, reading.depth)
 
 
-def _split(config: TrainConfig, table: pd.DataFrame, found: Sources) -> pd.DataFrame:
+def _split(config: TrainConfig, table: pd.DataFrame, found: Headers) -> pd.DataFrame:
     """The manifest with the column `split`; groups are split in an order that no key determines."""
     ordered = table.assign(group=table["group"].map(found.order))
     if fold := config.fold_numbers():

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 
 from cxr.data.batches import eval_batches, make_split
+from cxr.data.headers import read_headers
 from cxr.data.kaggle import UNLABELLED, index_for_evaluation
 from cxr.data.load import HIDDEN_HINT, bad_paths, list_bad
-from cxr.data.sources import read_sources
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
@@ -92,7 +92,7 @@ def _predicted(uri: str, data_dir: str, cache_dir: str, paths: str) -> Predicted
     card = predictor.card
     root, indexed, split = index_for_evaluation(data_dir)
     cache = Cache.open(cache_dir)
-    found = read_sources(root, indexed, cache, paths)
+    found = read_headers(root, indexed, cache, paths)
     table, files = found.table, list(found.files.values())
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache, found.reading)
     if bad := bad_paths(table, store):

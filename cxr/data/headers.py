@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class Headers:
     """An indexed data set, ready to be decoded.
 
     `table` is the manifest with the names to log in `path` and patients in `group`; `files` maps a name to its file, in
@@ -49,7 +49,7 @@ class Sources:
     reading: Reading
 
 
-def read_sources(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO) -> Sources:
+def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO) -> Headers:
     """Of a manifest whose `path` is relative to `root`. `paths` is auto, plain or hashed; auto hides them if any file
     is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot be used.
     """
@@ -61,7 +61,7 @@ def read_sources(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUT
     named = _named(table, _patients(files, radiographs, key), key if hidden else None)
     deep = {d: file for d, file, head in zip(table["digest"], files, heads, strict=True) if _is_deep(head)}
     reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), any(radiographs), hidden)
-    return Sources(
+    return Headers(
         table.assign(path=named["path"], group=named["group"]),
         dict(zip(named["path"], files, strict=True)),
         dict(zip(named["group"], named["order"], strict=True)),

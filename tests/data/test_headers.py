@@ -13,10 +13,10 @@ from PIL import Image
 from small import small
 
 from cxr.config import TrainConfig
-from cxr.data import sources
+from cxr.data import headers
+from cxr.data.headers import read_headers
 from cxr.data.kaggle import index_folder
 from cxr.data.load import read_data
-from cxr.data.sources import read_sources
 from cxr.storage import Cache
 
 
@@ -41,7 +41,7 @@ def config(folder: Path, **options: str) -> TrainConfig:
 
 def test_jpeg_files_keep_their_names_groups_and_store(phantoms: Path, own_cache: Path) -> None:
     table = index_folder(phantoms)
-    found = read_sources(phantoms, table, Cache.open())
+    found = read_headers(phantoms, table, Cache.open())
     assert found.table.equals(table)
     assert list(found.files) == list(table["path"])
     assert all(group == order for group, order in found.order.items())
@@ -62,7 +62,7 @@ def test_12_bits_in_16_are_found_once_for_a_data_set(
     ]
     assert max(gaps) <= 1
     assert len({read_data(config(deep, depth=depth)).fingerprint for depth in ("auto", "12", "16")}) == 2
-    monkeypatch.setattr(sources, "largest_value", None)  # it would be called
+    monkeypatch.setattr(headers, "largest_value", None)  # it would be called
     assert read_data(config(deep)).depth == 12
 
 
@@ -71,21 +71,21 @@ def test_a_damaged_depth_is_found_again(deep: Path, own_cache: Path) -> None:
     (deep / "train" / "NORMAL" / "broken.png").write_bytes((deep / table["path"][0]).read_bytes()[:200])
     table = index_folder(deep)
     for text in ("", "{}", '{"largest": 70000}'):
-        assert read_sources(deep, table, Cache.open()).reading.depth == 12
+        assert read_headers(deep, table, Cache.open()).reading.depth == 12
         for file in own_cache.glob("depths/*"):
             file.write_text(text)
 
 
 def test_dicom_files_are_named_by_their_digest_and_patients_by_a_keyed_hash(radiographs: Path) -> None:
     table = index_folder(radiographs)
-    found = read_sources(radiographs, table, Cache.open())
+    found = read_headers(radiographs, table, Cache.open())
     assert found.reading.hidden
     for name, file in found.files.items():
         assert hashlib.sha256(file.read_bytes()).hexdigest().startswith(name)
     text = found.table.to_csv()
     assert [secret for secret in SECRETS if secret in text] == []
     assert 10 < found.table["group"].nunique() < len(table)
-    plain = read_sources(radiographs, table, Cache.open(), "plain")
+    plain = read_headers(radiographs, table, Cache.open(), "plain")
     assert list(plain.table["path"]) == list(table["path"])
     assert list(plain.table["group"]) == list(found.table["group"])
 
@@ -115,7 +115,7 @@ def test_identical_and_unreadable_files_have_names_of_their_own(phantoms: Path, 
     shutil.copy(first, first.with_name("z-copy.jpeg"))
     (folder / "train" / "NORMAL" / "secret-folder.jpeg").mkdir()
     table = index_folder(folder)
-    found = read_sources(folder, table, Cache.open(), "hashed")
+    found = read_headers(folder, table, Cache.open(), "hashed")
     names = list(found.files)
     assert len(set(names)) == len(table)
     digest = hashlib.sha256(first.read_bytes()).hexdigest()[:16]
