@@ -38,35 +38,60 @@ T = TypeVar("T")
 class Headers:
     """An indexed data set, ready to be decoded.
 
-    `table` is the manifest with the names to log in `path` and patients in `group`; `files` maps a name to its file, in
-    the order of the table. `order` maps a group to what stands for it when images are split: never a keyed hash, which
-    would split the same images in another way on another machine.
+    `table` is the manifest with the names to log in `path`; `files` maps a name to its file, in the order of the table.
+    `groups` maps a name to the group to log. That in the table is for splitting: it is never a keyed hash, which would
+    split the same images in another way on another machine.
     """
 
     table: pd.DataFrame
     files: Mapping[str, Path]
-    order: Mapping[str, str]
+    groups: Mapping[str, str]
     reading: Reading
 
 
-def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO) -> Headers:
-    """Of a manifest whose `path` is relative to `root`. `paths` is auto, plain or hashed; auto hides them if any file
-    is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot be used.
+def with_patients(root: Path, table: pd.DataFrame, cache: Cache) -> pd.DataFrame:
+    """A manifest whose groups are the patients that DICOM files tell, each by its first digest, which is the same on
+    every machine; a new column `patient` holds their keyed hashes, or nothing.
+
+    Without DICOM files, the manifest as it was. Raises `UserError` when the cache cannot be used.
     """
     files = [root / path for path in table["path"]]
+    radiographs = _radiographs(files, _in_threads(_head, files, "reading headers"))
+    if not any(radiographs):
+        return table
+    patients = _patients(files, radiographs, cache.patient_key())
+    first: dict[str, str] = {}
+    for digest, patient in sorted(zip(table["digest"], patients, strict=True)):
+        first.setdefault(patient, digest)
+    groups = [first[patient] if patient else group for patient, group in zip(patients, table["group"], strict=True)]
+    return table.assign(group=groups, patient=patients)
+
+
+def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO) -> Headers:
+    """Of a manifest whose `path` is relative to `root`, with patients or not yet. `paths` is auto, plain or hashed;
+    auto hides them if any file is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot
+    be used.
+    """
+    table = table if "patient" in table else with_patients(root, table, cache)
+    files = [root / path for path in table["path"]]
     heads = _in_threads(_head, files, "reading headers")
-    radiographs = [dicom.is_dicom(head) or dicom.has_dicom_name(file) for file, head in zip(files, heads, strict=True)]
-    hidden = paths == HASHED or (paths == AUTO and any(radiographs))
-    key = cache.patient_key() if hidden or any(radiographs) else b""
-    named = _named(table, _patients(files, radiographs, key), key if hidden else None)
+    radiographs = any(_radiographs(files, heads))
+    hidden = paths == HASHED or (paths == AUTO and radiographs)
     deep = {d: file for d, file, head in zip(table["digest"], files, heads, strict=True) if _is_deep(head)}
-    reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), any(radiographs), hidden)
+    reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), radiographs, hidden)
+    names = _hidden_names(table["digest"]) if hidden else list(table["path"])
+    groups = _groups(table, names, cache.patient_key() if hidden else None)
     return Headers(
-        table.assign(path=named["path"], group=named["group"]),
-        dict(zip(named["path"], files, strict=True)),
-        dict(zip(named["group"], named["order"], strict=True)),
+        table.assign(path=names).drop(columns="patient", errors="ignore"),
+        dict(zip(names, files, strict=True)),
+        dict(zip(names, groups, strict=True)),
         reading,
     )
+
+
+def _radiographs(files: Sequence[Path], heads: Sequence[bytes]) -> list[bool]:
+    """Which files are DICOM."""
+    return [dicom.is_dicom(head) or dicom.has_dicom_name(file) for file, head in zip(files, heads, strict=True)]
 
 
 def _in_threads(read: Callable[[Path], T], files: Sequence[Path], title: str) -> list[T]:
@@ -87,24 +112,18 @@ def _is_deep(head: bytes) -> bool:
     return head.startswith(_PNG) and head[24:26] == bytes([16, 0])
 
 
-def _patients(files: Sequence[Path], radiographs: Sequence[bool], key: bytes) -> list[str | None]:
-    """The patient of each DICOM file; None for other files, and where the header tells none."""
+def _patients(files: Sequence[Path], radiographs: Sequence[bool], key: bytes) -> list[str]:
+    """The patient of each DICOM file; empty for other files, and where the header tells none."""
     chosen = [file for file, is_dicom in zip(files, radiographs, strict=True) if is_dicom]
-    found = iter(_in_threads(partial(dicom.patient_of, key=key), chosen, "reading patients") if chosen else [])
-    return [next(found) if is_dicom else None for is_dicom in radiographs]
+    found = iter(_in_threads(partial(dicom.patient_of, key=key), chosen, "reading patients"))
+    return [next(found) or "" if is_dicom else "" for is_dicom in radiographs]
 
 
-def _named(table: pd.DataFrame, patients: Sequence[str | None], key: bytes | None) -> pd.DataFrame:
-    """Columns path, group and order (what stands for the group in a split). Paths are hidden if there is a `key`."""
-    digests, groups = list(table["digest"]), list(table["group"])
-    first: dict[str, str] = {}
-    for patient, digest in sorted(zip(patients, digests, strict=True), key=lambda pair: pair[1]):
-        first.setdefault(patient or "", digest)
-    paths = _hidden_names(digests) if key is not None else list(table["path"])
-    rows = zip(patients, groups, table["path"], paths, strict=True)
-    shown = [patient or _group(group, path, name, key) for patient, group, path, name in rows]
-    order = [first[patient] if patient else group for patient, group in zip(patients, groups, strict=True)]
-    return pd.DataFrame({"path": paths, "group": shown, "order": order}, index=table.index)
+def _groups(table: pd.DataFrame, names: Sequence[str], key: bytes | None) -> list[str]:
+    """The groups to log. Those that file names tell are hidden if there is a `key`."""
+    patients = table["patient"] if "patient" in table else [""] * len(table)
+    rows = zip(patients, table["group"], table["path"], names, strict=True)
+    return [patient or _group(group, path, name, key) for patient, group, path, name in rows]
 
 
 def _group(group: str, path: str, name: str, key: bytes | None) -> str:

@@ -69,13 +69,12 @@ def read_data(config: TrainConfig) -> Data:
 
 
 def _split(config: TrainConfig, table: pd.DataFrame, found: Headers) -> pd.DataFrame:
-    """The manifest with the column `split`; groups are split in an order that no key determines."""
-    ordered = table.assign(group=table["group"].map(found.order))
+    """The manifest with the column `split`, and the groups to log."""
     if fold := config.fold_numbers():
-        manifest = assign_fold(ordered, *fold, config.val_fraction, config.split_seed)
+        manifest = assign_fold(table, *fold, config.val_fraction, config.split_seed)
     else:
-        manifest = assign_splits(ordered, config.val_split, config.val_fraction, config.split_seed)
-    return manifest.assign(group=manifest["path"].map(table.set_index("path")["group"]))
+        manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+    return manifest.assign(group=manifest["path"].map(found.groups))
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:

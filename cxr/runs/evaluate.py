@@ -93,7 +93,7 @@ def _predicted(uri: str, data_dir: str, cache_dir: str, paths: str) -> Predicted
     root, indexed, split = index_for_evaluation(data_dir)
     cache = Cache.open(cache_dir)
     found = read_headers(root, indexed, cache, paths)
-    table, files = found.table, list(found.files.values())
+    table, files = found.table.assign(group=list(found.groups.values())), list(found.files.values())
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache, found.reading)
     if bad := bad_paths(table, store):
         hint = HIDDEN_HINT * found.reading.hidden

@@ -44,7 +44,7 @@ def test_jpeg_files_keep_their_names_groups_and_store(phantoms: Path, own_cache:
     found = read_headers(phantoms, table, Cache.open())
     assert found.table.equals(table)
     assert list(found.files) == list(table["path"])
-    assert all(group == order for group, order in found.order.items())
+    assert list(found.groups.values()) == list(table["group"])
     assert found.reading.format.startswith("2-pillow")
     assert not (own_cache / "patients.key").exists()
 
@@ -82,12 +82,12 @@ def test_dicom_files_are_named_by_their_digest_and_patients_by_a_keyed_hash(radi
     assert found.reading.hidden
     for name, file in found.files.items():
         assert hashlib.sha256(file.read_bytes()).hexdigest().startswith(name)
-    text = found.table.to_csv()
+    text = found.table.to_csv() + repr(found.groups)
     assert [secret for secret in SECRETS if secret in text] == []
-    assert 10 < found.table["group"].nunique() < len(table)
+    assert 10 < len(set(found.groups.values())) == found.table["group"].nunique() < len(table)
     plain = read_headers(radiographs, table, Cache.open(), "plain")
     assert list(plain.table["path"]) == list(table["path"])
-    assert list(plain.table["group"]) == list(found.table["group"])
+    assert list(plain.groups.values()) == list(found.groups.values())
 
 
 def test_a_split_does_not_depend_on_the_key(radiographs: Path, tmp_path: Path) -> None:
@@ -121,8 +121,7 @@ def test_identical_and_unreadable_files_have_names_of_their_own(phantoms: Path, 
     digest = hashlib.sha256(first.read_bytes()).hexdigest()[:16]
     assert {digest, f"{digest}-2"} <= set(names)
     assert not any("secret" in name or "unreadable" in name for name in names)
-    own = found.table[found.table["group"] == found.table["path"]]
-    assert len(own) == (table["group"] == table["path"]).sum() > 0
+    assert sum(name == group for name, group in found.groups.items()) == (table["group"] == table["path"]).sum() > 0
 
 
 def test_mixed_sets_and_files_without_a_patient(phantoms: Path, tmp_path: Path) -> None:
