@@ -1,3 +1,3 @@
-"""Honest, fast, tracked fine-tuning of ResNets that look for pneumonia in chest X-rays."""
+"""Honest, fast, tracked fine-tuning of networks that look for pneumonia in chest X-rays."""
 
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainCommand, T
 from cxr.errors import Stopped, UserError
 from cxr.machine import processes
 from cxr.options import options
+from cxr.parameters import option_name
 
 BAD_INPUT, STOPPED = 2, 130
 ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can report the same error first
@@ -25,7 +27,7 @@ ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can r
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(cxr.__version__)
 def cli() -> None:
-    """Fine-tune a pretrained ResNet to find pneumonia in chest X-rays, and track it in MLflow.
+    """Fine-tune a pretrained network to find pneumonia in chest X-rays, and track it in MLflow.
 
     Not for clinical use.
     """
@@ -106,12 +108,31 @@ MODEL = click.option(
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @MODEL
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per image")
-def predict(images: tuple[Path, ...], uri: str, as_json: bool) -> None:
-    """Print label, probability of pneumonia and decision for each of IMAGES. Not for clinical use."""
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="write a CSV, with unreadable images in its last column",
+)
+def predict(images: tuple[Path, ...], uri: str, as_json: bool, out: Path | None) -> None:
+    """Print label, probability and decision for each of IMAGES: files, folders and lists. Not for clinical use.
+
+    With --out, unreadable images do not stop the others; the exit code is 1 if there are any.
+    """
+    from cxr.serving.bulk import image_files, write_predictions
     from cxr.tracking.registry import load
 
-    table = load(uri).predict_files(images)
-    click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+    files = image_files(images)
+    if out is None:
+        table = load(uri).predict_files(files)
+        click.echo(table.to_json(orient="records", lines=True) if as_json else table.to_string(index=False))
+        return
+    if as_json:
+        raise UserError("--json: prints, and --out writes a CSV; use one of them")
+    count, bad = write_predictions(load(uri), files, out)
+    for image, reason in bad.items():
+        click.echo(f"unreadable: {image} ({reason})", err=True)
+    click.echo(f"{count} of {len(files)} images predicted, {len(bad)} unreadable: {out}")
+    sys.exit(1 if bad else 0)
 
 
 @cli.command()
@@ -134,8 +155,8 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
 @click.option(
     "--data-dir",
     required=True,
-    help="folder laid out like the Kaggle set (evaluates its test split), or containing NORMAL/ and PNEUMONIA/, or "
-    "images without labels, for which the accuracy is estimated",
+    help="folder with train/ and test/ (evaluates its test split), or of class folders, or a list (CSV, TSV, JSON); or "
+    "a folder of images without labels, for which the accuracy is estimated",
 )
 @click.option(
     "--bootstrap",
@@ -226,9 +247,36 @@ def data() -> None:
     """Audit a data set, manage the cache, generate phantoms, download the Kaggle set."""
 
 
+# What decides how a source of images is read.
+SOURCE = (
+    *("labels", "classes", "positive", "columns", "patient_pattern", "splits", "test_fraction"),
+    *("val_split", "val_fraction", "split_seed", "paths", "cache_dir"),
+)
+
+
+@data.command("check")
+@click.argument("source", default=SYNTHETIC)
+@options(TrainCommand, SOURCE)
+def check_command(source: str, **parameters: Any) -> None:
+    """Print what would be read from SOURCE (a folder or a list), what is odd about it, and how to train on it.
+
+    Only the headers of the images are read, and nothing is written but the phantoms, if they are asked for.
+    """
+    config = TrainConfig(data_dir=source, **parameters)
+    from cxr.data.check import checked
+    from cxr.data.load import source_of
+
+    for line in checked(source_of(config), config):
+        click.echo(line)
+    default = TrainConfig()
+    given = [(name, value) for name, value in parameters.items() if value != getattr(default, name)]
+    extra = [part for name, value in given for part in (option_name(name), str(value))]
+    click.echo(f"train: {shlex.join(['cxr', 'train', '--data-dir', source, *extra])}")
+
+
 @data.command("audit")
 @click.argument("folder", default=SYNTHETIC)
-@click.option("--cache-dir", default="auto", show_default=True, help="folder for decoded images")
+@options(TrainCommand, SOURCE)
 @click.option(
     "--weights",
     default="none",
@@ -236,16 +284,15 @@ def data() -> None:
     help="also test for a shift between splits, in features from these weights (values as in train); none skips it",
 )
 @click.option("--strict", is_flag=True, help="exit with code 2 if there is leakage across splits")
-@PATHS
-def audit_command(folder: str, cache_dir: str, weights: str, strict: bool, paths: str) -> None:
-    """Report the contents of FOLDER and any problems found. Exit code 1 if files are corrupt."""
-    config = TrainConfig(data_dir=folder, cache_dir=cache_dir, on_bad_image="skip", strict=strict, paths=paths)
+def audit_command(folder: str, weights: str, strict: bool, **parameters: Any) -> None:
+    """Report the contents of FOLDER (or list) and any problems found. Exit code 1 if files are corrupt."""
+    config = TrainConfig(data_dir=folder, on_bad_image="skip", strict=strict, **parameters)
     from cxr.data.load import read_data
     from cxr.network.resnet import build_model
     from cxr.runs.audit import audited
 
     content = read_data(config)
-    model = None if weights == "none" else build_model(config.arch, weights, config.seed)[0]
+    model = None if weights == "none" else build_model(config.arch, weights, config.seed, size=config.image_size)[0]
     for finding in audited(config, content, model):
         click.echo(finding.line())
     sys.exit(1 if content.bad else 0)

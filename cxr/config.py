@@ -8,22 +8,12 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 from cxr.errors import UserError
+from cxr.families import FAMILIES
 from cxr.parameters import Spec, check, option_name, param, parse, spec_of, text_of, types_of
 from cxr.strategies import STRATEGIES, Phase
 from cxr.threshold_rule import ThresholdRule
 
-ARCHS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+ARCHS = tuple(FAMILIES)
 C = TypeVar("C", bound="CommandConfig")
 SYNTHETIC = "synthetic"
 MAX_SEED = 1_000_000_000  # torch and Philox accept at most 64 bits
@@ -42,14 +32,47 @@ class TrainConfig:
         choices=tuple(STRATEGIES),
         commands=("train", "tune", "crossval"),
     )
-    arch: str = param("resnet18", "torchvision ResNet", choices=ARCHS)
+    arch: str = param("resnet18", "backbone, by its name in torchvision", choices=ARCHS)
     weights: str = param(
         "auto",
         "initial weights: auto (ImageNet, or random with a warning if unavailable), imagenet (fail if unavailable), "
         "random, or a .pth/.safetensors file",
     )
     data_dir: str = param(
-        SYNTHETIC, "folder with train/ and test/, each with NORMAL/ and PNEUMONIA/, or 'synthetic' for phantoms"
+        SYNTHETIC,
+        "the images: the Kaggle folder, another folder of class folders (with or without train/, val/ and test/ above "
+        "them), a CSV, TSV or JSON list, or 'synthetic' for phantoms",
+    )
+    labels: str = param(
+        "class",
+        "what is classified: class, or subtype (of the Kaggle set: NORMAL, BACTERIA, VIRUS; of a list: its column)",
+        choices=("class", "subtype"),
+        before="class",
+    )
+    classes: str = param(
+        "auto", "names of the classes in order, comma-separated; auto takes those found, sorted", before="auto"
+    )
+    positive: str = param("auto", "the positive one of two classes; auto is the second", before="auto")
+    columns: str = param(
+        "auto",
+        "columns of a list, such as path=Image,label=Finding,patient=Subject,split=Set,subtype=Kind; auto knows the "
+        "usual names",
+        before="auto",
+    )
+    patient_pattern: str = param(
+        "auto",
+        "regular expression with one group that finds the patient in the path of an image, where no column tells; auto "
+        "knows the names of the Kaggle set",
+        before="auto",
+    )
+    splits: str = param(
+        "auto",
+        "the splits: auto (those of the source, else made), or a CSV with the columns digest and split, such as "
+        "data/manifest.csv of a run",
+        before="auto",
+    )
+    test_fraction: float = param(
+        0.2, "fraction held out as test, by patient, if the source has no test split", above=0, high=0.9, before=0.2
     )
     paths: str = param(
         "auto",
@@ -103,11 +126,11 @@ class TrainConfig:
     batch_size: int = param(32, "training batch size", low=2, high=4096, search=(16, 128), log=True)
     epochs: int = param(10, "maximum epochs per phase", low=1, high=10000)
     lr_head: float = param(
-        1e-3, "learning rate of the phase that trains fc", above=0, high=10, search=(1e-5, 1e-1), log=True
+        1e-3, "learning rate of the phase that trains the head", above=0, high=10, search=(1e-5, 1e-1), log=True
     )
     lr_top: float = param(
         1e-4,
-        "learning rate of the phase that trains layer4 and fc",
+        "learning rate of the phase that trains the last stage and the head",
         above=0,
         high=10,
         search=(1e-6, 1e-2),
@@ -212,6 +235,8 @@ class TrainConfig:
         require_model_name(self.register, "--register")
         ThresholdRule.parse(self.threshold)
         self.fold_numbers()
+        if self.image_size % (multiple := FAMILIES[self.arch].multiple):
+            raise UserError(f"--image-size {self.image_size}: --arch {self.arch} takes multiples of {multiple}")
 
     def fold_numbers(self) -> tuple[int, int] | None:
         """(k, n) of `fold`, k from 1; None for none."""
@@ -230,7 +255,7 @@ class TrainConfig:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The strategy's phases, in order."""
-        return STRATEGIES[self.strategy]
+        return FAMILIES[self.arch].phases(self.strategy)
 
     def rates(self) -> tuple[float, ...]:
         """The learning rate of each phase, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,18 @@ class _Boolean(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value}: unknown; choose one of true, false", param, ctx)
 
 
-def options(cls: type[CommandConfig]) -> Callable[[Command], Command]:
-    """A decorator that adds an option for each parameter, spelled with hyphens or (as MLflow does) underscores.
+def options(cls: type[CommandConfig], only: Collection[str] = ()) -> Callable[[Command], Command]:
+    """A decorator that adds an option for each parameter, or for those in `only`.
+
+    They are spelled with hyphens or (as MLflow does) underscores.
 
     Choices and bounds are checked by the dataclass, so that scripts and the command line get the same message.
     """
 
     def decorate(command: Command) -> Command:
         types = types_of(TrainConfig) | types_of(cls)
-        for item in reversed(parameters_of(cls)):
+        chosen = [item for item in parameters_of(cls) if not only or item.name in only]
+        for item in reversed(chosen):
             spec, kind = spec_of(item), types[item.name]
             spellings = dict.fromkeys([option_name(item.name), f"--{item.name}"])
             choices = ("true", "false") if kind is bool else spec.choices

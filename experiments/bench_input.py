@@ -33,7 +33,8 @@ from cxr.data.kaggle import digest_files, find_root, index_folder
 from cxr.data.store import Store, open_store
 from cxr.data.views import View
 from cxr.machine import describe, eval_batch_size, resolve_device, resolve_precision, seed_everything
-from cxr.network.resnet import build_model, run_stages
+from cxr.network.resnet import build_model
+from cxr.network.stages import run_stages
 from cxr.storage import Cache
 from cxr.strategies import STRATEGIES
 from cxr.training.frozen_prefix import look_up

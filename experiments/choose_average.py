@@ -38,7 +38,8 @@ from cxr.evaluation.calibration import fit_calibration, margins_of
 from cxr.evaluation.report import weighted_loss
 from cxr.machine import Machine, ready_machine
 from cxr.network.inference import autocast, infer
-from cxr.network.resnet import build_model, run_stages
+from cxr.network.resnet import build_model
+from cxr.network.stages import run_stages
 from cxr.runs.resume import checkpoints_of
 from cxr.runs.train import train_model
 from cxr.tracking.tracker import NullTracker

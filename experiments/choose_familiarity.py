@@ -33,7 +33,8 @@ from cxr.data.load import Data, read_data
 from cxr.data.phantoms import phantom
 from cxr.data.views import to_input
 from cxr.machine import ready_machine
-from cxr.network.resnet import build_model, run_stages
+from cxr.network.resnet import build_model
+from cxr.network.stages import run_stages
 from validation import trained
 
 UInt8 = npt.NDArray[np.uint8]

@@ -2,7 +2,7 @@
 
     uv run python experiments/planted_shortcuts.py --weights auto --seeds 5 --out shortcuts.csv
 
-Results in LOG.md: "planted shortcuts", 2026-11-25 and 2026-11-26.
+Result in LOG.md: "2026-11-25: planted shortcuts".
 
 Phantoms, in which a cue marks every PNEUMONIA image of train and validation, and none of test: `aspect` (stretched
 sideways by 1.25), `marker` (a bright square in the corner) or `border` (a black frame). Three models are validated on

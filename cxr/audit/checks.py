@@ -13,7 +13,7 @@ import pandas as pd
 from cxr.audit.duplicates import Groups, exact_duplicates, mixed, near_duplicates, pairs_of, pixel_duplicates
 from cxr.audit.shortcuts import cue_table, separabilities, shift
 from cxr.data.load import list_bad
-from cxr.data.splits import CLASSES
+from cxr.task import KAGGLE, Task
 
 PATIENTS_ACROSS = "patients in more than one split"
 FILES_ACROSS = "identical files in more than one split"
@@ -45,6 +45,7 @@ def audit(
     images: npt.NDArray[np.uint8] | None = None,
     root: Path | None = None,
     features: npt.NDArray[np.float32] | None = None,
+    task: Task = KAGGLE,
 ) -> list[Finding]:
     """Run all checks for which the inputs are given. `bad` maps the path of an unreadable file to the reason; `images`
     and `features` are in the order of the manifest.
@@ -57,13 +58,14 @@ def audit(
     for given in (images, features):
         if given is not None and len(given) != len(manifest):
             raise ValueError(f"{len(given)} rows for {len(manifest)} images")
-    findings = [_count(manifest), _balance(manifest), _corrupt(bad), _unnamed(manifest), _crossing(manifest)]
+    findings = [_count(manifest, task), _balance(manifest, task)]
+    findings += [_corrupt(bad), _unnamed(manifest), _crossing(manifest)]
     findings += _duplicates(manifest, images)
     if root is not None:
         findings.append(_shortcuts(manifest, cue_table(root, manifest, images)))
     if features is not None:
         groups, labels = manifest["group"].to_numpy(), manifest["label"].to_numpy(np.int64)
-        findings.append(_shift(shift(features, manifest["split"].to_numpy(), labels, groups)))
+        findings.append(_shift(shift(features, manifest["split"].to_numpy(), labels, groups, task)))
     return findings
 
 
@@ -72,21 +74,23 @@ def leaks(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.check in LEAKS and not finding.ok]
 
 
-def _count(manifest: pd.DataFrame) -> Finding:
+def _count(manifest: pd.DataFrame, task: Task) -> Finding:
     table = (
         manifest.groupby(["split", "label"])
         .size()
         .unstack(fill_value=0)
-        .reindex(columns=range(len(CLASSES)), fill_value=0)
+        .reindex(columns=range(len(task.classes)), fill_value=0)
     )
-    parts = [f"{split} {row[0]}/{row[1]}" for split, row in table.iterrows()]
-    return Finding(f"images ({'/'.join(CLASSES)})", True, ", ".join(parts))
+    parts = [f"{split} {'/'.join(map(str, row))}" for split, row in table.iterrows()]
+    return Finding(f"images ({'/'.join(task.classes)})", True, ", ".join(parts))
 
 
-def _balance(manifest: pd.DataFrame) -> Finding:
-    shares = manifest.groupby("split")["label"].mean()
-    spread = float(shares.max() - shares.min())
-    text = ", ".join(f"{split} {share:.1%}" for split, share in shares.items())
+def _balance(manifest: pd.DataFrame, task: Task) -> Finding:
+    """The share of the positive class in each split, or of every class of more than two."""
+    shares = pd.crosstab(manifest["split"], manifest["label"], normalize="index")
+    shares = shares.reindex(columns=range(len(task.classes)), fill_value=0.0).iloc[:, 1 if task.binary else 0 :]
+    spread = float((shares.max() - shares.min()).max())
+    text = ", ".join(f"{split} {'/'.join(f'{share:.1%}' for share in row)}" for split, row in shares.iterrows())
     return Finding("class balance", spread < 0.05, text + ("" if spread < 0.05 else " (differs between splits)"))
 
 

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from cxr.data import dicom
-from cxr.data.splits import CLASSES
+from cxr.task import KAGGLE, Task
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -81,10 +81,11 @@ def _read_dicom(path: Path) -> tuple[float, float, float, float, str, float, flo
 def separability(values: Floats, labels: Ints, groups: npt.ArrayLike) -> float:
     """How well one cue separates the classes: cross-validated AUC, 0.5 to 1; NaN if it cannot be computed.
 
-    `values` [n] may be missing, which counts as a separate value; `labels` [n] are 0 or 1; each of the 5 folds keeps
-    the groups of `groups` [n] together. The model is a decision tree with 16 leaves on the ranks, so it is invariant to
-    the scale of the cue and can use non-monotone relations. The tree learns the direction in each training fold; a mean
-    below 0.5 is due to chance and returned as 0.5.
+    `values` [n] may be missing, which counts as a separate value; `labels` [n] count from 0, and of more than two the
+    AUC is the mean over each against the rest; each of the 5 folds keeps the groups of `groups` [n] together. The model
+    is a decision tree with 16 leaves on the ranks, so it is invariant to the scale of the cue and can use non-monotone
+    relations. The tree learns the direction in each training fold; a mean below 0.5 is due to chance and returned as
+    0.5.
     """
     return _separate(values, labels, make_folds(labels, groups))
 
@@ -105,12 +106,13 @@ def _separate(values: Floats, labels: Ints, folds: Folds) -> float:
 def make_folds(labels: Ints, groups: npt.ArrayLike) -> Folds:
     """(train, test) positions of up to 5 stratified folds by group; none if a class has only one group."""
     names = pd.factorize(np.asarray(groups))[0]
-    count = min(FOLDS, *(len(np.unique(names[labels == label])) for label in (0, 1)))
+    every = range(max(1, int(labels.max(initial=0))) + 1)
+    count = min(FOLDS, *(len(np.unique(names[labels == label])) for label in every))
     if count < 2:
         return []
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
     folds = splitter.split(np.zeros(len(labels)), labels, names)
-    return [(train, test) for train, test in folds if len(set(labels[train])) == len(set(labels[test])) == 2]
+    return [(train, test) for train, test in folds if len(set(labels[train])) == len(set(labels[test])) == len(every)]
 
 
 def _mean_auc(model: object, features: Floats, labels: Ints, folds: Folds) -> float:
@@ -120,16 +122,21 @@ def _mean_auc(model: object, features: Floats, labels: Ints, folds: Folds) -> fl
 
 def _fold_auc(model: object, features: Floats, labels: Ints, train: Ints, test: Ints) -> float:
     fitted = model.fit(features[train], labels[train])  # type: ignore[attr-defined]
-    return float(roc_auc_score(labels[test], fitted.predict_proba(features[test])[:, 1]))
+    found = fitted.predict_proba(features[test])
+    return float(roc_auc_score(labels[test], found[:, 1] if found.shape[1] == 2 else found, multi_class="ovr"))
 
 
 def shift(
-    features: npt.NDArray[np.float32], splits: npt.ArrayLike, labels: Ints, groups: npt.ArrayLike
+    features: npt.NDArray[np.float32],
+    splits: npt.ArrayLike,
+    labels: Ints,
+    groups: npt.ArrayLike,
+    task: Task = KAGGLE,
 ) -> dict[tuple[str, str], float]:
     """How well a linear probe separates train from another split: (split, class) -> AUC, about 0.5 for no shift.
 
     Each class is probed by itself. `features` is [n, d], e.g. pooled features of an ImageNet network, one row for each
-    of `splits`, `labels` (0 or 1) and `groups`, all [n]. A logistic regression on standardised features is
+    of `splits`, `labels` (of the task) and `groups`, all [n]. A logistic regression on standardised features is
     cross-validated by groups, with at most 1000 images per split (a classifier two-sample test, Lopez-Paz and Oquab
     2017). Splits with fewer than 20 images of a class are left out. Raises ValueError if the lengths differ.
     """
@@ -138,16 +145,16 @@ def shift(
         raise ValueError(f"{len(features)} rows of features for {len(where)} images")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
     found = {}
-    for split, label, rows in _comparisons(where, labels):
+    for split, label, rows in _comparisons(where, labels, len(task.classes)):
         other = (where[rows] != "train").astype(np.int64)
-        found[split, CLASSES[label]] = _mean_auc(probe, features[rows], other, make_folds(other, names[rows]))
+        found[split, task.classes[label]] = _mean_auc(probe, features[rows], other, make_folds(other, names[rows]))
     return {pair: auc for pair, auc in found.items() if not np.isnan(auc)}
 
 
-def _comparisons(splits: npt.NDArray[np.str_], labels: Ints) -> Iterator[tuple[str, int, Ints]]:
+def _comparisons(splits: npt.NDArray[np.str_], labels: Ints, classes: int) -> Iterator[tuple[str, int, Ints]]:
     """(other split, class, positions of train and of the other split) for all with enough images."""
     rng = np.random.default_rng(0)
-    for split, label in product(("val", "test"), range(len(CLASSES))):
+    for split, label in product(("val", "test"), range(classes)):
         sides = [np.flatnonzero((splits == name) & (labels == label)) for name in ("train", split)]
         if min(len(side) for side in sides) >= MIN_IMAGES:
             yield split, label, np.concatenate([rng.permutation(side)[:MAX_IMAGES] for side in sides])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cxr.data import dicom
 from cxr.data.decode import ImageError, largest_value
 from cxr.data.depth import FULL, fewest_bits
-from cxr.data.kaggle import is_unreadable
+from cxr.data.kaggle import is_unreadable, parse_name
 from cxr.data.store import Reading
 from cxr.storage import Cache, write_atomically
 
@@ -49,17 +49,20 @@ class Headers:
     reading: Reading
 
 
-def with_patients(root: Path, table: pd.DataFrame, cache: Cache) -> pd.DataFrame:
+def with_patients(root: Path, table: pd.DataFrame, key: Callable[[], bytes]) -> pd.DataFrame:
     """A manifest whose groups are the patients that DICOM files tell, each by its first digest, which is the same on
     every machine; a new column `patient` holds their keyed hashes, or nothing.
 
-    Without DICOM files, the manifest as it was. Raises `UserError` when the cache cannot be used.
+    Headers come before file names; a group that is not that of the file name was given, and stays. Without DICOM
+    files, the manifest as it was, and no `key` is asked for. Raises `UserError` when the key cannot be had.
     """
     files = [root / path for path in table["path"]]
     radiographs = _radiographs(files, _in_threads(_head, files, "reading headers"))
     if not any(radiographs):
         return table
-    patients = _patients(files, radiographs, cache.patient_key())
+    by_name = [parse_name(path)[0] == group for path, group in zip(table["path"], table["group"], strict=True)]
+    asked = [radiograph and named for radiograph, named in zip(radiographs, by_name, strict=True)]
+    patients = _patients(files, asked, key())
     first: dict[str, str] = {}
     for digest, patient in sorted(zip(table["digest"], patients, strict=True)):
         first.setdefault(patient, digest)
@@ -72,7 +75,7 @@ def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUT
     auto hides them if any file is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot
     be used.
     """
-    table = table if "patient" in table else with_patients(root, table, cache)
+    table = table if "patient" in table else with_patients(root, table, cache.patient_key)
     files = [root / path for path in table["path"]]
     heads = _in_threads(_head, files, "reading headers")
     radiographs = any(_radiographs(files, heads))
@@ -112,11 +115,11 @@ def _is_deep(head: bytes) -> bool:
     return head.startswith(_PNG) and head[24:26] == bytes([16, 0])
 
 
-def _patients(files: Sequence[Path], radiographs: Sequence[bool], key: bytes) -> list[str]:
-    """The patient of each DICOM file; empty for other files, and where the header tells none."""
-    chosen = [file for file, is_dicom in zip(files, radiographs, strict=True) if is_dicom]
+def _patients(files: Sequence[Path], asked: Sequence[bool], key: bytes) -> list[str]:
+    """The patient of each DICOM file that is asked for; empty for others, and where the header tells none."""
+    chosen = [file for file, is_asked in zip(files, asked, strict=True) if is_asked]
     found = iter(_in_threads(partial(dicom.patient_of, key=key), chosen, "reading patients"))
-    return [next(found) or "" if is_dicom else "" for is_dicom in radiographs]
+    return [next(found) or "" if is_asked else "" for is_asked in asked]
 
 
 def _groups(table: pd.DataFrame, names: Sequence[str], key: bytes | None) -> list[str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from cxr.data import dicom
-from cxr.data.splits import CLASS_TO_INDEX, CLASSES, OFFICIAL
+from cxr.data.splits import OFFICIAL
 from cxr.errors import UserError
+from cxr.task import KAGGLE, Task
 
 SUFFIXES = {".jpeg", ".jpg", ".png"} | dicom.SUFFIXES
 UNLABELLED = "unlabelled"
@@ -56,31 +57,31 @@ def parse_name(path: str) -> tuple[str, str]:
     return path, "unknown"
 
 
-def index_folder(root: Path) -> pd.DataFrame:
-    """The manifest of `root/{train,val,test}/{NORMAL,PNEUMONIA}`, sorted by path.
+def index_folder(root: Path, task: Task = KAGGLE) -> pd.DataFrame:
+    """The manifest of `root/{train,val,test}/CLASS`, sorted by path.
 
     Columns: path (relative, posix), label (0 NORMAL, 1 PNEUMONIA), official (split by folder), group, subtype, digest
-    (sha256 of the bytes, or `unreadable:` and the path). Raises `UserError` for a folder without both classes in train
+    (sha256 of the bytes, or `unreadable:` and the path). Raises `UserError` for a folder without every class in train
     and test.
     """
-    rows = [row for split in OFFICIAL for row in _index_split(root, split)]
+    rows = [row for split in OFFICIAL for row in list_classes(root, split, task)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     for split in ("train", "test"):
-        for name, label in CLASS_TO_INDEX.items():
+        for name, label in task.class_to_index.items():
             if not ((table["official"] == split) & (table["label"] == label)).any():
                 raise UserError(
-                    f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; both classes are required"
+                    f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; every class is required"
                 )
     table["digest"] = digest_files(root / path for path in table["path"])
     return table
 
 
-def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]:
+def index_for_evaluation(data_dir: str | Path, task: Task = KAGGLE) -> tuple[Path, pd.DataFrame, str]:
     """(root, manifest, split) of images to evaluate on: the `test` split of a folder in the Kaggle layout, all images
-    of a flat folder with `NORMAL/` and `PNEUMONIA/`, as split `external`, or the files of a folder without subfolders,
-    as split `unlabelled`, whose label is -1.
+    of a folder of class folders, as split `external`, or the files of a folder without subfolders, as split
+    `unlabelled`, whose label is -1.
 
-    Raises `UserError` for a folder with one class only, or without images.
+    Raises `UserError` for a folder that lacks a class, or without images.
     """
     try:
         top = Path(data_dir).expanduser().absolute()
@@ -91,29 +92,37 @@ def index_for_evaluation(data_dir: str | Path) -> tuple[Path, pd.DataFrame, str]
         rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
         table = pd.DataFrame(rows, columns=COLUMNS)
         return top, table.assign(digest=digest_files(files)), UNLABELLED
-    if not any(path.name.upper() in CLASS_TO_INDEX for path in _visible(top)):
+    if not any(_label(path.name, task) is not None for path in _visible(top)):
         root = find_root(top)
-        table = index_folder(root)
+        table = index_folder(root, task)
         return root, table[table["official"] == "test"].reset_index(drop=True), "test"
-    table = pd.DataFrame(_index_split(top, "."), columns=COLUMNS).assign(official="external")
-    if set(table["label"]) != set(CLASS_TO_INDEX.values()):
-        raise UserError(f"--data-dir {top}: needs images in both {' and '.join(CLASSES)}")
+    table = pd.DataFrame(list_classes(top, ".", task), columns=COLUMNS).assign(official="external")
+    if set(table["label"]) != set(task.class_to_index.values()):
+        raise UserError(f"--data-dir {top}: needs images in each of {' and '.join(task.classes)}")
     table["digest"] = digest_files(top / path for path in table["path"])
     return top, table, "external"
 
 
-def _index_split(root: Path, split: str) -> list[tuple[str, int, str, str, str]]:
+def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str, str, str]]:
+    """The rows (path, label, split, group, subtype) of the class folders in `root/split`.
+
+    Raises `UserError` for a folder that is none of the task's classes.
+    """
     rows = []
     for folder in _visible(root / split):
-        name = folder.name.upper()
-        if name not in CLASS_TO_INDEX:
+        label = _label(folder.name, task)
+        if label is None:
             if not folder.is_dir():
                 continue
-            raise UserError(f"{folder}: not a class folder; {split}/ may contain only {' and '.join(CLASSES)}")
+            known = " and ".join(task.classes)
+            raise UserError(
+                f"{folder}: not a class folder; {split}/ may contain only {known}; for other classes, name all of them "
+                "by --classes"
+            )
         for file in _visible(folder):
             if _is_image(file):
                 path = file.relative_to(root).as_posix()
-                rows.append((path, CLASS_TO_INDEX[name], split, *parse_name(path)))
+                rows.append((path, label, split, *parse_name(path)))
     return rows
 
 
@@ -127,6 +136,16 @@ def _is_image(file: Path) -> bool:
             return dicom.is_dicom(stream.read(dicom.HEAD))
     except OSError:  # a folder, or not readable
         return False
+
+
+def _label(name: str, task: Task) -> int | None:
+    """The label of a class folder; those of the Kaggle set may be written in any case."""
+    return task.class_to_index.get(name.upper() if task == KAGGLE else name)
+
+
+def folder_names(folder: Path) -> list[str]:
+    """The names of the visible folders in a folder; none if it does not exist."""
+    return [path.name for path in _visible(folder) if path.is_dir()]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -11,12 +11,13 @@ import pandas as pd
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.depth import FULL
 from cxr.data.headers import Headers, read_headers
-from cxr.data.kaggle import find_root, index_folder
 from cxr.data.phantoms import VERSION, write_synthetic
+from cxr.data.sources import Source, read_source
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
 from cxr.data.store import Store, open_store
 from cxr.errors import UserError
 from cxr.storage import Cache
+from cxr.task import KAGGLE, Task
 
 # How an owner finds a file whose path is not shown.
 HIDDEN_HINT = " (paths are hidden: `sha256sum` of the files finds them, --paths plain shows them)"
@@ -36,6 +37,8 @@ class Data:
     root: Path
     fingerprint: str
     synthetic: bool
+    task: Task = KAGGLE
+    remarks: tuple[str, ...] = ()  # about the source, for people
     held_out: str = "test"  # the split that reports: `fold` in a cross-validation
     files: Mapping[str, Path] = field(default_factory=dict)
     depth: int = FULL
@@ -52,29 +55,36 @@ class Data:
 def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = Cache.open(config.cache_dir)
-    synthetic = config.data_dir == SYNTHETIC
-    root = find_root(write_synthetic(cache.phantoms(VERSION)) if synthetic else config.data_dir)
-    found = read_headers(root, index_folder(root), cache, config.paths, config.depth)
+    synthetic, source = config.data_dir == SYNTHETIC, source_of(config)
+    found = read_headers(source.root, source.table, cache, config.paths, config.depth)
     table, reading = found.table, found.reading
     store = open_store(
         list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
     )
     bad = bad_paths(table, store)
-    manifest = _split(config, reject_bad(table, bad, config.on_bad_image, reading.hidden), found)
+    manifest = _split(config, reject_bad(table, bad, config.on_bad_image, reading.hidden), found, source.task)
     shapes = [store.shapes[digest] for digest in manifest["digest"]]
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
-    identity = fingerprint(manifest, reading.depth)
-    held_out = "fold" if config.fold_numbers() else "test"
-    return Data(manifest, store, bad, root, identity, synthetic, held_out, found.files, reading.depth)
+    identity, held_out = fingerprint(manifest, reading.depth), "fold" if config.fold_numbers() else "test"
+    origin = (source.root, identity, synthetic, source.task, source.remarks)
+    return Data(manifest, store, bad, *origin, held_out, found.files, reading.depth)
 
 
-def _split(config: TrainConfig, table: pd.DataFrame, found: Headers) -> pd.DataFrame:
+def _split(config: TrainConfig, table: pd.DataFrame, found: Headers, task: Task) -> pd.DataFrame:
     """The manifest with the column `split`, and the groups to log."""
     if fold := config.fold_numbers():
-        manifest = assign_fold(table, *fold, config.val_fraction, config.split_seed)
+        manifest = assign_fold(table, fold, config.val_fraction, config.split_seed, task)
     else:
-        manifest = assign_splits(table, config.val_split, config.val_fraction, config.split_seed)
+        given = "official" if config.splits != "auto" else config.val_split
+        manifest = assign_splits(table, given, config.val_fraction, config.split_seed, task)
     return manifest.assign(group=manifest["path"].map(found.groups))
+
+
+def source_of(config: TrainConfig) -> Source:
+    """The images of `data_dir`; phantoms are made if they are missing."""
+    if config.data_dir != SYNTHETIC:
+        return read_source(config, config.data_dir)
+    return read_source(config, write_synthetic(Cache.open(config.cache_dir).phantoms(VERSION)))
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:

@@ -10,9 +10,10 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from cxr.data.depth import FULL
 from cxr.errors import UserError
+from cxr.task import KAGGLE, Task
 
-CLASSES = ("NORMAL", "PNEUMONIA")
-CLASS_TO_INDEX = {name: index for index, name in enumerate(CLASSES)}
+CLASSES = KAGGLE.classes
+CLASS_TO_INDEX = KAGGLE.class_to_index
 OFFICIAL = ("train", "val", "test")
 
 
@@ -24,11 +25,13 @@ def fingerprint(manifest: pd.DataFrame, depth: int = FULL) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, seed: int) -> pd.DataFrame:
+def assign_splits(
+    manifest: pd.DataFrame, val_split: str, val_fraction: float, seed: int, task: Task = KAGGLE
+) -> pd.DataFrame:
     """A copy with the column `split` (train, val, test).
 
     `official` keeps the split of the folders. `grouped` pools train and val and holds out `val_fraction` of each class,
-    by group. The test split never changes. Raises `UserError` if a split has no image of a class.
+    by group. The test split never changes. Raises `UserError` if a split has no image of a class of the task.
     """
     table = manifest.copy()
     table["split"] = table["official"]
@@ -36,17 +39,20 @@ def assign_splits(manifest: pd.DataFrame, val_split: str, val_fraction: float, s
         pool = table.index[table["official"] != "test"]
         held = grouped_holdout(table.loc[pool, "group"], table.loc[pool, "label"], val_fraction, seed)
         table.loc[pool, "split"] = np.where(held, "val", "train")
-    _require_both_classes(table, val_split)
+    require_every_class(table, f"--val-split {val_split}", task)
     return table
 
 
-def assign_fold(manifest: pd.DataFrame, number: int, folds: int, val_fraction: float, seed: int) -> pd.DataFrame:
-    """The rows of train and val, with the column `split`: `fold` for fold `number` (from 1) of `folds`, and of the rest
-    `val` for a fraction `val_fraction` and `train` otherwise.
+def assign_fold(
+    manifest: pd.DataFrame, fold: tuple[int, int], val_fraction: float, seed: int, task: Task = KAGGLE
+) -> pd.DataFrame:
+    """The rows of train and val, with the column `split`: `fold` for `fold` = (number, from 1; how many), and of the
+    rest `val` for a fraction `val_fraction` and `train` otherwise.
 
     Folds are stratified by class and keep groups together (scikit-learn's `StratifiedGroupKFold`). Rows of the test
     folder are dropped. Raises `UserError` if one of the three has no image of a class.
     """
+    number, folds = fold
     table = manifest[manifest["official"] != "test"].reset_index(drop=True)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     try:
@@ -58,16 +64,17 @@ def assign_fold(manifest: pd.DataFrame, number: int, folds: int, val_fraction: f
     rest = table.index[table["split"] == "train"]
     held = grouped_holdout(table.loc[rest, "group"], table.loc[rest, "label"], val_fraction, seed)
     table.loc[rest, "split"] = np.where(held, "val", "train")
-    _require_both_classes(table, f"grouped --fold {number}/{folds}", ("train", "val", "fold"))
+    require_every_class(table, f"--val-split grouped --fold {number}/{folds}", task, ("train", "val", "fold"))
     return table
 
 
-def _require_both_classes(table: pd.DataFrame, val_split: str, splits: tuple[str, ...] = OFFICIAL) -> None:
+def require_every_class(table: pd.DataFrame, option: str, task: Task, splits: tuple[str, ...] = OFFICIAL) -> None:
+    """Raise `UserError`, naming the option that made the splits, if one of them has no image of a class."""
     for split in splits:  # also test: all images of a class may have been skipped as unreadable
-        for name, label in CLASS_TO_INDEX.items():
+        for name, label in task.class_to_index.items():
             if not ((table["split"] == split) & (table["label"] == label)).any():
                 raise UserError(
-                    f"--val-split {val_split}: leaves no {name} image in {split}; "
+                    f"{option}: leaves no {name} image in {split}; "
                     "use a different --val-split or --val-fraction, or more data"
                 )
 
@@ -75,15 +82,17 @@ def _require_both_classes(table: pd.DataFrame, val_split: str, splits: tuple[str
 def grouped_holdout(groups: pd.Series, labels: pd.Series, fraction: float, seed: int) -> np.ndarray:
     """A boolean mask [n] of the held-out images: about `fraction` of each class, by group.
 
-    Groups are shuffled by `seed` within their majority class and held out until the fraction of the class is nearest to
-    `fraction`, at least one group. Groups are kept together, so the fraction is off by at most half a group.
+    Groups are shuffled by `seed` within their majority class (of equals, the higher label) and held out until the
+    fraction of the class is nearest to `fraction`, at least one group. Groups are kept together, so the fraction is off
+    by at most half a group.
     """
     frame = pd.DataFrame({"group": groups.to_numpy(), "label": labels.to_numpy()})
-    stats = frame.groupby("group")["label"].agg(["size", "mean"])  # sorted by group, independent of the row order
+    counts = pd.crosstab(frame["group"], frame["label"])  # sorted by group, independent of the row order
+    majority = counts[counts.columns[::-1]].idxmax(axis=1)
     rng = np.random.default_rng(seed)
     chosen: list[str] = []
-    for positive in (False, True):
-        sizes = stats.loc[(stats["mean"] >= 0.5) == positive, "size"]
+    for label in counts.columns:
+        sizes = counts.sum(axis=1)[majority == label]
         sizes = sizes.iloc[rng.permutation(len(sizes))]
         before = sizes.cumsum() - sizes
         take = before + sizes / 2 <= fraction * sizes.sum()

@@ -10,9 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logit
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.linear_model import LogisticRegression
 
+from cxr.errors import UserError
 from cxr.evaluation.metrics import Floats, Ints
 
 _EDGE = 1e-12  # probabilities are clipped by this much
@@ -28,7 +30,10 @@ class CalibrationMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """P(pneumonia) = sigmoid(slope * margin + offset), where margin is logit PNEUMONIA minus logit NORMAL."""
+    """P(positive) = sigmoid(slope * margin + offset), where margin is the positive logit minus the other.
+
+    Of more than two classes, softmax(slope * logits).
+    """
 
     method: CalibrationMethod
     slope: float = 1.0
@@ -39,6 +44,13 @@ class Calibration:
         """Probabilities [n] of margins [n]."""
         probabilities: Floats = expit(self.slope * margins + self.offset)
         return probabilities
+
+    def probabilities(self, logits: npt.NDArray[np.floating]) -> Floats:
+        """Probabilities [n, k] of logits [n, k]."""
+        if logits.shape[1] > 2:
+            return np.asarray(softmax(self.slope * logits.astype(np.float64), axis=1))
+        positive = self.apply(margins_of(logits))
+        return np.stack([1 - positive, positive], 1)
 
     def words(self) -> str:
         """A description: the method and its parameters."""
@@ -85,8 +97,38 @@ def fit_calibration(method: str, margins: Floats, labels: Ints) -> Calibration:
     return Calibration(CalibrationMethod(method), slope, offset)
 
 
+def fit_temperature(logits: Floats, labels: Ints) -> Calibration:
+    """Temperature scaling (Guo et al. 2017) of more than two classes, fitted on validation logits [n, k] and labels.
+
+    Targets are smoothed as in `fit_calibration`, so that the slope stays finite where all decisions are right.
+    """
+    classes = logits.shape[1]
+    counts = np.bincount(labels, minlength=classes)[labels]
+    share = (counts + 1) / (counts + classes)
+    truth = np.eye(classes)[labels]
+    targets = truth * share[:, None] + (1 - truth) * ((1 - share) / (classes - 1))[:, None]
+
+    def loss(log_slope: float) -> float:
+        return -float((targets * log_softmax(np.exp(log_slope) * logits, axis=1)).sum())
+
+    found = minimize_scalar(loss, bounds=(-5.0, 5.0), method="bounded", options={"xatol": 1e-8})
+    return Calibration(CalibrationMethod.TEMPERATURE, float(np.exp(found.x)))
+
+
+def fit(method: str, logits: Floats, labels: Ints) -> Calibration:
+    """The calibration of validation logits [n, k] and labels [n].
+
+    Raises `UserError` for Platt scaling of more than two classes.
+    """
+    if logits.shape[1] == 2:
+        return fit_calibration(method, margins_of(logits), labels)
+    if method == CalibrationMethod.PLATT:
+        raise UserError(f"--calibration platt: is for two classes, not {logits.shape[1]}; use temperature or none")
+    return fit_temperature(logits, labels) if method == CalibrationMethod.TEMPERATURE else IDENTITY
+
+
 def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:
-    """Probabilities [n] corrected for a different prevalence of pneumonia, all else equal (Elkan 2001).
+    """Probabilities [n] corrected for a different prevalence of the positive class, all else equal (Elkan 2001).
 
     `before` is the prevalence that they assume, `after` the actual one; both between 0 and 1.
     """
@@ -96,7 +138,8 @@ def correct_prior(probabilities: Floats, before: float, after: float) -> Floats:
 
 
 def estimate_prior(probabilities: Floats, before: float, steps: int = 1000) -> float:
-    """The prevalence of pneumonia among unlabelled images, by expectation maximisation (Saerens et al. 2002)."""
+    """The prevalence of the positive class among unlabelled images, by expectation
+    maximisation (Saerens et al. 2002)."""
     share = before
     for _ in range(steps):
         new = float(correct_prior(probabilities, before, float(np.clip(share, 1e-6, 1 - 1e-6))).mean())
@@ -107,6 +150,6 @@ def estimate_prior(probabilities: Floats, before: float, steps: int = 1000) -> f
 
 
 def margins_of(logits: npt.NDArray[np.floating]) -> Floats:
-    """Logits [n, 2] -> logit PNEUMONIA minus logit NORMAL [n]."""
+    """Logits [n, 2] -> the positive logit minus the other [n]."""
     exact = logits.astype(np.float64)
     return np.asarray(exact[:, 1] - exact[:, 0])

@@ -6,7 +6,7 @@ Point values are scikit-learn's. The intervals need each metric for a thousand w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,12 @@ def confusion(labels: Ints, probabilities: Floats, threshold: float = 0.5) -> In
     return counts
 
 
+def counts_of(labels: Ints, decisions: Ints, classes: int) -> Ints:
+    """Counts [k, k] of labels [n] and decisions [n] of `classes` classes: rows are the true class."""
+    counts: Ints = sk.confusion_matrix(labels, decisions, labels=list(range(classes)))
+    return counts
+
+
 def classification_report(labels: Ints, probabilities: Floats, names: Sequence[str], threshold: float = 0.5) -> str:
     """scikit-learn's text table of precision, recall and F1 for each class."""
     decisions = (probabilities >= threshold).astype(np.int64)
@@ -125,13 +131,22 @@ def intervals(
     other metrics have none.
     """
     replicates = replicate(labels, probabilities, group_weights(groups, resamples))
-    tails = [(1 - level) / 2, (1 + level) / 2]
     names, positive = np.asarray(groups, dtype=object), labels == 1
     chosen = {"recall": positive, "specificity": ~positive, "accuracy": np.ones(len(labels), bool)}
     trials = {name: len(set(names[rows])) for name, rows in chosen.items()}
-    several = len(set(groups)) > 1
+    return percentile_bounds(replicates, trials, len(set(groups)), level)
+
+
+def percentile_bounds(
+    replicates: Mapping[str, Floats], trials: Mapping[str, int], groups: int, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """The interval of each metric from its bootstrap `replicates` [b]; (nan, nan) for fewer than two groups.
+
+    `trials` are the groups that a share counts, for an exact interval where all resamples agree.
+    """
+    tails, nothing = [(1 - level) / 2, (1 + level) / 2], (float("nan"), float("nan"))
     return {
-        name: _quantiles(values, tails, trials.get(name, 0)) if several else (float("nan"), float("nan"))
+        name: _quantiles(values, tails, trials.get(name, 0)) if groups > 1 else nothing
         for name, values in replicates.items()
     }
 
@@ -155,7 +170,7 @@ def weighted_metrics(labels: Ints, probabilities: Floats, weights: Floats, thres
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             **weighted_decisions(labels, probabilities, weights, threshold),
-            **_ranking_metrics(labels == 1, probabilities, weights),
+            **ranking_metrics(labels == 1, probabilities, weights),
             "brier": weights @ (probabilities - labels) ** 2 / weights.sum(1),
             "log_loss": weights @ _log_losses(labels, probabilities) / weights.sum(1),
             "ece": _ece(weights, labels, probabilities, ECE_BINS),
@@ -168,10 +183,11 @@ def weighted_decisions(labels: Ints, probabilities: Floats, weights: Floats, thr
     tp, fn = weights @ (positive & decided), weights @ (positive & ~decided)
     fp, tn = weights @ (~positive & decided), weights @ (~positive & ~decided)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _from_counts(tp, fp, fn, tn)
+        return from_counts(tp, fp, fn, tn)
 
 
-def _from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Floats]:
+def from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Floats]:
+    """`DECISION_METRICS` [b] from the numbers of true and false positives and negatives [b]."""
     recall, specificity = tp / (tp + fn), tn / (tn + fp)
     return {
         "accuracy": (tp + tn) / (tp + fp + fn + tn),
@@ -183,7 +199,7 @@ def _from_counts(tp: Floats, fp: Floats, fn: Floats, tn: Floats) -> dict[str, Fl
     }
 
 
-def _ranking_metrics(positive: npt.NDArray[np.bool_], probabilities: Floats, weights: Floats) -> dict[str, Floats]:
+def ranking_metrics(positive: npt.NDArray[np.bool_], probabilities: Floats, weights: Floats) -> dict[str, Floats]:
     """ROC-AUC (trapezoidal rule) and average precision, over the distinct probabilities in descending order."""
     order = np.argsort(-probabilities, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(probabilities[order]) != 0])

@@ -21,20 +21,18 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from cxr.errors import UserError
-from cxr.evaluation.metrics import (
-    DECISION_METRICS,
-    METRICS,
-    decision_metrics,
-    group_weights,
-    point_metrics,
-    range_of,
-    weighted_decisions,
-    weighted_metrics,
+from cxr.evaluation.metrics import group_weights, range_of
+from cxr.evaluation.predictions import (
+    HALF,
+    chosen_draws_of,
+    chosen_points_of,
+    draws_of,
+    matrix_of,
+    points_of,
 )
-from cxr.evaluation.report import arrays_of
+from cxr.task import KAGGLE, Task
 
 Floats = npt.NDArray[np.float64]
-COMPARED = (*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS))
 PRIMARY = "roc_auc"
 LEVEL = 0.05
 
@@ -56,6 +54,7 @@ class RunData:
     cost: dict[str, float]
     origin: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    task: Task = KAGGLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +116,8 @@ def require_same_images(runs: Sequence[RunData]) -> None:
     for run in runs[1:]:
         if not run.test[["digest", "label"]].equals(first.test[["digest", "label"]]):
             raise UserError(f"runs {first.run_id} and {run.run_id} were evaluated on different images: not comparable")
+        if run.task != first.task:
+            raise UserError(f"runs {first.run_id} and {run.run_id} have different classes: not comparable")
     keys = [(run.strategy, run.seed) for run in runs]
     duplicates = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
     if duplicates:
@@ -129,7 +130,7 @@ def strategies_of(runs: Sequence[RunData]) -> list[str]:
 
 
 def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replicates:
-    """Every metric of `COMPARED` for every strategy and resample, with the same resamples for all."""
+    """Every metric for every strategy and resample, with the same resamples for all."""
     groups = list(runs[0].test["group"])
     weights = group_weights(groups, resamples, seed)
     points: dict[str, dict[str, Floats]] = {}
@@ -137,22 +138,19 @@ def replicate(runs: Sequence[RunData], resamples: int, seed: int = 0) -> Replica
     for strategy in strategies_of(runs):
         own = [run for run in runs if run.strategy == strategy]
         each, drawn = [_points(run) for run in own], [_draws(run, weights) for run in own]
-        points[strategy] = {name: np.array([values[name] for values in each]) for name in COMPARED}
-        draws[strategy] = {name: np.mean([values[name] for values in drawn], axis=0) for name in COMPARED}
+        points[strategy] = {name: np.array([values[name] for values in each]) for name in each[0]}
+        draws[strategy] = {name: np.mean([values[name] for values in drawn], axis=0) for name in each[0]}
     return Replicates(points, draws, len(set(groups)))
 
 
 def _points(run: RunData) -> dict[str, float]:
-    labels, probabilities = arrays_of(run.test)
-    chosen = decision_metrics(labels, probabilities, run.threshold)
-    return point_metrics(labels, probabilities) | {f"chosen_{name}": value for name, value in chosen.items()}
+    chosen = chosen_points_of(run.test, run.threshold)
+    return points_of(run.test) | {f"chosen_{name}": value for name, value in chosen.items()}
 
 
 def _draws(run: RunData, weights: Floats) -> dict[str, Floats]:
-    labels, probabilities = arrays_of(run.test)
-    chosen = weighted_decisions(labels, probabilities, weights, run.threshold)
-    every = weighted_metrics(labels, probabilities, weights, 0.5)
-    return every | {f"chosen_{name}": values for name, values in chosen.items()}
+    chosen = chosen_draws_of(run.test, weights, run.threshold)
+    return draws_of(run.test, weights) | {f"chosen_{name}": values for name, values in chosen.items()}
 
 
 def strategy_table(replicates: Replicates) -> pd.DataFrame:
@@ -214,9 +212,10 @@ def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = 
 
 
 def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
-    own = [arrays_of(run.test) for run in runs if run.strategy == strategy]
-    decided = np.mean([probabilities for _, probabilities in own], axis=0) >= 0.5
-    correct: npt.NDArray[np.bool_] = decided == (own[0][0] == 1)
+    own = [run.test for run in runs if run.strategy == strategy]
+    mean = np.mean([matrix_of(table) for table in own], axis=0)
+    decided = mean[:, 1] >= HALF if mean.shape[1] == 2 else mean.argmax(1)
+    correct: npt.NDArray[np.bool_] = decided == own[0]["label"].to_numpy(np.int64)
     return correct
 
 
@@ -248,7 +247,7 @@ def stability_table(runs: Sequence[RunData]) -> pd.DataFrame:
 
 
 def _stability(run: RunData) -> dict[str, float]:
-    val, test = (point_metrics(*arrays_of(table)) for table in (run.val, run.test))
+    val, test = (points_of(table) for table in (run.val, run.test))
     history, last = run.history, run.history.iloc[-1]
     changes = history["val_accuracy"].diff().abs().dropna()
     return {

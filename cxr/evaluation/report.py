@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,59 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cxr.data.splits import CLASSES
-from cxr.evaluation.calibration import (
-    IDENTITY,
-    Calibration,
-    CalibrationMethod,
-    correct_prior,
-    estimate_prior,
-    margins_of,
-)
+from cxr.evaluation.calibration import IDENTITY, Calibration, CalibrationMethod, correct_prior, estimate_prior
 from cxr.evaluation.metrics import (
     Floats,
     Interval,
     Ints,
     classification_report,
     confusion,
-    decision_metrics,
-    intervals,
+    counts_of,
+    group_weights,
+    percentile_bounds,
     point_metrics,
     recall_by_subtype,
-    weighted_decisions,
-    weighted_metrics,
 )
-from cxr.evaluation.selective import certainty
+from cxr.evaluation.multiclass import multiclass_metrics, multiclass_report
+from cxr.evaluation.predictions import (
+    HALF,
+    arrays_of,
+    bounds_of,
+    chosen_bounds_of,
+    chosen_points_of,
+    classes_in,
+    is_binary,
+    logits_of,
+    matrix_of,
+    points_of,
+)
+from cxr.evaluation.selective import certainty_of
+from cxr.task import KAGGLE, Task
 from cxr.threshold_rule import RuleKind, ThresholdRule
 
-HALF = 0.5
 UNFAMILIAR = 5.0  # the percentage of validation images that would be called unfamiliar
 CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
-
-
-def predictions_table(
-    images: pd.DataFrame,
-    logits: npt.NDArray[np.float32],
-    threshold: float = HALF,
-    calibration: Calibration = IDENTITY,
-) -> pd.DataFrame:
-    """One row per image, from which every metric can be recomputed.
-
-    `images` has path, digest, group, subtype, label of the n images; `logits` is [n, 2] in the same order. Added
-    columns: logit_normal, logit_pneumonia, uncalibrated and probability (of pneumonia), decision at `threshold`.
-    """
-    table = images[["path", "digest", "group", "subtype", "label"]].reset_index(drop=True)
-    exact, margins = logits.astype(np.float64), margins_of(logits)
-    table["logit_normal"], table["logit_pneumonia"] = exact[:, 0], exact[:, 1]
-    table["uncalibrated"] = IDENTITY.apply(margins)
-    table["probability"] = calibration.apply(margins)
-    table["decision"] = (table["probability"] >= threshold).astype(int)
-    return table
-
-
-def arrays_of(table: pd.DataFrame, column: str = "probability") -> tuple[Ints, Floats]:
-    """(true classes [n], probabilities of pneumonia [n]) of a predictions table."""
-    return table["label"].to_numpy(np.int64), table[column].to_numpy(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +52,9 @@ class Report:
 
     `values` are the metrics at threshold 0.5, `bounds` their 95% intervals; `chosen_…` the threshold-dependent metrics
     at `threshold`, with a description of its `origin`; `before` the metrics in `CALIBRATED` without calibration;
-    `prior` the effect of a correction for a different prevalence of pneumonia; `selective` what is left of the images
-    where the model abstains, and how many are unfamiliar, if the table says so.
+    `prior` the effect of a correction for a different prevalence; `selective` what is left of the images where the
+    model abstains, and how many are unfamiliar, if the table says so. With more than two classes the most probable one
+    decides: there is no threshold, and no `chosen_…`, `subtypes` or `prior`.
     """
 
     split: str
@@ -90,6 +69,16 @@ class Report:
     before: dict[str, float]
     prior: dict[str, float]
     selective: dict[str, float] = field(default_factory=dict)
+    task: Task = KAGGLE
+
+    def about(self, task: Task) -> Report:
+        """The same report, with the names of these classes."""
+        return replace(self, task=task)
+
+    @property
+    def binary(self) -> bool:
+        """Whether there are two classes."""
+        return is_binary(self.table)
 
     @property
     def labels(self) -> Ints:
@@ -98,7 +87,7 @@ class Report:
 
     @property
     def probabilities(self) -> Floats:
-        """The calibrated probabilities of pneumonia [n]."""
+        """The calibrated probabilities [n] of the positive class, or of the decided one of more than two."""
         return arrays_of(self.table)[1]
 
     @property
@@ -106,9 +95,16 @@ class Report:
         """The probabilities [n] without calibration."""
         return arrays_of(self.table, "uncalibrated")[1]
 
+    @property
+    def correct(self) -> Ints:
+        """Whether each decision of the model is right [n]."""
+        return np.asarray(self.table["decision"] == self.table["label"], np.int64)
+
     def counts(self, threshold: float = HALF) -> Ints:
-        """The confusion matrix [2, 2]."""
-        return confusion(self.labels, self.probabilities, threshold)
+        """The confusion matrix [k, k]: rows are the true class, columns the decision."""
+        if self.binary:
+            return confusion(self.labels, self.probabilities, threshold)
+        return counts_of(self.labels, self.table["decision"].to_numpy(np.int64), len(classes_in(self.table)))
 
     def interval(self, name: str) -> Interval:
         """(value, low, high) of a metric at 0.5."""
@@ -131,9 +127,7 @@ class Report:
     def text(self) -> str:
         """The classification reports at both thresholds, with the metrics and their intervals."""
         lines = [f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups", ""]
-        for threshold, note in ((HALF, ""), (self.threshold, f", {self.origin}")):
-            report = classification_report(self.labels, self.probabilities, CLASSES, threshold)
-            lines += [f"threshold {threshold:.4g}{note}", "", report]
+        lines += self._class_lines()
         lines += [f"{name:25} {format_interval(self.interval(name))}" for name in self.values]
         lines += [
             f"{name + ' (chosen)':25} {format_interval(self.chosen_interval(name))}" for name in self.chosen_values
@@ -143,14 +137,25 @@ class Report:
         lines += [f"{name:25} {value:.4f}" for name, value in self.selective.items()]
         return "\n".join([*lines, *self._prior_lines()]) + "\n"
 
+    def _class_lines(self) -> list[str]:
+        """scikit-learn's reports: at both thresholds for two classes."""
+        if not self.binary:
+            decisions = self.table["decision"].to_numpy(np.int64)
+            return ["the most probable class decides", "", multiclass_report(self.labels, decisions, self.task.classes)]
+        lines = []
+        for threshold, note in ((HALF, ""), (self.threshold, f", {self.origin}")):
+            report = classification_report(self.labels, self.probabilities, self.task.classes, threshold)
+            lines += [f"threshold {threshold:.4g}{note}", "", report]
+        return lines
+
     def _prior_lines(self) -> list[str]:
         if not self.prior:
             return []
         p = self.prior
         return [
             "",
-            f"prevalence of pneumonia: {p['implied']:.3f} assumed by the probabilities, {p['own']:.3f} in these images,"
-            f" {p['estimated']:.3f} estimated without labels",
+            f"prevalence of {self.task.positive}: {p['implied']:.3f} assumed by the probabilities, {p['own']:.3f} in "
+            f"these images, {p['estimated']:.3f} estimated without labels",
             f"corrected for the prevalence here (unknown in use): accuracy {self.values['accuracy']:.4f} -> "
             f"{p['corrected_accuracy']:.4f}, brier {self.values['brier']:.4f} -> {p['corrected_brier']:.4f}, "
             f"ece {self.values['ece']:.4f} -> {p['corrected_ece']:.4f}",
@@ -172,7 +177,7 @@ def format_interval(interval: Interval) -> str:
 
 
 def implied_prevalence(calibration: Calibration, validation: float) -> float:
-    """The prevalence of pneumonia that the probabilities assume.
+    """The prevalence of the positive class that the probabilities assume.
 
     Training weights the classes equally, which implies one half; only the offset of Platt scaling changes that, to the
     prevalence on validation.
@@ -200,24 +205,21 @@ def evaluate(
     `threshold` is that of the model, `origin` describes where it comes from; `prevalence` is what the probabilities
     assume (`implied_prevalence`); None omits the effect of a correction for it.
     """
-    labels, probabilities = arrays_of(table)
-    groups = list(table["group"])
-    uncalibrated = point_metrics(*arrays_of(table, "uncalibrated"))
+    binary = is_binary(table)
+    uncalibrated = points_of_logits(table["label"].to_numpy(np.int64), logits_of(table))
     return Report(
         split=split,
         threshold=threshold,
         origin=origin,
         table=table,
-        values=point_metrics(labels, probabilities, HALF),
-        bounds=intervals(labels, probabilities, groups, resamples, partial(weighted_metrics, threshold=HALF)),
-        chosen_values=decision_metrics(labels, probabilities, threshold),
-        chosen_bounds=intervals(
-            labels, probabilities, groups, resamples, partial(weighted_decisions, threshold=threshold)
-        ),
-        subtypes=recall_by_subtype(labels, probabilities, table["subtype"], HALF),
+        values=points_of(table),
+        bounds=bounds_of(table, resamples),
+        chosen_values=chosen_points_of(table, threshold),
+        chosen_bounds=chosen_bounds_of(table, resamples, threshold),
+        subtypes=recall_by_subtype(*arrays_of(table), table["subtype"], HALF) if binary else {},
         before={name: uncalibrated[name] for name in CALIBRATED},
-        prior={} if prevalence is None else _prior(labels, probabilities, prevalence),
-        selective=_selective(table, threshold, resamples) if "abstain" in table else {},
+        prior=_prior(*arrays_of(table), prevalence) if binary and prevalence is not None else {},
+        selective=_selective(table, resamples) if "abstain" in table else {},
     )
 
 
@@ -225,12 +227,16 @@ def with_selection(
     table: pd.DataFrame, threshold: float, limit: float, familiarity: npt.NDArray[np.float64]
 ) -> pd.DataFrame:
     """A predictions table with the columns `familiarity`, a percentage of validation, and `abstain` (0 or 1)."""
-    abstains = certainty(table["probability"].to_numpy(np.float64), threshold) < limit
-    return table.assign(familiarity=familiarity, abstain=abstains.astype(int))
+    return table.assign(familiarity=familiarity, abstain=(certainties_of(table, threshold) < limit).astype(int))
 
 
-def _selective(table: pd.DataFrame, threshold: float, resamples: int) -> dict[str, float]:
-    """How many images are abstained from and unfamiliar, and the accuracy, at the threshold, of those that are left."""
+def certainties_of(table: pd.DataFrame, threshold: float) -> Floats:
+    """How certain each decision [n] of a predictions table is."""
+    return certainty_of(matrix_of(table), threshold)
+
+
+def _selective(table: pd.DataFrame, resamples: int) -> dict[str, float]:
+    """How many images are abstained from and unfamiliar, and the accuracy of the decisions on those that are left."""
     kept = table[table["abstain"] == 0]
     found = {
         "abstained": float(table["abstain"].mean()),
@@ -238,31 +244,40 @@ def _selective(table: pd.DataFrame, threshold: float, resamples: int) -> dict[st
     }
     if kept["label"].nunique() < 2:
         return found
-    labels, probabilities = arrays_of(kept)
-    measure = partial(weighted_decisions, threshold=threshold)
-    bounds = intervals(labels, probabilities, list(kept["group"]), resamples, measure)["accuracy"]
-    value = decision_metrics(labels, probabilities, threshold)["accuracy"]
-    return found | _named("", {"kept_accuracy": value}, {"kept_accuracy": bounds})
+    correct, groups = (kept["decision"] == kept["label"]).to_numpy(np.float64), list(kept["group"])
+    weights = group_weights(groups, resamples)
+    draws = {"kept_accuracy": weights @ correct / weights.sum(1)}
+    count = len(set(groups))
+    bounds = percentile_bounds(draws, {"kept_accuracy": count}, count)
+    return found | _named("", {"kept_accuracy": float(correct.mean())}, bounds)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Cross-entropy of logits [n, 2] and labels [n], each image weighted by its class: the training loss."""
+    """Cross-entropy of logits [n, k] and labels [n], each image weighted by its class: the training loss."""
     return F.cross_entropy(logits, labels, weights.to(logits.dtype)).item()
 
 
 def stressed_metrics(logits: Tensor, labels: Tensor, weights: Tensor, stresses: Mapping[str, int]) -> dict[str, float]:
     """The metrics of the validation images under perturbations (stresses): overall, and the loss under each.
 
-    logits [n, 2] and labels [n], uncalibrated, one stress after the other; class weights [2]; `stresses`: the name of
+    logits [n, k] and labels [n], uncalibrated, one stress after the other; class weights [k]; `stresses`: the name of
     each and its number of images, in order.
     """
     metrics, sizes = {"stressed_val_loss": weighted_loss(logits, labels, weights)}, list(stresses.values())
     parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
     for name, (part, part_labels) in zip(stresses, parts, strict=True):
         metrics[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
-    points = point_metrics(labels.numpy(), IDENTITY.apply(margins_of(logits.numpy())))
+    points = points_of_logits(labels.numpy(), logits.numpy())
     names = ("accuracy", "recall", "specificity", "roc_auc")
     return metrics | {f"stressed_val_{name}": points[name] for name in names}
+
+
+def points_of_logits(labels: Ints, logits: npt.NDArray[np.floating]) -> dict[str, float]:
+    """Every metric of uncalibrated logits [n, k] and labels [n]."""
+    probabilities = IDENTITY.probabilities(logits)
+    if logits.shape[1] == 2:
+        return point_metrics(labels, probabilities[:, 1])
+    return multiclass_metrics(labels, probabilities, [str(index) for index in range(logits.shape[1])])
 
 
 def _prior(labels: Ints, probabilities: Floats, prevalence: float) -> dict[str, float]:

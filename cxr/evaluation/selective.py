@@ -21,6 +21,15 @@ def certainty(probabilities: Floats, threshold: float) -> Floats:
     return np.asarray(np.abs(scores[:-1] - scores[-1]))
 
 
+def certainty_of(probabilities: Floats, threshold: float) -> Floats:
+    """The certainty [n] of probabilities [n, k]: of two classes, the distance of the second from the threshold; of
+    more, the logarithm of how much more probable the first is than the runner-up (for two, the same at one half)."""
+    if probabilities.shape[1] == 2:
+        return certainty(probabilities[:, 1], threshold)
+    top = np.sort(np.log(np.clip(probabilities, _EDGE, 1.0)), axis=1)
+    return np.asarray(top[:, -1] - top[:, -2])
+
+
 def certainty_limit(certainties: Floats, fraction: float) -> float:
     """The certainty below which this fraction of validation lies: less certain predictions abstain; 0 for none."""
     return float(np.quantile(certainties, fraction)) if fraction else 0.0

@@ -56,7 +56,7 @@ LEGEND_RIGHT: Style = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "bord
 # Overlay for grey images: plasma is perceptually uniform and colour-blind safe; transparent at 0 to show the X-ray.
 _OPACITY = np.linspace(0, 0.6, 256)
 HEAT = ListedColormap(np.column_stack([colormaps["plasma"](np.linspace(0, 1, 256))[:, :3], _OPACITY]), "heat")
-_HEAT_LABEL = "Grad-CAM evidence for pneumonia, relative to the maximum of each image; transparent: none"
+_HEAT_LABEL = "Grad-CAM evidence for the class, relative to the maximum of each image; transparent: none"
 
 
 def learning_curves(history: pd.DataFrame, best_epoch: int, title: str) -> Figure:
@@ -97,9 +97,9 @@ def learning_curves(history: pd.DataFrame, best_epoch: int, title: str) -> Figur
 def confusion_matrix(counts: Counts, class_names: Sequence[str], title: str) -> Figure:
     """Images per true class (row) and predicted class (column), as counts and as percent of each row.
 
-    ``counts`` is [2, 2]. A row without images has no rates and shows "n/a".
+    ``counts`` is [k, k]. A row without images has no rates and shows "n/a".
     """
-    figure = _figure(title, 4.1)
+    figure = _figure(title, 4.1 if len(counts) < 5 else 4.6)
     left, right = figure.subplots(1, 2)
     totals = counts.sum(axis=1, keepdims=True)
     rates = np.where(totals > 0, 100.0 * counts / np.maximum(totals, 1), np.nan)
@@ -110,8 +110,9 @@ def confusion_matrix(counts: Counts, class_names: Sequence[str], title: str) -> 
     for axes in (left, right):
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
-        axes.set_xticks(range(len(class_names)), class_names)
-        axes.set_yticks(range(len(class_names)), class_names, rotation=90, va="center")
+        many = len(class_names) > 3
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90 if many else 0)
+        axes.set_yticks(range(len(class_names)), class_names, rotation=0 if many else 90, va="center")
     return figure
 
 
@@ -363,12 +364,14 @@ def _draw_counts(axes: Axes, counts: Counts) -> None:
     axes.set_ylabel("images")
 
 
-def calibration_pair(labels: Labels, before: Floats, after: Floats, title: str, bins: int = ECE_BINS) -> Figure:
+def calibration_pair(
+    labels: Labels, before: Floats, after: Floats, title: str, bins: int = ECE_BINS, event: str = "class 1"
+) -> Figure:
     """Reliability diagrams before and after calibration, each with its ECE and the number of images in each bin.
 
-    ``labels`` [n] are 0 or 1; ``before`` and ``after`` [n] are probabilities of class 1, grouped in ``bins`` of
-    equal width. Bars are 95% Wilson intervals; empty bins have no point. After Guo et al., On Calibration of
-    Modern Neural Networks, 2017.
+    ``labels`` [n] are 0 or 1; ``before`` and ``after`` [n] are probabilities of class 1, or of another ``event``,
+    grouped in ``bins`` of equal width. Bars are 95% Wilson intervals; empty bins have no point. After Guo et al., On
+    Calibration of Modern Neural Networks, 2017.
     """
     if len(labels) == 0:
         raise ValueError("no image to plot")
@@ -378,8 +381,8 @@ def calibration_pair(labels: Labels, before: Floats, after: Floats, title: str, 
         ece = expected_calibration_error(labels.astype(np.int64), probabilities.astype(np.float64), bins)
         panels[0, column].set_title(f"{name} calibration: ECE {ece:.4f}", fontsize=11)
         _draw_reliability(panels[0, column], panels[1, column], labels, probabilities, bins)
-        panels[1, column].set_xlabel("predicted probability of class 1")
-    panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="observed frequency of class 1")
+        panels[1, column].set_xlabel(f"predicted probability of {event}")
+    panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel=f"observed frequency of {event}")
     panels[1, 0].set_ylabel("images")
     panels[1, 0].margins(y=0.45)  # room for the rotated counts
     _legend(figure, panels[0, 0].get_legend_handles_labels()[0], columns=3)

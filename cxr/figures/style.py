@@ -88,10 +88,11 @@ def _epoch_axis(axes: Axes, epochs: pd.Series[int]) -> None:
 def _draw_matrix(axes: Axes, values: NDArray[Any], texts: Sequence[str], largest: int) -> None:
     shades = colormaps["Blues"](np.nan_to_num(values) / largest)
     axes.imshow(shades)
+    size = 16 if len(values) < 3 else max(4, 33 / len(values))
     for (row, column), text in zip(np.ndindex(values.shape), texts, strict=True):
         luminance = shades[row, column, :3] @ (0.299, 0.587, 0.114)
         color = "white" if luminance < 0.55 else "black"
-        axes.text(column, row, text, color=color, ha="center", va="center", fontsize=16)
+        axes.text(column, row, text, color=color, ha="center", va="center", fontsize=size)
 
 
 def _wilson(positives: Counts, counts: Counts) -> tuple[Floats, Floats]:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
 
 def combined(logits: Tensor) -> Tensor:
-    """Logits of k networks [k, n, 2] -> the logarithm of their mean probabilities [n, 2], which are logits, too.
+    """Logits of m networks [m, n, k] -> the logarithm of their mean probabilities [n, k], which are logits, too.
 
     A deep ensemble (Lakshminarayanan et al. 2017) averages probabilities, so that no member's confidence outweighs the
     others' as in a mean of logits.
@@ -22,15 +21,15 @@ def combined(logits: Tensor) -> Tensor:
 class Ensemble(nn.Module):
     """Networks of one architecture whose answers are combined."""
 
-    def __init__(self, members: Iterable[ResNet]):
+    def __init__(self, members: Iterable[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(members)
 
     @property
-    def networks(self) -> list[ResNet]:
+    def networks(self) -> list[nn.Module]:
         """The members."""
-        return [member for member in self.members if isinstance(member, ResNet)]
+        return list(self.members)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Network input [n, 3, s, s] -> logits [n, 2]."""
+        """Network input [n, 3, s, s] -> logits [n, k]."""
         return combined(torch.stack([member(images).float() for member in self.members]))

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torchvision.models import ResNet
 
 from cxr.network.ensemble import Ensemble
-from cxr.network.resnet import stage_modules
+from cxr.network.stages import stage_modules, stage_parameters, stage_paths, stages_of
 from cxr.network.weights import StateDict
-from cxr.strategies import STAGES, Phase
+from cxr.strategies import Phase
 
 
-def apply_phase(model: ResNet, phase: Phase) -> list[nn.Parameter]:
+def apply_phase(model: nn.Module, phase: Phase) -> list[nn.Parameter]:
     """Freeze the prefix (no gradients; eval mode, so that BatchNorm's buffers stay) and make the suffix trainable.
 
     Returns the parameters to optimise.
@@ -25,26 +24,29 @@ def apply_phase(model: ResNet, phase: Phase) -> list[nn.Parameter]:
     model.requires_grad_(False)
     for stage in phase.trainable:
         for module in stage_modules(model, stage):
-            module.train().requires_grad_(True)
+            module.train()
+        for parameter in stage_parameters(model, stage):
+            parameter.requires_grad_(True)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def stage_state(model: ResNet, stages: Iterable[str]) -> StateDict:
+def stage_state(model: nn.Module, stages: Iterable[str]) -> StateDict:
     """The state dict's entries, buffers included, that belong to the stages."""
-    prefixes = tuple(p for s in stages for p in (("conv1.", "bn1.") if s == "stem" else (f"{s}.",)))
-    return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    paths = {path for stage in stages for path in stage_paths(model, stage)}
+    inside = tuple(f"{path}." for path in paths)
+    return {key: value for key, value in model.state_dict().items() if key in paths or key.startswith(inside)}
 
 
-def checksum(model: ResNet, stages: Iterable[str] = STAGES) -> str:
-    """The sha256 of names and bytes of every parameter and buffer of the stages."""
+def checksum(model: nn.Module, stages: Iterable[str] | None = None) -> str:
+    """The sha256 of names and bytes of every parameter and buffer of the stages (None: of all)."""
     sha = hashlib.sha256()
-    for key, value in stage_state(model, stages).items():
+    for key, value in stage_state(model, stages_of(model) if stages is None else stages).items():
         sha.update(key.encode())
         sha.update(value.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def bit_sums(model: ResNet, stages: Iterable[str]) -> list[int]:
+def bit_sums(model: nn.Module, stages: Iterable[str]) -> list[int]:
     """The sum of the bits, read as integers, of each tensor of the stages: what any step changes, in milliseconds.
 
     For a proof, `checksum`.
@@ -55,11 +57,12 @@ def bit_sums(model: ResNet, stages: Iterable[str]) -> list[int]:
     return found
 
 
-def count_parameters(model: ResNet | Ensemble, stages: Iterable[str] = STAGES) -> int:
-    """The number of parameters of the stages, of all members of an ensemble."""
+def count_parameters(model: nn.Module, stages: Iterable[str] | None = None) -> int:
+    """The number of parameters of the stages (None: of all), of all members of an ensemble."""
     if isinstance(model, Ensemble):
         return sum(count_parameters(member, stages) for member in model.networks)
-    return sum(p.numel() for s in stages for m in stage_modules(model, s) for p in m.parameters())
+    chosen = stages_of(model) if stages is None else stages
+    return sum(parameter.numel() for stage in chosen for parameter in stage_parameters(model, stage))
 
 
 @dataclass(frozen=True, slots=True)

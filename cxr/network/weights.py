@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import socket
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 from http.client import HTTPException
@@ -12,11 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import ResNet
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from cxr.errors import UserError
+from cxr.families import VIT, Family
+from cxr.network.stages import family_of
 
 StateDict = dict[str, Tensor]
 
@@ -59,7 +63,7 @@ IMAGENET_CLASSES = 1000
 _NO_DOWNLOAD = (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
-def load_imagenet(model: ResNet, arch: str, required: bool) -> InitialWeights:
+def load_imagenet(model: nn.Module, arch: str, required: bool) -> InitialWeights:
     """Load torchvision's ImageNet weights; if the download fails and is not required, the model stays random."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none and would wait forever
@@ -117,15 +121,19 @@ def _read_tensors(path: Path) -> Any:
     return state.get("state_dict", state) if isinstance(state, dict) else state
 
 
-def fit_weights(model: ResNet, state: StateDict, source: str) -> None:
+def fit_weights(model: nn.Module, state: StateDict, source: str) -> None:
     """Load `state` into the model, less a 1000-class head; any float type becomes float32.
+
+    The position embedding of a vision transformer for another image size is interpolated.
 
     Raises `UserError` that lists the keys that are missing, unknown, of another shape or not finite.
     """
-    own = model.state_dict()
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    if "fc.bias" in state and state["fc.bias"].shape == (IMAGENET_CLASSES,):
-        state = {**state, "fc.weight": own["fc.weight"], "fc.bias": own["fc.bias"]}
+    own, family = model.state_dict(), family_of(model)
+    state = {_renamed(key, family): v.float() if v.is_floating_point() else v for key, v in state.items()}
+    head = [f"{family.classifier}.{name}" for name in ("weight", "bias")]
+    if head[1] in state and state[head[1]].shape == (IMAGENET_CLASSES,):
+        state = {**state, **{key: own[key] for key in head}}
+    state = _resized(state, own) if family is VIT else state
     wrong = {
         "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
         "unknown": [k for k in state if k not in own],
@@ -136,6 +144,25 @@ def fit_weights(model: ResNet, state: StateDict, source: str) -> None:
         parts = "; ".join(f"{what}: {_few(keys)}" for what, keys in wrong.items() if keys)
         raise UserError(f"--weights {source}: does not fit --arch: {parts}")
     model.load_state_dict(state, strict=False)
+
+
+def _renamed(key: str, family: Family) -> str:
+    for pattern, name in family.renamed:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _resized(state: StateDict, own: StateDict) -> StateDict:
+    """The state with its position embedding [1, 1 + side^2, c] for the image size of `own`, as torchvision does it."""
+    key = "encoder.pos_embedding"
+    if key not in state or state[key].dim() != 3 or not _is_square(state[key].shape[1] - 1):
+        return state  # `fit_weights` says what is wrong
+    side = round((own[key].shape[1] - 1) ** 0.5)
+    return {**state, **interpolate_embeddings(side, 1, OrderedDict({key: state[key]}))}
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
 
 
 def _few(keys: list[str]) -> str:

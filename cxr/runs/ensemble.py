@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,13 @@ import torch
 
 from cxr.config import TrainConfig, flatten, require_model_name
 from cxr.data.load import Data, read_data
-from cxr.data.splits import CLASSES, fingerprint
+from cxr.data.splits import fingerprint
 from cxr.errors import UserError
-from cxr.evaluation.report import arrays_of, format_interval, weighted_loss
+from cxr.evaluation.predictions import logits_of
+from cxr.evaluation.report import weighted_loss
 from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
-from cxr.runs.messages import Say
+from cxr.runs.messages import Say, decision_lines
 from cxr.runs.record import example_of, log_report, version_tags
 from cxr.runs.reports import Outputs, Reports, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
@@ -92,6 +94,11 @@ def _shared_config(runs: Sequence[LoggedRun]) -> TrainConfig:
 def _require_data(runs: Sequence[LoggedRun], data: Data) -> None:
     for run in runs:
         recorded = run.tags.get(Tag.DATA_FINGERPRINT)
+        if run.task != data.task:
+            raise UserError(
+                f"run {run.run_id}: has the classes {run.task.words()}, and {data.root} {data.task.words()}; they "
+                "cannot be combined"
+            )
         if recorded != data.fingerprint:
             raise UserError(
                 f"run {run.run_id}: was made with images {recorded}, and {data.root} holds {data.fingerprint}; all "
@@ -120,9 +127,8 @@ def _require_familiar(run: LoggedRun, predictor: Predictor) -> None:
 
 
 def member_logits(runs: Sequence[LoggedRun], split: str) -> Float32:
-    """The logits [n, 2] of a split, combined from those that the runs logged."""
-    tables = [run.predictions(split) for run in runs]
-    stack = np.stack([table[["logit_normal", "logit_pneumonia"]].to_numpy(np.float32) for table in tables])
+    """The logits [n, k] of a split, combined from those that the runs logged."""
+    stack = np.stack([logits_of(run.predictions(split)).astype(np.float32) for run in runs])
     logits: Float32 = combined(torch.from_numpy(stack)).numpy()
     return logits
 
@@ -139,7 +145,7 @@ def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictor
     found = reports(config, data, outputs)
     stressed = stressed_validation(config, data, network)
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    labels = torch.tensor(arrays_of(found.val.table)[0])
+    labels = torch.tensor(found.val.labels)
     losses = {"val_loss": weighted_loss(torch.from_numpy(member_logits(runs, "val")), labels, weights)}
     card = _card(predictors, found)
     return Whole(network, card, found, losses | {"stressed_val_loss": stressed["stressed_val_loss"]}, stressed)
@@ -164,7 +170,7 @@ def _log(
     """Everything in the run; returns the summary."""
     card, title = whole.card, f"ensemble of {whole.card.members}"
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64)).tolist()
-    own = {f"class_weight.{label}": f"{weight:.6f}" for label, weight in zip(CLASSES, weights, strict=True)}
+    own = {f"class_weight.{label}": f"{weight:.6f}" for label, weight in zip(data.task.classes, weights, strict=True)}
     tracker.params({"ensemble.runs": " ".join(run.run_id for run in runs), **flatten(config), **own})
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
@@ -178,7 +184,7 @@ def _log(
     gap = {"val_test_gap_roc_auc": val.values["roc_auc"] - test.values["roc_auc"]}
     sizes = dict.fromkeys(("parameters_total", "parameters_trained"), float(count_parameters(whole.network)))
     sizes["parameters_trained"] = float(count_parameters(whole.network, config.phases[-1].trainable))
-    once = {"chosen_threshold": test.threshold, "test_uses_before": float(uses)}
+    once = {"test_uses_before": float(uses)} | ({"chosen_threshold": test.threshold} if test.binary else {})
     final = {**val.metrics(), **test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
     tracker.metrics(final, step=0, model_id=model_id)
     tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
@@ -195,6 +201,7 @@ def _tags(data: Data, card: ModelCard) -> dict[str, str]:
         Tag.ARCH: card.arch,
         Tag.WEIGHTS: card.weights,
         Tag.DATA: registry.DataKind.of(data.synthetic),
+        Tag.CLASSES: json.dumps(data.task.classes),
         Tag.DATA_FINGERPRINT: data.fingerprint,
         Tag.PRECISION: "fp32",
         Tag.COMMIT: git_commit(),
@@ -205,15 +212,12 @@ def _tags(data: Data, card: ModelCard) -> dict[str, str]:
 def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: MlflowTracker, outcome: str) -> list[str]:
     test = whole.reports.test
     alone = pd.Series([run.metric("test_roc_auc") for run in runs])
-    metrics = ", ".join(
-        f"{m} {format_interval(test.interval(m))}" for m in ("accuracy", "roc_auc", "recall", "specificity")
-    )
     return [
         f"ensemble of {whole.card.members} ({whole.card.strategy}): val_loss {whole.losses['val_loss']:.4f}, "
         f"stressed {whole.losses['stressed_val_loss']:.4f}",
-        f"test, threshold 0.5: {metrics}",
+        *decision_lines(test),
         f"members alone: roc_auc {alone.min():.4f} to {alone.max():.4f}",
-        f"calibration: {whole.card.calibration.words()}; threshold {test.threshold:.3f} ({test.origin})",
+        f"calibration: {whole.card.calibration.words()}",
         *([f"this test split was evaluated {uses} times before in this store"] if uses else []),
         outcome,
         *(f"look: {where}" for where in tracker.where()),

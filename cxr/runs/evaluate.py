@@ -11,26 +11,28 @@ import torch
 
 from cxr.data.batches import eval_batches, make_split
 from cxr.data.headers import read_headers
-from cxr.data.kaggle import UNLABELLED, index_for_evaluation
+from cxr.data.kaggle import UNLABELLED
 from cxr.data.load import HIDDEN_HINT, bad_paths, list_bad
+from cxr.data.sources import to_evaluate
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
 from cxr.errors import UserError
-from cxr.evaluation.metrics import Floats, group_weights, point_metrics, weighted_metrics
+from cxr.evaluation.metrics import Floats, group_weights
+from cxr.evaluation.predictions import classes_in, draws_of, matrix_of, points_of, predictions_table
 from cxr.evaluation.report import (
     UNFAMILIAR,
-    arrays_of,
+    certainties_of,
     evaluate,
     format_interval,
     implied_prevalence,
-    predictions_table,
     with_selection,
 )
-from cxr.evaluation.selective import certainty, estimated_accuracy
+from cxr.evaluation.selective import estimated_accuracy
 from cxr.runs.messages import Say
 from cxr.runs.record import log_report
 from cxr.serving.predictor import ModelCard
 from cxr.storage import Cache
+from cxr.task import Task
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import open_run
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, predictions_path, source_run
@@ -70,6 +72,7 @@ def evaluate_tracked(
     else:
         prevalence = implied_prevalence(found.card.calibration, float(own["val"]["label"].mean())) if own else None
         report = evaluate(found.predictions, found.split, found.card.threshold, bootstrap, prevalence)
+        report = report.about(found.card.task)
         drop, words = _drop(own, found.predictions, found.split, bootstrap)
         metrics, words = report.metrics() | drop, [report.text(), *words]
     words += _seen(own, found.predictions)
@@ -90,7 +93,7 @@ def evaluate_tracked(
 def _predicted(uri: str, data_dir: str, cache_dir: str, paths: str) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, indexed, split = index_for_evaluation(data_dir)
+    root, indexed, split = to_evaluate(data_dir, card.task)
     cache = Cache.open(cache_dir)
     found = read_headers(root, indexed, cache, paths)
     table, files = found.table.assign(group=list(found.groups.values())), list(found.files.values())
@@ -101,7 +104,7 @@ def _predicted(uri: str, data_dir: str, cache_dir: str, paths: str) -> Predicted
     table = table.assign(split=split)
     batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
     logits, familiarity = predictor.outputs(batches)
-    predictions = predictions_table(table, logits, card.threshold, card.calibration)
+    predictions = predictions_table(table, logits, card.threshold, card.calibration, card.task)
     if familiarity is not None:
         predictions = with_selection(predictions, card.threshold, card.certainty_limit, familiarity)
     return Predicted(uri, card, root, table, split, predictions)
@@ -120,10 +123,10 @@ def _estimated(own: dict[str, pd.DataFrame], found: Predicted, bootstrap: int) -
     if not own:
         raise UserError(
             f"--data-dir {found.root}: has no labels, and the run that logged the model cannot be read: its validation "
-            "is needed to estimate the accuracy; sort the images into NORMAL/ and PNEUMONIA/"
+            f"is needed to estimate the accuracy; sort the images into folders {', '.join(found.card.task.classes)}"
         )
     threshold, val, new = found.card.threshold, own["val"], found.predictions
-    sure = [certainty(table["probability"].to_numpy(np.float64), threshold) for table in (val, new)]
+    sure = [certainties_of(table, threshold) for table in (val, new)]
     correct = np.asarray(val["decision"] == val["label"], np.int64)
     whole = (np.ones((1, len(val))), np.ones((1, len(new))))
     metrics = {"estimated_accuracy": float(estimated_accuracy(correct, sure[0], sure[1], whole)[0])}
@@ -135,7 +138,7 @@ def _estimated(own: dict[str, pd.DataFrame], found: Predicted, bootstrap: int) -
         metrics |= {"estimated_accuracy_low": low, "estimated_accuracy_high": high}
     interval = format_interval((metrics["estimated_accuracy"], low, high))
     words = [
-        f"{len(new)} images without labels, {int(new['decision'].sum())} with decision PNEUMONIA",
+        f"{len(new)} images without labels; decisions: {_decisions(new, found.card.task)}",
         f"estimated accuracy {interval}: an estimate made on unlabelled images, from certainty alone "
         "(average-thresholded confidence); no model, epoch or threshold may be selected by it",
     ]
@@ -144,6 +147,12 @@ def _estimated(own: dict[str, pd.DataFrame], found: Predicted, bootstrap: int) -
         metrics |= {"unlabelled_abstained": unsure, "unlabelled_unfamiliar": strange}
         words.append(f"abstains from {unsure:.1%}; {strange:.1%} are unfamiliar (5% of validation)")
     return metrics, words
+
+
+def _decisions(table: pd.DataFrame, task: Task) -> str:
+    """How many images each class was decided for."""
+    counts = np.bincount(table["decision"], minlength=len(task.classes))
+    return ", ".join(f"{name} {count}" for name, count in zip(task.classes, counts, strict=True))
 
 
 def _own_tables(uri: str) -> dict[str, pd.DataFrame]:
@@ -166,18 +175,18 @@ def _drop(
     if not own:
         return {}, ["the run that logged the model cannot be read: no comparison with its own test split"]
     before, after = own["test"], predictions
-    aucs = [_points(table)["roc_auc"] for table in (before, after)]
+    aucs = [points_of(table)["roc_auc"] for table in (before, after)]
     metrics = {f"{split}_auc_drop": aucs[0] - aucs[1]}
     low, high = float("nan"), float("nan")
     if bootstrap:  # different images, so the two are resampled independently
         draws = [_auc_draws(table, bootstrap, seed) for seed, table in enumerate((before, after))]
         low, high = (float(value) for value in np.nanquantile(draws[0] - draws[1], [0.025, 0.975]))
         metrics |= {f"{split}_auc_drop_low": low, f"{split}_auc_drop_high": high}
-    shares = [float(table["label"].mean()) for table in (own["val"], before, after)]
+    shares = [_shares(table) for table in (own["val"], before, after)]
     words = [
         f"ROC-AUC {aucs[0]:.4f} on the model's own test split, {aucs[1]:.4f} here: drop "
         f"{format_interval((aucs[0] - aucs[1], low, high))}",
-        f"prevalence of pneumonia: {shares[0]:.3f} on validation, {shares[1]:.3f} on test, {shares[2]:.3f} here",
+        f"share of each class: {shares[0]} on validation, {shares[1]} on test, {shares[2]} here",
         _calibration_words(before, after),
     ]
     if low > 0:
@@ -207,17 +216,19 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
 
 
 def _calibration_words(before: pd.DataFrame, after: pd.DataFrame) -> str:
-    eces = [_points(table)["ece"] for table in (before, after)]
+    eces = [points_of(table)["ece"] for table in (before, after)]
     return (
-        f"calibration: ECE {eces[0]:.4f} on test, {eces[1]:.4f} here; mean probability "
-        f"{after['probability'].mean():.3f} where {after['label'].mean():.3f} have pneumonia"
+        f"calibration: ECE {eces[0]:.4f} on test, {eces[1]:.4f} here; mean probability of each class "
+        f"{'/'.join(f'{share:.3f}' for share in matrix_of(after).mean(0))}"
     )
 
 
-def _points(table: pd.DataFrame) -> dict[str, float]:
-    return point_metrics(*arrays_of(table))
+def _shares(table: pd.DataFrame) -> str:
+    """The share of each class, such as 0.375/0.625."""
+    counts = np.bincount(table["label"], minlength=len(classes_in(table)))
+    return "/".join(f"{share:.3f}" for share in counts / len(table))
 
 
 def _auc_draws(table: pd.DataFrame, resamples: int, seed: int) -> Floats:
     weights = group_weights(list(table["group"]), resamples, seed)
-    return weighted_metrics(*arrays_of(table), weights, 0.5)["roc_auc"]
+    return draws_of(table, weights)["roc_auc"]

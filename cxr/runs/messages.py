@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from cxr.config import TrainConfig
 from cxr.data.load import Data
+from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.report import Report, format_interval
 from cxr.network.freezing import FreezeProof
 from cxr.runs.result import RunResult
 from cxr.strategies import STRATEGIES
+from cxr.task import KAGGLE
 from cxr.tracking import registry
 from cxr.tracking.tracker import Tracker
 from cxr.training.loop import EpochRecord
@@ -85,25 +87,43 @@ def data_words(data: Data) -> str:
     return f"{registry.DataKind.of(data.synthetic).version_tag}, {sizes} images{skipped}"
 
 
+def decision_lines(report: Report) -> list[str]:
+    """The main metrics: at both thresholds for two classes, over all and of each class for more."""
+    name, shown = report.split, ("accuracy", "roc_auc", "recall", "specificity")
+    main = ", ".join(f"{m} {format_interval(report.interval(m))}" for m in shown)
+    if report.binary:
+        chosen = ", ".join(f"{m} {format_interval(report.chosen_interval(m))}" for m in ("accuracy", *shown[2:]))
+        rule = f"{report.threshold:.3f} ({report.origin})"
+        return [f"{name}, threshold 0.5: {main}", f"{name}, threshold {rule}: {chosen}"]
+    each = [
+        f"{name}, {own}: " + ", ".join(f"{m} {format_interval(report.interval(f'{m}_of_{slug}'))}" for m in PER_CLASS)
+        for own, slug in zip(report.task.classes, report.task.slugs, strict=True)
+    ]
+    return [f"{name}, the most probable class decides, means over classes: {main}", *each]
+
+
+def source_lines(data: Data) -> list[str]:
+    """What must be said about a source: its classes, if they are not the usual ones, and its remarks."""
+    return [*([] if data.task == KAGGLE else [f"classes: {data.task.words()}"]), *data.remarks]
+
+
 def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
     """The final lines of a run: the result, the data and weights, where to look, what to run next."""
     best, test, weights = result.best, result.test, result.weights
     name, ece = test.split, (test.before["ece"], test.values["ece"])
-    shown = ("accuracy", "roc_auc", "recall", "specificity")
     others = [name for name in STRATEGIES if name != config.strategy]
     return [
         f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
         f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
         f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
-        f"{name}, threshold 0.5: " + ", ".join(f"{m} {format_interval(test.interval(m))}" for m in shown),
-        f"{name}, threshold {test.threshold:.3f} ({test.origin}): "
-        + ", ".join(f"{m} {format_interval(test.chosen_interval(m))}" for m in ("accuracy", *shown[2:])),
+        *decision_lines(test),
         f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
         *(
             [f"this {name} split was evaluated {result.uses_before} times before in this store"]
             * (result.uses_before > 0)
         ),
         f"data: {data_words(result.data)}; fingerprint {result.data.fingerprint}",
+        *source_lines(result.data),
         f"weights: {weights}" + ("; pretraining is what these strategies compare" if weights.random else ""),
         _selective_line(test),
         *_average_lines(config, result),

@@ -11,22 +11,23 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.audit.checks import Finding
 from cxr.config import TrainConfig
 from cxr.data.batches import Split, make_split
-from cxr.data.depth import FULL
 from cxr.data.load import Data
 from cxr.data.phantoms import phantom
-from cxr.data.splits import CLASS_TO_INDEX, CLASSES, fingerprint
+from cxr.data.splits import fingerprint
 from cxr.data.views import augment, view_parameters
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.metrics import range_of
-from cxr.evaluation.report import HALF, Report
-from cxr.evaluation.selective import COVERAGES, certainty, selective_accuracy
+from cxr.evaluation.predictions import HALF, matrix_of
+from cxr.evaluation.report import Report, certainties_of
+from cxr.evaluation.selective import COVERAGES, selective_accuracy
 from cxr.figures import single as plots
+from cxr.figures.classes import roc_curves
 from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
 from cxr.network.freezing import count_parameters
@@ -59,6 +60,7 @@ def log_start(
         Tag.DATA_FINGERPRINT: data.fingerprint,
         Tag.WEIGHTS: str(weights),
         Tag.PRECISION: machine.precision,
+        Tag.CLASSES: json.dumps(data.task.classes),
     }
     _require_same(tracker, origin)
     tracker.tags(
@@ -105,7 +107,7 @@ def views_figure(config: TrainConfig, train: Split) -> Figure:
     return plots.image_grid(torch.cat(rows).numpy(), captions, "What the network sees in training")
 
 
-def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str:
+def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: RunResult) -> str:
     """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
     tracker.table(result.history, Artifact.HISTORY)
@@ -124,7 +126,8 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
         final = {**result.val.metrics(), **result.test.metrics(), **result.stressed, **gap, **sizes}
-        final |= {"chosen_threshold": result.test.threshold, "test_uses_before": result.uses_before}
+        final |= {"test_uses_before": result.uses_before}
+        final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)
     tracker.tags(
@@ -139,7 +142,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunRes
     return registration
 
 
-def _gradcam_panel(model: ResNet, result: RunResult, name: str) -> Figure:
+def _gradcam_panel(model: nn.Module, result: RunResult, name: str) -> Figure:
     """Grad-CAM of confident right, confident wrong and borderline images of the held-out split."""
     from cxr.figures.examples import (  # captum costs half a second, and only the end needs it
         choose_examples,
@@ -147,19 +150,19 @@ def _gradcam_panel(model: ResNet, result: RunResult, name: str) -> Figure:
     )
 
     split = make_split(result.data.manifest, result.data.store, result.data.held_out)
-    chosen = choose_examples(result.test.table, result.test.threshold)
+    task = result.data.task
+    chosen = choose_examples(result.test.table, result.test.threshold if task.binary else None)
     images = split.dataset.images[split.dataset.rows[chosen.index]]
-    return examples_panel(model, images, chosen, f"{SPLIT_NAMES[result.test.split]} images, Grad-CAM: {name}")
+    return examples_panel(model, images, chosen, f"{SPLIT_NAMES[result.test.split]} images, Grad-CAM: {name}", task)
 
 
 def card_of(
     config: TrainConfig,
     weights: InitialWeights,
-    data_fingerprint: str,
+    data: Data,
     threshold: float = HALF,
     calibration: Calibration = IDENTITY,
     certainty_limit: float = 0.0,
-    depth: int = FULL,
 ) -> ModelCard:
     """What goes with the weights of a run."""
     return ModelCard(
@@ -168,16 +171,16 @@ def card_of(
         resize=config.resize,
         threshold=threshold,
         strategy=config.strategy,
-        data_fingerprint=data_fingerprint,
+        data_fingerprint=data.fingerprint,
         weights=str(weights),
-        class_to_index=CLASS_TO_INDEX,
+        class_to_index=data.task.class_to_index,
         calibration=calibration,
         certainty_limit=certainty_limit,
-        depth=depth,
+        depth=data.depth,
     )
 
 
-def _log_model(config: TrainConfig, tracker: Tracker, model: ResNet, result: RunResult) -> str | None:
+def _log_model(config: TrainConfig, tracker: Tracker, model: nn.Module, result: RunResult) -> str | None:
     if not isinstance(tracker, MlflowTracker):
         return None
     card, example = _card(config, result), example_of(config.image_size)
@@ -211,46 +214,57 @@ def version_tags(
         "val_roc_auc": repr(val.values["roc_auc"]),
         "threshold": repr(card.threshold),
         "calibration": card.calibration.words(),
-        "class_to_index": json.dumps(CLASS_TO_INDEX),
+        "class_to_index": json.dumps(card.class_to_index),
+        "positive": card.task.positive or "none",
         "preprocessing": f"grey, {card.resize} to {card.image_size}x{card.image_size}, ImageNet mean and std",
         "members": str(card.members),
     }
 
 
 def _card(config: TrainConfig, result: RunResult) -> ModelCard:
-    limit, data = result.reports.certainty_limit, result.data
-    return card_of(
-        config, result.weights, data.fingerprint, result.test.threshold, result.calibration, limit, data.depth
-    )
+    limit = result.reports.certainty_limit
+    return card_of(config, result.weights, result.data, result.test.threshold, result.calibration, limit)
 
 
 def log_report(tracker: Tracker, report: Report, name: str) -> None:
     """Log the predictions, the report and the figures of one split; `name` goes into their titles."""
-    split, labels, probabilities = report.split, report.labels, report.probabilities
-    title = f"{SPLIT_NAMES[split]}: {name}"
+    split, title = report.split, f"{SPLIT_NAMES[report.split]}: {name}"
     tracker.table(report.table, predictions_path(split))
     tracker.text(report.text(), report_path(split))
-    figures = {
-        "confusion_matrix": plots.confusion_matrix(report.counts(), CLASSES, title),
-        "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
-        "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
-        "confusion_matrix_chosen": plots.confusion_matrix(
-            report.counts(report.threshold), CLASSES, f"{title}, threshold {report.threshold:.3f}"
-        ),
-        "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
-        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if range_of(m) == (0, 1)}, title),
-    }
+    figures = report_figures(report, title)
     if "abstain" in report.table:
         figures["selective"] = _selective_figure(report, title)
     for kind, figure in figures.items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
 
 
+def report_figures(report: Report, title: str) -> dict[str, Figure]:
+    """Name -> figure, of one split."""
+    classes, labels, probabilities = report.task.classes, report.labels, report.probabilities
+    figures = {
+        "confusion_matrix": plots.confusion_matrix(report.counts(), classes, title),
+        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if range_of(m) == (0, 1)}, title),
+    }
+    if not report.binary:
+        areas = [report.interval(f"roc_auc_of_{slug}") for slug in report.task.slugs]
+        named, event = list(zip(classes, areas, strict=True)), "the decision being right"
+        return figures | {
+            "roc": roc_curves(labels, matrix_of(report.table), named, title),
+            "reliability": calibration_pair(report.correct, report.uncalibrated, probabilities, title, event=event),
+        }
+    chosen = f"{title}, threshold {report.threshold:.3f}"
+    return figures | {
+        "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
+        "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
+        "confusion_matrix_chosen": plots.confusion_matrix(report.counts(report.threshold), classes, chosen),
+        "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
+    }
+
+
 def _selective_figure(report: Report, title: str) -> Figure:
-    correct = np.asarray(report.table["decision"] == report.labels, np.int64)
-    sure = certainty(report.probabilities, report.threshold)
+    sure = certainties_of(report.table, report.threshold)
     resamples = SELECTIVE_RESAMPLES if np.isfinite(report.bounds["accuracy"]).all() else 0
-    found = selective_accuracy(correct, sure, list(report.table["group"]), resamples)
+    found = selective_accuracy(report.correct, sure, list(report.table["group"]), resamples)
     curve = {"accuracy": found.accuracy, "low": found.low, "high": found.high}
     return plots.selective_accuracy(COVERAGES, curve, report.selective["abstained"], f"Selective accuracy, {title}")
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torchvision.models import ResNet
+from torch import nn
 from tqdm import tqdm
 
 from cxr.config import TrainConfig, flatten
 from cxr.data.batches import make_split, stress_sizes
 from cxr.data.load import Data, read_data
-from cxr.data.splits import CLASSES, fingerprint
+from cxr.data.splits import fingerprint
 from cxr.data.views import Batch
 from cxr.errors import UserError
 from cxr.evaluation.report import stressed_metrics
@@ -24,7 +24,7 @@ from cxr.machine import Machine, cpu_has_bf16, describe, memory_errors, peak_mem
 from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
-from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, summary
+from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, source_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
@@ -46,13 +46,15 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     machine = ready_machine(config)
     reset_peak_memory(machine.device)
     data = read_data(config)
-    model, weights = build_model(config.arch, config.weights, config.seed)
-    model.to(device=machine.device, memory_format=torch.channels_last)
+    model, weights = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
     before = before_training(config, data, model, machine.precision)
     if found := [finding.check for finding in findings if not finding.ok]:
         say(f"audit: warnings for {', '.join(found)}; see data/audit.txt in the run, or run `cxr data audit`")
+    for line in source_lines(data):
+        say(line)
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
     tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), Artifact.TRAIN_VIEWS)
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
@@ -61,7 +63,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out)  # before it is looked at, whatever comes then
-    done = reports(config, data, outputs_of(config, data, model, before, machine.device))
+    done = reports(config, data, outputs_of(config, data, model, before))
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
@@ -109,8 +111,8 @@ def _follow(config: TrainConfig) -> None:
     config, run_id = parallel.agreed((config, ""))
     machine = ready_machine(config)
     data = read_data(config)
-    model, _ = build_model(config.arch, config.weights, config.seed)
-    model.to(device=machine.device, memory_format=torch.channels_last)
+    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
     with memory_errors():
         train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 
@@ -120,7 +122,7 @@ def train_model(
     tracker: Tracker,
     data: Data,
     machine: Machine,
-    model: ResNet,
+    model: nn.Module,
     say: Say,
     watch: Callable[[EpochRecord], object] = lambda record: None,
     label: str = "",
@@ -131,7 +133,7 @@ def train_model(
     `watch` sees each record once it is logged, and may raise to end the run. `runs` like this one share activations.
     """
     source, weights = _source(config, data, machine, model, runs)
-    names = zip(CLASSES, weights, strict=True)
+    names = zip(data.task.classes, weights, strict=True)
     tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in names})
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")
@@ -173,7 +175,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
 
 
 def _source(
-    config: TrainConfig, data: Data, machine: Machine, model: ResNet, runs: int
+    config: TrainConfig, data: Data, machine: Machine, model: nn.Module, runs: int
 ) -> tuple[BatchSource, torch.Tensor]:
     """(the batches, the class weights [2]) of a training run; `runs` is the number of runs that share activations."""
     fold = config.fold_numbers()
@@ -200,7 +202,7 @@ def _progress(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
 
 
 def _stressed(
-    config: TrainConfig, machine: Machine, model: ResNet, source: BatchSource, data: Data
+    config: TrainConfig, machine: Machine, model: nn.Module, source: BatchSource, data: Data
 ) -> dict[str, float]:
     """The metrics of the validation images under the stresses: overall, and the loss under each."""
     phase = config.phases[-1]

@@ -15,15 +15,13 @@ from cxr.audit.checks import Finding
 from cxr.config import TrainConfig
 from cxr.data.batches import make_split, stressed_parts
 from cxr.data.load import Data, read_data
-from cxr.data.splits import CLASSES
 from cxr.errors import UserError
-from cxr.evaluation.calibration import fit_calibration, margins_of
-from cxr.evaluation.report import arrays_of, evaluate, implied_prevalence, weighted_loss
-from cxr.evaluation.selective import certainty
-from cxr.evaluation.thresholds import choose_threshold
+from cxr.evaluation.calibration import fit
+from cxr.evaluation.predictions import is_binary, logits_of, matrix_of, predictions_table
+from cxr.evaluation.report import certainties_of, evaluate, implied_prevalence, weighted_loss
 from cxr.network.freezing import count_parameters
 from cxr.runs.ensemble import member_logits
-from cxr.runs.reports import limit_of, stressed_validation
+from cxr.runs.reports import chosen_threshold, limit_of, stressed_validation
 from cxr.serving.predictor import Predictor
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
@@ -115,8 +113,7 @@ def _members(run: LoggedRun, tables: Mapping[str, pd.DataFrame]) -> Finding:
     """Recompute the logits of an ensemble from those that its members logged."""
     runs, wrong = [LoggedRun.open(run_id) for run_id in run.params["ensemble.runs"].split()], []
     for split, table in tables.items():
-        logged = table[["logit_normal", "logit_pneumonia"]].to_numpy()
-        if not np.allclose(member_logits(runs, split), logged, rtol=1e-6, atol=1e-6):
+        if not np.allclose(member_logits(runs, split), logits_of(table), rtol=1e-6, atol=1e-6):
             wrong.append(f"{split}: the logits are not those of the members")
     return _finding("logits from those of the members", wrong, f"{len(runs)} members")
 
@@ -127,24 +124,24 @@ def _best_epoch(run: LoggedRun, config: TrainConfig, val: pd.DataFrame) -> Findi
     best = min(losses, key=lambda epoch: (judged.get(epoch, math.inf), epoch), default=-1)
     named = run.tags.get(Tag.BEST_EPOCH, "nothing")
     wrong = [] if named == str(best) else [f"best_epoch is logged as {named}, recomputed {best}"]
-    weights = torch.tensor([run.number(f"class_weight.{name}") for name in CLASSES])
-    logits = torch.tensor(val[["logit_normal", "logit_pneumonia"]].to_numpy())
+    weights = torch.tensor([run.number(f"class_weight.{name}") for name in run.task.classes])
+    logits = torch.tensor(logits_of(val))
     name = f"val_loss of epoch {best}"
-    again = {name: weighted_loss(logits, torch.tensor(arrays_of(val)[0]), weights)}
+    again = {name: weighted_loss(logits, torch.tensor(val["label"].to_numpy(np.int64)), weights)}
     wrong += _differences({name: losses.get(best, math.nan)}, again, _tolerance(run))
     return _finding("best epoch from all that were logged", wrong, f"epoch {best} of {len(losses)}, and its val_loss")
 
 
 def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: Predictor) -> Finding:
     """Recompute calibration and threshold from validation."""
-    labels, _ = arrays_of(val)
-    margins = margins_of(val[["logit_normal", "logit_pneumonia"]].to_numpy())
-    fitted = fit_calibration(config.calibration, margins, labels)
-    threshold = choose_threshold(config.threshold_rule, labels, fitted.apply(margins))
+    labels, logits = val["label"].to_numpy(np.int64), logits_of(val)
+    fitted = fit(config.calibration, logits, labels)
+    threshold = chosen_threshold(config, labels, fitted.probabilities(logits))
     card = predictor.card
-    again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold, "logged threshold": threshold}
+    again = {"slope": fitted.slope, "offset": fitted.offset, "threshold": threshold}
     kept = {"slope": card.calibration.slope, "offset": card.calibration.offset, "threshold": card.threshold}
-    kept["logged threshold"] = run.threshold
+    if is_binary(val):
+        again["logged threshold"], kept["logged threshold"] = threshold, run.threshold
     if "abstain" in val:
         again["certainty limit"] = limit_of(val, threshold, config.abstain)
         kept["certainty limit"] = card.certainty_limit
@@ -153,12 +150,12 @@ def _choices(run: LoggedRun, config: TrainConfig, val: pd.DataFrame, predictor: 
 
 def _decisions(table: pd.DataFrame, split: str, predictor: Predictor) -> Finding:
     """Recompute probabilities, decisions and abstentions from the logged logits with what the model carries."""
-    margins = margins_of(table[["logit_normal", "logit_pneumonia"]].to_numpy())
-    again = predictor.card.calibration.apply(margins)
-    off = ~np.isclose(again, table["probability"], rtol=EXACT, atol=EXACT)
-    off |= (again >= predictor.card.threshold).astype(int) != table["decision"]
+    card = predictor.card
+    again = predictions_table(table, logits_of(table), card.threshold, card.calibration, card.task)
+    off = ~np.isclose(matrix_of(again), matrix_of(table), rtol=EXACT, atol=EXACT).all(1)
+    off |= (again["decision"] != table["decision"]).to_numpy()
     if "abstain" in table:
-        off |= (certainty(again, predictor.card.threshold) < predictor.card.certainty_limit) != table["abstain"]
+        off |= (certainties_of(again, card.threshold) < card.certainty_limit) != table["abstain"].to_numpy()
     wrong = [f"{path}: what its logits give is another probability or decision" for path in table.loc[off, "path"]]
     return _finding(f"{split} decisions from the logged logits", wrong, f"{len(table)} equal")
 
@@ -206,14 +203,15 @@ def _unlike(table: pd.DataFrame, predicted: pd.DataFrame, predictor: Predictor) 
 def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predictor) -> Finding:
     """Recompute class weights from the training labels, and the stressed validation from model and data."""
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
-    named = {f"class_weight.{name}": weight for name, weight in zip(CLASSES, weights.tolist(), strict=True)}
+    classes = data.task.classes
+    named = {f"class_weight.{name}": weight for name, weight in zip(classes, weights.tolist(), strict=True)}
     logged = {name: run.number(name) for name in named}
     wrong = _differences(logged, named, 1e-6)  # the precision of the logged values
     again = stressed_validation(config, data, predictor.model)
     parts = stressed_parts(make_split(data.manifest, data.store, "val"), len(data.part("train")), config.stresses)
     # A single image on the other side of the threshold changes a count, whatever the tolerance.
-    shown = sum(np.bincount(part.labels, minlength=2) for part in parts.values())
-    step = 2 / int(np.min(shown))
+    shown = sum(np.bincount(part.labels, minlength=len(classes)) for part in parts.values())
+    step = len(classes) / int(np.min(shown))
     counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
     for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
         wrong += _differences(run.metrics, {name: again[name] for name in sorted(names)}, tolerance)

@@ -20,8 +20,8 @@ from cxr.data.decode import UInt8
 from cxr.errors import UserError
 from cxr.figures.single import HEAT, explanation_panel
 from cxr.figures.style import Floats
-from cxr.network.gradcam import heatmaps
-from cxr.serving.predictor import Predictor
+from cxr.network.gradcam import POSITIVE, heatmaps
+from cxr.serving.predictor import ModelCard, Predictor
 
 
 def overlay(image: UInt8, heat: Floats) -> UInt8:
@@ -33,7 +33,9 @@ def overlay(image: UInt8, heat: Floats) -> UInt8:
 
 
 def explain_files(predictor: Predictor, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write each image next to its heat map of pneumonia as `<stem>_gradcam.png` into `folder`; returns the files.
+    """Write each image next to its heat map as `<stem>_gradcam.png` into `folder`; returns the files.
+
+    The map is that of the positive class, or of the decided one of more than two.
 
     From the second on, images of one stem get a number: `<stem>_gradcam_2.png`. Raises `UserError` before anything is
     written for images that cannot be read, naming all of them, or would be overwritten; and for a folder that cannot
@@ -42,7 +44,8 @@ def explain_files(predictor: Predictor, paths: Sequence[Path], folder: Path) -> 
     images = np.stack(predictor.read_files(paths))
     table = predictor.predict(list(images)).assign(image=[path.name for path in paths])
     files = _targets(paths, folder)
-    figures = map(_pair, images, heatmaps(predictor.model, images), _titles(table, predictor.card.threshold))
+    targets = POSITIVE if predictor.card.task.binary else list(table["decision"])
+    figures = map(_pair, images, heatmaps(predictor.model, images, targets), _titles(table, predictor.card))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for figure, file in zip(figures, files, strict=True):
@@ -65,12 +68,14 @@ def _targets(paths: Sequence[Path], folder: Path) -> list[Path]:
     return files
 
 
-def _titles(table: pd.DataFrame, threshold: float) -> list[str]:
+def _titles(table: pd.DataFrame, card: ModelCard) -> list[str]:
     """File name, decision and probability of each row of a `Predictor`'s table."""
     names = [Path(image).name.replace("$", r"\$") for image in table["image"]]  # a bare $ would start mathematics
     rows = zip(names, table["label"], table["probability"], strict=True)
-    limit = f"threshold {threshold:.3g}"
-    return [f"{name}: decision {label}, probability of pneumonia {p:.3f} ({limit})" for name, label, p in rows]
+    if not card.task.binary:
+        return [f"{name}: decision {label}, probability {p:.3f}" for name, label, p in rows]
+    of = f"probability of {card.task.positive}"
+    return [f"{name}: decision {label}, {of} {p:.3f} (threshold {card.threshold:.3g})" for name, label, p in rows]
 
 
 def _pair(image: UInt8, heat: Floats, title: str) -> Figure:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.evaluation.familiarity import Familiarity
 from cxr.network.start import StartNetwork
@@ -30,7 +30,7 @@ class Familiar:
         save_file(kept, file)
 
     @classmethod
-    def read(cls, file: Path, network: ResNet) -> Familiar:
+    def read(cls, file: Path, network: nn.Module) -> Familiar:
         """What `save` wrote; `network` is the trained one, or the first of an ensemble."""
         kept = load_file(file)
         own = {name.removeprefix(_START): value for name, value in kept.items() if name.startswith(_START)}

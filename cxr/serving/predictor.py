@@ -23,22 +23,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models import ResNet, get_model
 
 from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
 from cxr.data.depth import FULL
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, Batch, to_input
 from cxr.errors import UserError
-from cxr.evaluation.calibration import IDENTITY, Calibration, margins_of
+from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.familiarity import Float32
 from cxr.evaluation.metrics import Floats
-from cxr.evaluation.selective import certainty
+from cxr.evaluation.selective import certainty_of
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
+from cxr.network.resnet import create
 from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
+from cxr.task import Task
 
 WEIGHTS, FEATURES, CARD, ONNX = "weights.safetensors", "features.safetensors", "model.json", "X_ray_classifier.onnx"
 
@@ -65,6 +65,11 @@ class ModelCard:
     members: int = 1
     certainty_limit: float = 0.0
     depth: int = FULL
+
+    @property
+    def task(self) -> Task:
+        """The classes, in the order of their labels."""
+        return Task(tuple(sorted(self.class_to_index, key=self.class_to_index.__getitem__)))
 
     def text(self) -> str:
         """The card as JSON."""
@@ -100,27 +105,29 @@ def _from_array(values: npt.NDArray[Any] | list[Any]) -> Image.Image:
 
 
 class _Probability(nn.Module):
-    """Grey levels [n, s, s] -> probabilities of pneumonia [n]: what follows the decoding, as one graph."""
+    """Grey levels [n, s, s] -> probabilities of the positive class [n], or of all [n, k] of more than two classes: what
+    follows the decoding, as one graph."""
 
-    def __init__(self, model: ResNet | Ensemble, calibration: Calibration):
+    def __init__(self, model: nn.Module, calibration: Calibration):
         super().__init__()
         self.model, self.calibration = model, calibration
 
     def forward(self, image: Tensor) -> Tensor:
         """As `Predictor.predict`."""
         logits = self.model(to_input(image))
-        margin = logits[:, CLASS_TO_INDEX["PNEUMONIA"]] - logits[:, CLASS_TO_INDEX["NORMAL"]]
-        return torch.sigmoid(self.calibration.slope * margin + self.calibration.offset)
+        if logits.shape[1] > 2:
+            return torch.softmax(self.calibration.slope * logits, 1)
+        return torch.sigmoid(self.calibration.slope * (logits[:, 1] - logits[:, 0]) + self.calibration.offset)
 
 
 class Predictor:
     """A packaged model in use."""
 
-    def __init__(self, model: ResNet | Ensemble, card: ModelCard, familiar: Familiar | None = None):
+    def __init__(self, model: nn.Module, card: ModelCard, familiar: Familiar | None = None):
         self.model, self.card, self.familiar = model.eval(), card, familiar
 
     @property
-    def networks(self) -> list[ResNet]:
+    def networks(self) -> list[nn.Module]:
         """The plain torchvision modules: one, or the members of an ensemble."""
         return self.model.networks if isinstance(self.model, Ensemble) else [self.model]
 
@@ -130,8 +137,9 @@ class Predictor:
         fields = json.loads((folder / CARD).read_text())
         calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
         card = ModelCard(**{**fields, "calibration": calibration})
-        networks = [get_model(card.arch, weights=None, num_classes=len(CLASS_TO_INDEX)) for _ in range(card.members)]
-        model: ResNet | Ensemble = networks[0] if card.members == 1 else Ensemble(networks)
+        count = len(card.class_to_index)
+        networks = [create(card.arch, count, card.image_size) for _ in range(card.members)]
+        model: nn.Module = networks[0] if card.members == 1 else Ensemble(networks)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model = model.to(memory_format=torch.channels_last)
         features = folder / FEATURES  # absent from models of version 0.1, and of trials of a search
@@ -175,7 +183,8 @@ class Predictor:
         """Write the plain torchvision state dict (that of each member of an ensemble), the class mapping, the card and,
         if asked, an ONNX model; returns the files.
 
-        The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of pneumonia [n].
+        The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of the positive class [n],
+        or of all [n, k] of more than two.
         Raises `UserError` when they cannot be written, or the packages for ONNX are not installed.
         """
         names = ["X_ray_classifier.pth"]
@@ -221,26 +230,35 @@ class Predictor:
         return program
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
-        """Prepared images -> columns label, probability (of pneumonia), decision (1 at or above the threshold).
+        """Prepared images -> columns label, probability, decision (the label's number), familiarity and abstain.
 
-        Also familiarity (the percentage of validation images at most as familiar) and abstain (whether the prediction
-        is too uncertain), unless the model was made by version 0.1.
+        Of two classes, the probability is that of the positive one, decided at or above the threshold. Of more, it is
+        that of the label, the most probable class, and `probability_NAME` are those of all. Familiarity (the percentage
+        of validation images at most as familiar) and abstain (whether the prediction is too uncertain) are absent from
+        models of version 0.1.
         """
         stack = torch.from_numpy(np.stack(images))
         batches = ((to_input(part), torch.zeros(len(part), dtype=torch.int64)) for part in torch.split(stack, 32))
         logits, familiarity = self.outputs(batches)
-        probability = self.card.calibration.apply(margins_of(logits))
-        decision = (probability >= self.card.threshold).astype(np.int64)
-        names = {index: name for name, index in self.card.class_to_index.items()}
-        label = [names[int(d)] for d in decision]
-        table = pd.DataFrame({"label": label, "probability": probability, "decision": decision})
+        every = self.card.calibration.probabilities(logits)
+        table = self._decided(every)
         if familiarity is None:
             return table
-        abstains = certainty(probability, self.card.threshold) < self.card.certainty_limit
+        abstains = certainty_of(every, self.card.threshold) < self.card.certainty_limit
         return table.assign(familiarity=familiarity, abstain=abstains)
 
+    def _decided(self, every: Floats) -> pd.DataFrame:
+        """The columns that follow from the probabilities [n, k]."""
+        task = self.card.task
+        probability = every[:, 1] if task.binary else every.max(1)
+        decision = (probability >= self.card.threshold).astype(np.int64) if task.binary else every.argmax(1)
+        label = [task.classes[int(index)] for index in decision]
+        table = pd.DataFrame({"label": label, "probability": probability, "decision": decision})
+        others = {} if task.binary else {f"probability_{slug}": every[:, c] for c, slug in enumerate(task.slugs)}
+        return table.assign(**others)
+
     def outputs(self, batches: Iterable[Batch]) -> tuple[Float32, Floats | None]:
-        """(logits [n, 2], familiarity [n] in percent, or None if the model was made by version 0.1)."""
+        """(logits [n, k], familiarity [n] in percent, or None if the model was made by version 0.1)."""
         if self.familiar is None:
             return infer(self.model, batches)[0].numpy(), None
         features, logits = infer_with_features(self.model, self.familiar.start, batches)

@@ -9,10 +9,9 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.data.decode import ImageError, UInt8
-from cxr.network.ensemble import Ensemble
 from cxr.serving.predictor import Predictor
 
 
@@ -23,7 +22,7 @@ class XrayModel(PythonModel):
         """Read the package that was logged as the artifact `package`."""
         self.predictor = Predictor.load(Path(context.artifacts["package"]))
 
-    def network(self) -> ResNet | Ensemble:
+    def network(self) -> nn.Module:
         """The torchvision module (or the ensemble of several) with its weights, in eval mode; its input is made by
         `predictor.prepare`.
         """

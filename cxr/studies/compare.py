@@ -11,9 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr.config import NEUTRAL, CompareConfig, TrainConfig, own_parameters
-from cxr.data.splits import CLASSES
 from cxr.errors import UserError
-from cxr.evaluation.metrics import confusion
+from cxr.evaluation.metrics import Ints, counts_of
 from cxr.evaluation.paired import (
     PRIMARY,
     RunData,
@@ -24,7 +23,7 @@ from cxr.evaluation.paired import (
     strategies_of,
     strategy_table,
 )
-from cxr.evaluation.report import arrays_of
+from cxr.evaluation.predictions import HALF, arrays_of, matrix_of
 from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
@@ -108,7 +107,7 @@ def load_run(run_id: str) -> RunData:
     run = LoggedRun.open(run_id)
     if not run.finished:
         raise UserError(f"run {run_id} is {run.status}: only finished runs can be compared")
-    if np.isnan(run.threshold):
+    if np.isnan(run.threshold) and run.task.binary:
         raise UserError(f"run {run_id} has no chosen threshold: not a training run of this version of cxr")
     if "test_roc_auc" not in run.metrics:
         raise UserError(f"run {run_id} was not evaluated on the test split: it is a fold or not a training run")
@@ -123,6 +122,7 @@ def load_run(run_id: str) -> RunData:
         history=history,
         cost=_cost(run, history),
         origin=run.origin,
+        task=run.task,
         settings=_settings(run),
     )
 
@@ -186,6 +186,7 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
                 for _, row in table.iterrows()
             ]
             for name in SHOWN
+            if name in table
         },
         index=table.index,
     )
@@ -234,19 +235,31 @@ def _settings_of(runs: Sequence[RunData], strategy: str) -> dict[str, list[str]]
 def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> dict[str, Figure]:
     names = strategies_of(runs)
     own = {name: [run for run in runs if run.strategy == name] for name in names}
-    labels, _ = arrays_of(runs[0].test)
-    scores = {name: [arrays_of(run.test)[1] for run in own[name]] for name in names}
-    counts = {name: np.mean([confusion(labels, each) for each in scores[name]], axis=0) for name in names}
+    labels, classes = runs[0].test["label"].to_numpy(np.int64), runs[0].task.classes
+    counts = {name: np.mean([_counts(run) for run in own[name]], axis=0) for name in names}
+    rule = "threshold 0.5" if runs[0].task.binary else "the most probable class decides"
     figures = {
-        "metrics": draw.metric_intervals(table, BARS, "Test, threshold 0.5"),
+        "metrics": draw.metric_intervals(table, BARS, f"Test, {rule}"),
         "curves": draw.strategy_curves({n: [run.history for run in own[n]] for n in names}, "Validation"),
-        "roc": draw.roc_overlay({n: (labels, scores[n]) for n in names}, "ROC on test"),
-        "confusion": draw.confusion_row(counts, CLASSES, "Test, threshold 0.5, mean over seeds"),
+        "confusion": draw.confusion_row(counts, classes, f"Test, {rule}, mean over seeds"),
         "cost": draw.quality_cost(table, PRIMARY, "training_seconds", "Quality against cost"),
     }
+    if runs[0].task.binary:
+        scores = {name: (labels, [arrays_of(run.test)[1] for run in own[name]]) for name in names}
+        figures["roc"] = draw.roc_overlay(scores, "ROC on test")
+    else:
+        recalls = [f"recall_of_{slug}" for slug in runs[0].task.slugs]
+        figures["classes"] = draw.metric_intervals(table, recalls, "Test, recall of each class")
     if len(pairs):
         figures["differences"] = draw.paired_differences(pairs, PRIMARY, margin, "Paired differences on test")
     return figures
+
+
+def _counts(run: RunData) -> Ints:
+    """The confusion matrix [k, k] of a run on test, at one half for two classes."""
+    labels, scores = run.test["label"].to_numpy(np.int64), matrix_of(run.test)
+    decisions = (scores[:, 1] >= HALF).astype(np.int64) if run.task.binary else scores.argmax(1)
+    return counts_of(labels, decisions, len(run.task.classes))
 
 
 def _links(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from cxr.config import CrossvalConfig, TrainConfig, own_parameters
-from cxr.data.splits import CLASSES
-from cxr.evaluation.report import HALF, Report, evaluate, format_interval
+from cxr.evaluation.predictions import HALF
+from cxr.evaluation.report import Report, evaluate, format_interval
 from cxr.figures import single as plots
 from cxr.runs.messages import Say
+from cxr.runs.record import report_figures
 from cxr.studies.family import run_family
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
@@ -47,10 +49,11 @@ def _gather(run_ids: Sequence[str], bootstrap: int) -> tuple[pd.DataFrame, Repor
     # Each fold abstains by a threshold of its own, which says nothing about decisions at one half.
     own = ["familiarity", "abstain"]
     tables = [LoggedRun.open(run_id).predictions("fold").drop(columns=own, errors="ignore") for run_id in run_ids]
+    task = LoggedRun.open(run_ids[0]).task
     reports = [evaluate(table, "fold", HALF, 0) for table in tables]
     rows = [{"fold": i + 1, "images": len(r.table), **r.values, "run": run_ids[i]} for i, r in enumerate(reports)]
     pooled = evaluate(pd.concat(tables, ignore_index=True), "fold", HALF, bootstrap, origin="same for all folds")
-    return pd.DataFrame(rows), pooled
+    return pd.DataFrame(rows), pooled.about(task)
 
 
 def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame, pooled: Report) -> list[str]:
@@ -63,13 +66,9 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     parent.table(table, Artifact.FOLDS)
     parent.table(pooled.table, Artifact.OUT_OF_FOLD)
     parent.text(pooled.text(), Artifact.CROSSVAL_REPORT)
-    labels, probabilities, title = pooled.labels, pooled.probabilities, f"Out of fold: {name}"
     figures = {
         "folds": plots.folds(table.set_index("fold"), SHOWN, f"Folds: {name}"),
-        "roc": plots.roc_curve(labels, probabilities, pooled.interval("roc_auc"), title),
-        "pr": plots.pr_curve(labels, probabilities, pooled.interval("pr_auc"), title),
-        "confusion_matrix": plots.confusion_matrix(pooled.counts(), CLASSES, title),
-        "reliability": plots.reliability_diagram(labels, probabilities, pooled.values["ece"], title),
+        **_pooled_figures(pooled, f"Out of fold: {name}"),
     }
     for kind, figure in figures.items():
         parent.figure(figure, plot_path(kind, "crossval"))
@@ -77,3 +76,17 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
     parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines
+
+
+def _pooled_figures(pooled: Report, title: str) -> dict[str, Figure]:
+    """Those of a report, at one half and without calibration of the whole."""
+    labels, probabilities = pooled.labels, pooled.probabilities
+    if not pooled.binary:
+        chosen = report_figures(pooled, title)
+        return {name: chosen[name] for name in ("roc", "confusion_matrix", "metrics")}
+    return {
+        "roc": plots.roc_curve(labels, probabilities, pooled.interval("roc_auc"), title),
+        "pr": plots.pr_curve(labels, probabilities, pooled.interval("pr_auc"), title),
+        "confusion_matrix": plots.confusion_matrix(pooled.counts(), pooled.task.classes, title),
+        "reliability": plots.reliability_diagram(labels, probabilities, pooled.values["ece"], title),
+    }

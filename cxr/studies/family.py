@@ -40,7 +40,7 @@ def run_family(
     """
     data = read_data(next(iter(members.values())))
     ready_machine(config)
-    _, weights = build_model(config.arch, config.weights, config.seed)
+    _, weights = build_model(config.arch, config.weights, config.seed, size=config.image_size)
     key = _family_key(members.values(), data.fingerprint, str(weights))
     tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
     run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})

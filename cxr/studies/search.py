@@ -105,7 +105,8 @@ def open_worker(config: TuneConfig, say: Say) -> Worker:
     data = read_data(train)
     if train.strict:
         audited(train, data, None)
-    _, weights = build_model(train.arch, train.weights, train.seed)  # missing weights fail here, not in every trial
+    # Missing weights fail here, not in every trial.
+    _, weights = build_model(train.arch, train.weights, train.seed, size=train.image_size)
     machine = ready_machine(train)
     origin = {"data": data.without("test").fingerprint, "weights": str(weights)}
     study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)

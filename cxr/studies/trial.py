@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
-from torchvision.models import ResNet
+from torch import nn
 
 from cxr.config import TrainConfig, TuneConfig, flatten
 from cxr.data.load import Data
@@ -52,7 +52,7 @@ class TrialRunner:
 
     def __init__(self, search: Search):
         self.search = search
-        self._model: ResNet | None = None  # of the last trial's first seed
+        self._model: nn.Module | None = None  # of the last trial's first seed
 
     def objective(self, trial: Trial) -> float:
         """Train in a new child run and return the objective value."""
@@ -99,8 +99,9 @@ class TrialRunner:
     def _train_seed(self, trial: Trial, config: TrainConfig, tracker: MlflowTracker, number: int) -> float:
         search, objective = self.search, self.search.config.objective
         seed_everything(config.seed, search.machine.device)
-        model, _ = build_model(config.arch, config.weights, config.seed)
-        model.to(device=search.machine.device, memory_format=torch.channels_last)
+        classes = len(search.data.task.classes)
+        model, _ = build_model(config.arch, config.weights, config.seed, classes, config.image_size)
+        model.to(search.machine.device).to(memory_format=torch.channels_last)
 
         def report_epoch(record: EpochRecord) -> None:
             if search.config.seeds == 1:
@@ -124,11 +125,7 @@ class TrialRunner:
         assert self._model is not None
         search, config = self.search, trial_config(self.search.config, trial.params)
         with tempfile.TemporaryDirectory() as work:
-            save_package(
-                Path(work),
-                self._model.state_dict(),
-                card_of(config, search.weights, search.data.fingerprint, depth=search.data.depth),
-            )
+            save_package(Path(work), self._model.state_dict(), card_of(config, search.weights, search.data))
             keep_only(search.parent.run_id, trial.user_attrs[RUN], Path(work))
 
 

@@ -17,6 +17,7 @@ from cxr.tracking.signals import _signals_ignored, stops_once
 from cxr.tracking.store import (
     EXPERIMENT,
     EXPERIMENT_KIND,
+    one_at_a_time,
     prepare,
     store_errors,
     store_loss_errors,
@@ -103,10 +104,11 @@ def choose_experiment(experiment: str = EXPERIMENT) -> None:
     """Make the experiment active that `mlflow run` or the environment names, else `experiment`."""
     import mlflow
 
-    if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        mlflow.set_experiment(experiment_id=experiment_id)
-    else:
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+    with one_at_a_time():
+        if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            mlflow.set_experiment(experiment_id=experiment_id)
+        else:
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
 
 
 @contextmanager

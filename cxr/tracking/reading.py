@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import pandas as pd
 
 from cxr.config import TrainConfig, before_they_existed, unflatten
 from cxr.errors import InUseError, UserError
+from cxr.task import KAGGLE, Task
 from cxr.tracking.store import prepare, store_errors
 
 FINISHED = "finished"  # the value of `Tag.OUTCOME`
@@ -35,6 +37,7 @@ class Tag(StrEnum):
     ARCH = "arch"
     SEED = "seed"
     DATA = "data"
+    CLASSES = "classes"
     DATA_FINGERPRINT = "data_fingerprint"
     DEPTH = "depth"
     TEST_SPLIT = "test_split"  # by which the uses of a test split are counted
@@ -162,6 +165,12 @@ class LoggedRun:
     def origin(self) -> str:
         """Which data and weights it began with."""
         return f"data {self.tags.get(Tag.DATA_FINGERPRINT)}, weights {self.tags.get(Tag.WEIGHTS)}"
+
+    @property
+    def task(self) -> Task:
+        """The classes; runs of version 0.1 had those of the Kaggle set only."""
+        names = self.tags.get(Tag.CLASSES)
+        return Task(tuple(json.loads(names))) if names else KAGGLE
 
     @property
     def commit(self) -> str:

@@ -25,7 +25,7 @@ from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.reading import LoggedRun
-from cxr.tracking.store import prepare, store_errors
+from cxr.tracking.store import one_at_a_time, prepare, store_errors
 
 CANDIDATE, CHAMPION, BEFORE = "candidate", "champion", "champion_before"
 REQUIREMENTS = (
@@ -70,7 +70,7 @@ def log_model(state: StateDict, card: ModelCard, example: bytes, familiar: Famil
             artifacts={"package": str(package)},
             code_paths=[str(source)],
             pip_requirements=requirements(),
-            signature=_signature(familiar is not None),
+            signature=_signature(card, familiar is not None),
             input_example=pd.DataFrame({"image": [base64.b64encode(example).decode()]}),
             metadata={"class_to_index": card.class_to_index, "strategy": card.strategy, "arch": card.arch},
         )
@@ -105,7 +105,7 @@ def _logged_earlier(experiment_id: str, run_id: str) -> str | None:
     return None
 
 
-def _signature(selective: bool) -> Any:
+def _signature(card: ModelCard, selective: bool) -> Any:
     """`image` is of any type, because bytes, base64 text and arrays are all taken."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
@@ -118,6 +118,7 @@ def _signature(selective: bool) -> Any:
         ColSpec("double", "probability"),
         ColSpec("long", "decision"),
     ]
+    outputs += [] if card.task.binary else [ColSpec("double", f"probability_{slug}") for slug in card.task.slugs]
     outputs += [ColSpec("double", "familiarity"), ColSpec("boolean", "abstain")] if selective else []
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
 
@@ -167,14 +168,15 @@ def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     import mlflow
 
     client = mlflow.MlflowClient()
-    registered = client.search_model_versions(f"name = '{name}'")
-    earlier = [v for v in registered if v.source == f"models:/{model_id}"]
-    made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
-    client.set_registered_model_alias(name, CANDIDATE, made.version)
-    champion = _by_alias(name, CHAMPION)
-    better, why = _is_better(tags, champion)
-    if better:
-        promote(name, str(made.version))
+    with one_at_a_time():  # or two that end together could each replace the champion, the worse one last
+        registered = client.search_model_versions(f"name = '{name}'")
+        earlier = [v for v in registered if v.source == f"models:/{model_id}"]
+        made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
+        client.set_registered_model_alias(name, CANDIDATE, made.version)
+        champion = _by_alias(name, CHAMPION)
+        better, why = _is_better(tags, champion)
+        if better:
+            promote(name, str(made.version))
     return Registration(name, str(made.version), better, why)
 
 
@@ -196,6 +198,8 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
     seen = [DataKind.of_version(each) for each in (champion.tags, tags)]
     if seen[0] is DataKind.PHANTOMS and seen[1] is not DataKind.PHANTOMS:
         return True, f"champion: {before} was trained on phantoms only"
+    if champion.tags.get("class_to_index", tags.get("class_to_index")) != tags.get("class_to_index"):
+        return False, f"{before} remains champion: it has other classes; give --register another name"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"{before} remains champion: validated on different images, so they cannot be compared"
     name = tags.get("selected_by", "val_loss")

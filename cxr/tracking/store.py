@@ -6,6 +6,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
 
 from cxr.config import without_password
 from cxr.errors import MachineError
@@ -29,6 +32,27 @@ def prepare() -> None:
         os.environ.setdefault(variable, value)
     for logger, level in _LOG_LEVELS.items():
         logging.getLogger(logger).setLevel(level)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """While this holds, no other process makes tables, experiments or champions in the same SQLite file.
+
+    MLflow does not lock: processes that start together in an empty folder would all make its tables, and fail. The lock
+    is a hidden file beside the database. A server does this for its clients.
+    """
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    if not database.parent.is_dir():  # MLflow says so in its own words
+        yield
+        return
+    with FileLock(database.with_name(f".{database.name}.lock")):
+        yield
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
-from torchvision.models import ResNet
 
 from cxr.network.freezing import stage_state
 
@@ -19,7 +19,7 @@ class WeightAverage:
     et al. 2022, "Ensemble of Averages", computed by `torch.optim.swa_utils`.
     """
 
-    def __init__(self, model: ResNet, stages: tuple[str, ...]):
+    def __init__(self, model: nn.Module, stages: tuple[str, ...]):
         self.model, self.stages, self.steps = deepcopy(model).requires_grad_(False).eval(), stages, 0
         mean, current = stage_state(self.model, stages), stage_state(model, stages)
         self._mean = [value for value in mean.values() if value.is_floating_point()]

@@ -15,13 +15,13 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from cxr.config import TrainConfig
 from cxr.data.batches import (
     Split,
     epoch_order,
+    eval_batches,
     grey_batches,
     make_split,
     straight_order,
@@ -33,6 +33,7 @@ from cxr.data.load import Data
 from cxr.data.views import PLAIN, Batch, View, to_input
 from cxr.machine import eval_batch_size
 from cxr.network.freezing import checksum
+from cxr.network.stages import classifier_of, family_of
 from cxr.storage import Cache
 from cxr.strategies import HEAD, Phase
 from cxr.training import distributed as parallel
@@ -47,7 +48,7 @@ class SourceSettings:
     `views` are the different views of a training image (0: no augmentation), drawn by the recipe `augment`; `budget` is
     the space for what is kept, bytes; `cache` holds the files that other runs share, None keeps in memory; `stresses`
     is the set for the stressed validation, None if it will not be asked for. `epochs` and `runs` are those of
-    `reuse.Workload`; `phases` all phases of the run.
+    `reuse.Workload`; `phases` all phases of the run; `fold` as in `PassSettings`.
     """
 
     batch_size: int
@@ -62,17 +63,19 @@ class SourceSettings:
     epochs: int | None = None
     runs: int = 1
     progress: Progress = silent
+    fold: bool = True
 
 
 class BatchSource:
     """Batches (what the frozen prefix gives, labels) for `loop.fit`, on the model's device; `plan` is what it keeps."""
 
-    def __init__(self, model: ResNet, train: Split, val: Split, settings: SourceSettings):
+    def __init__(self, model: nn.Module, train: Split, val: Split, settings: SourceSettings):
         device = next(model.parameters()).device
         self.model, self.train_split, self.val_split, self.settings = model, train, val, settings
         folder = settings.cache.activations if settings.cache and device.type == "cpu" and train.store else None
         size = eval_batch_size(device, settings.batch_size)
-        self.passes = PassSettings(size, settings.seed, settings.precision, device, folder, settings.progress)
+        about = (size, settings.seed, settings.precision, device, folder, settings.progress, settings.fold)
+        self.passes = PassSettings(*about)
         self.prefixes: dict[str, Prefix] = {}
         self._views: dict[tuple[int, View], Tensor] = {}
         self._phase: Phase | None = None
@@ -180,24 +183,44 @@ class BatchSource:
         return ((to_input(images[index]), labels[index]) for index in to_device(order, device))
 
 
+def evaluation_batches(
+    config: TrainConfig, data: Data, model: nn.Module, shared: tuple[str, ...], name: str
+) -> tuple[Iterable[Batch], bool]:
+    """(batches of a split in order, whether they hold what the stages `shared` give instead of images).
+
+    They do where a phase of the run had exactly these stages frozen, in fp32 and bit for bit as the whole network would
+    give, and are kept for other runs like all outputs of frozen stages.
+    """
+    part, device = make_split(data.manifest, data.store, name), next(model.parameters()).device
+    phase = next((phase for phase in config.phases if phase.frozen == shared), None)
+    if phase is None or not shared or device.type != "cpu":
+        return eval_batches(part, config.batch_size, device), False
+    cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
+    settings = SourceSettings(config.batch_size, 0, 0, "fp32", budget, (phase,), cache, fold=False)
+    source = BatchSource(model, part, part, settings)
+    source.enter(phase)
+    return source.val(phase), True
+
+
 Features = npt.NDArray[np.float32]
 
 
 def pooled_features(
-    config: TrainConfig, data: Data, model: ResNet, precision: str, splits: tuple[str, ...] = ()
+    config: TrainConfig, data: Data, model: nn.Module, precision: str, splits: tuple[str, ...] = ()
 ) -> Features:
     """What the network gives its head [n, d], for every image of the manifest (of the splits, if named) in order,
     without augmentation."""
     cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
     manifest = data.manifest[data.manifest["split"].isin(splits)] if splits else data.manifest
-    found: Features = np.empty((len(manifest), model.fc.in_features), np.float32)
+    found: Features = np.empty((len(manifest), classifier_of(model).in_features), np.float32)
     model.eval()
-    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (HEAD,), cache)
+    head = family_of(model).phase(HEAD)
+    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (head,), cache)
     for name in manifest["split"].unique():
         part = make_split(data.manifest, data.store, name)
         source = BatchSource(model, part, part, settings)
-        source.enter(HEAD)
+        source.enter(head)
         with torch.no_grad():
-            rows = [features.float().flatten(1).cpu() for features, _ in source.val(HEAD)]
+            rows = [features.float().flatten(1).cpu() for features, _ in source.val(head)]
         found[(manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
     return found

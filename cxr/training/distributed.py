@@ -98,18 +98,23 @@ def data_parallel(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, **{option: False})  # type: ignore[arg-type]
 
 
-def share_batchnorm(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Let every BatchNorm below the modules count over the whole batch, in all processes: in place."""
+def share_batchnorm(model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Let every BatchNorm of the model that is one of the modules, or inside one, count over the whole batch, in all
+    processes: in place."""
     if size() == 1:
         return
-    for module in modules:
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-            continue
-        for parent in list(module.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.BatchNorm2d:
-                    setattr(parent, name, SharedBatchNorm.like(child))
+    inside = {id(inner) for module in modules for inner in module.modules()}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d and id(child) in inside:
+                setattr(parent, name, _shared(child, device))
+
+
+def _shared(norm: nn.BatchNorm2d, device: torch.device) -> nn.Module:
+    if device.type == "cuda":
+        shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # type: ignore[no-untyped-call]
+        return shared
+    return SharedBatchNorm.like(norm)
 
 
 class _Sum(torch.autograd.Function):

@@ -8,16 +8,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
 from cxr.data.batches import MAKING
-from cxr.network.resnet import run_stages
+from cxr.network.stages import run_stages
 
 
 class Suffix(nn.Module):
     """The stages that a phase trains, as one module."""
 
-    def __init__(self, model: ResNet, stages: tuple[str, ...]):
+    def __init__(self, model: nn.Module, stages: tuple[str, ...]):
         super().__init__()
         self.model, self.stages = model, stages
 

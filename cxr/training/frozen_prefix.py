@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from cxr.data.batches import Split, straight_order, to_device, view_batches
 from cxr.data.views import PLAIN, Batch, View
 from cxr.network.freezing import checksum
 from cxr.network.inference import autocast, folded
-from cxr.network.resnet import run_stages
+from cxr.network.stages import pool, run_stages
 from cxr.strategies import Phase
 from cxr.training.row_file import RowFile, row_file_name
 
@@ -38,7 +37,7 @@ class PassSettings:
     """How images pass through a prefix: images per batch, the seed of their views, precision and device.
 
     `folder` is that of the files which other runs share; None keeps in memory. `progress(batches, total)` may show a
-    bar.
+    bar. With `fold` false, the stages run as they are, and give the same bits as the whole network does.
     """
 
     batch_size: int
@@ -47,6 +46,7 @@ class PassSettings:
     device: torch.device
     folder: Path | None = None
     progress: Progress = silent
+    fold: bool = True
 
 
 class Prefix:
@@ -55,11 +55,11 @@ class Prefix:
     `base`, if there is one, is the prefix of a later phase, which is a part of this one: what it has kept is the input.
     """
 
-    def __init__(self, model: ResNet, phase: Phase, settings: PassSettings, base: Prefix | None = None):
+    def __init__(self, model: nn.Module, phase: Phase, settings: PassSettings, base: Prefix | None = None):
         self.phase, self.settings, self.base = phase, settings, base
         self.stages = phase.frozen[len(base.phase.frozen) if base else 0 :]
         self.checksum = checksum(model, phase.frozen)
-        self.network = folded(model, self.stages)
+        self.network = folded(model, self.stages) if settings.fold else model
         self.values: dict[tuple[int, View], Tensor] = {}  # of a split, in memory
         self._files: dict[View, RowFile] = {}
         self._row = torch.empty(0)
@@ -84,7 +84,7 @@ class Prefix:
         with torch.no_grad(), autocast(self.settings.device, self.settings.precision):
             features = run_stages(self.network, features, self.stages)
             # The head begins with this pooling, which leaves pooled features unchanged.
-            return self.network.avgpool(features) if self.phase.first == "fc" else features
+            return pool(self.network, features) if self.phase.head_only else features
 
     def _inputs(self, split: Split, order: list[Tensor], view: View) -> Iterator[Batch]:
         return view_batches(split, order, self.settings.seed, view, self.settings.device)
@@ -121,7 +121,8 @@ class Prefix:
     def path(self, folder: Path, split: Split, view: View) -> Path:
         """Where the outputs for a view are kept: named by all that they depend on."""
         threads = torch.get_num_threads()  # they may decide in which order a kernel sums
-        about = (self.checksum, self.phase.name, self.settings.precision, threads, split.store)
+        about: tuple[object, ...] = (self.checksum, self.phase.name, self.settings.precision, threads, split.store)
+        about += () if self.settings.fold else ("not folded",)
         return folder / row_file_name(*about, *view.key(self.settings.seed))
 
     def begun(self, split: Split) -> bool:

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from cxr.data.views import Batch
 from cxr.errors import FreezeError, UserError
 from cxr.network.freezing import FreezeProof, apply_phase, bit_sums, checksum, stage_state
 from cxr.network.inference import autocast, infer
-from cxr.network.resnet import stage_modules
-from cxr.strategies import STAGES, Phase
+from cxr.network.stages import stage_modules, stages_of
+from cxr.strategies import Phase
 from cxr.training import distributed as parallel
 from cxr.training.averaging import WeightAverage
 from cxr.training.checkpoint import Checkpoints
@@ -109,10 +109,10 @@ class Progress:
 class PhaseTrainer:
     """What trains one phase: optimizer, scheduler and scaler over what the phase trains, and the trainable stages."""
 
-    def __init__(self, model: ResNet, phase: Phase, rate: float, schedule: Schedule):
+    def __init__(self, model: nn.Module, phase: Phase, rate: float, schedule: Schedule):
         device = next(model.parameters()).device
         trained = [module for stage in phase.trainable for module in stage_modules(model, stage)]
-        parallel.share_batchnorm([model] if phase.first == "stem" else trained, device)
+        parallel.share_batchnorm(model, trained, device)
         parameters, decay = apply_phase(model, phase), schedule.weight_decay
         self.optimizer = torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
         self.frozen_bits = bit_sums(model, phase.frozen)
@@ -146,7 +146,7 @@ class Loop:
 
     def __init__(
         self,
-        model: ResNet,
+        model: nn.Module,
         schedule: Schedule,
         class_weights: Tensor,
         data: Batches,
@@ -173,7 +173,7 @@ class Loop:
         return WeightAverage(self.model, self.phase.trainable) if last and self.schedule.average == "sma" else None
 
     @property
-    def judged(self) -> ResNet:
+    def judged(self) -> nn.Module:
         """The network that is validated and saved: with the mean of the weights once there is one."""
         return self.average.model if self.average and self.average.steps else self.model
 
@@ -205,21 +205,23 @@ class Loop:
         self.checkpoints.save(state, keep={self.progress.base, *self.progress.best_files})
 
 
-def load_tensors(model: ResNet, checkpoints: Checkpoints, files: list[str]) -> None:
+def load_tensors(model: nn.Module, checkpoints: Checkpoints, files: list[str]) -> None:
     """Load saved tensors into the model."""
     checkpoints.flush()
     parallel.wait()  # for the files of the first process
     model.load_state_dict(checkpoints.load_tensors(files), strict=False)
 
 
-def _begin(progress: Progress, index: int, model: ResNet, phase: Phase, checkpoints: Checkpoints) -> None:
+def _begin(progress: Progress, index: int, model: nn.Module, phase: Phase, checkpoints: Checkpoints) -> None:
     """Set `progress` to the start of a phase with the model as it is."""
     progress.phase, progress.phase_epoch, progress.stale, progress.phase_best = index, 0, 0, math.inf
-    progress.base = checkpoints.save_tensors(f"base-{index}", stage_state(model, STAGES))
+    progress.base = checkpoints.save_tensors(f"base-{index}", stage_state(model, stages_of(model)))
     progress.before = checksum(model, phase.frozen)
 
 
-def _start(model: ResNet, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints) -> Loop:
+def _start(
+    model: nn.Module, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints
+) -> Loop:
     """The loop at its start, or where the checkpoint that `Loop.save` wrote says."""
     state = checkpoints.load()
     if state is None:
@@ -247,7 +249,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def fit(
-    model: ResNet, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints
+    model: nn.Module, schedule: Schedule, class_weights: Tensor, data: Batches, checkpoints: Checkpoints
 ) -> Iterator[EpochRecord]:
     """Train through all phases and leave the best checkpoint (lowest `schedule.select`) in the model.
 
@@ -382,16 +384,23 @@ def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float
     weights = loop.class_weights.cpu()
     loss = (F.cross_entropy(logits, labels, weights, reduction="sum") / weights[labels].sum()).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
-    scores = (logits[:, 1] - logits[:, 0]).numpy().astype(np.float64)
-    auc = float(roc_auc_score(labels.numpy(), scores)) if np.isfinite(scores).all() else math.nan
-    return loss, accuracy, auc
+    return loss, accuracy, _roc_auc(labels.numpy(), logits.numpy().astype(np.float64))
+
+
+def _roc_auc(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Of logits [n, k]; of more than two classes the mean over each against the rest. NaN where one is not finite."""
+    if not np.isfinite(logits).all():
+        return math.nan
+    if logits.shape[1] == 2:
+        return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+    return float(roc_auc_score(labels, softmax(logits, axis=1), multi_class="ovr", labels=range(logits.shape[1])))
 
 
 def class_weights(labels: np.ndarray) -> Tensor:
-    """Weights [2] inverse to the class counts of the training labels, mean 1 over its images.
+    """Weights [k] inverse to the class counts of the training labels, mean 1 over its images.
 
     scikit-learn's `compute_class_weight("balanced")`.
     """
     from sklearn.utils.class_weight import compute_class_weight
 
-    return torch.tensor(compute_class_weight("balanced", classes=np.array([0, 1]), y=labels), dtype=torch.float32)
+    return torch.tensor(compute_class_weight("balanced", classes=np.unique(labels), y=labels), dtype=torch.float32)

@@ -14,7 +14,7 @@ from small import small
 
 from cxr.config import TrainConfig
 from cxr.data import headers
-from cxr.data.headers import read_headers
+from cxr.data.headers import read_headers, with_patients
 from cxr.data.kaggle import index_folder
 from cxr.data.load import read_data
 from cxr.storage import Cache
@@ -132,3 +132,14 @@ def test_mixed_sets_and_files_without_a_patient(phantoms: Path, tmp_path: Path) 
     assert data.manifest["mode"].str.startswith("MONOCHROME2").sum() == 1
     row = data.manifest[data.manifest["mode"].str.startswith("MONOCHROME2")].iloc[0]
     assert row["group"] == row["path"] == row["digest"][:16]
+
+
+def test_a_patient_that_was_given_is_not_replaced_by_the_header(radiographs: Path) -> None:
+    table = index_folder(radiographs)
+    given = table.assign(group=["given", *table["group"][1:]])
+    split = with_patients(radiographs, given, Cache.open().patient_key)
+    assert (split["group"][0], split["patient"][0]) == ("given", "")
+    assert (split["patient"][1:] != "").all()
+    shown = list(read_headers(radiographs, given, Cache.open()).groups.values())
+    assert shown[0] != "given"
+    assert shown[1:] == list(split["patient"][1:])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,8 @@ from scipy.stats import false_discovery_control
 from sklearn.metrics import roc_auc_score
 
 from cxr.errors import UserError
+from cxr.evaluation.metrics import DECISION_METRICS, METRICS
 from cxr.evaluation.paired import (
-    COMPARED,
     PRIMARY,
     Replicates,
     RunData,
@@ -23,10 +25,13 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.verdict import Claim, ClaimOutcome, PairOutcome, Reason, Verdict, decide, variance_test
+from cxr.task import Task
 
 SUPPORTED = Claim(ClaimOutcome.SUPPORTED, Reason.VARIES_LEAST)
 FEW_SEEDS = Claim(ClaimOutcome.NOT_DECIDED, Reason.FEW_SEEDS)
 LABELS = np.repeat([0, 1], [120, 180])
+
+COMPARED = (*METRICS, *(f"chosen_{name}" for name in DECISION_METRICS))
 
 
 def run(strategy: str, seed: int = 0, signal: float = 2.0, noise: float = 0.2) -> RunData:
@@ -212,6 +217,9 @@ def test_one_strategy_has_nothing_to_compare() -> None:
 def test_runs_on_different_images_and_duplicates_are_rejected() -> None:
     other = run("full")
     moved = RunData("x", "full", 0, 0.5, other.val, other.test.iloc[::-1], other.history, {})
+    renamed = replace(other, run_id="y", seed=1, task=Task(("well", "ill")))
+    with pytest.raises(UserError, match="different classes"):
+        require_same_images([other, renamed])
     with pytest.raises(UserError, match="different images"):
         require_same_images([run("partial"), moved])
     with pytest.raises(UserError, match="duplicate runs: full seed 0"):

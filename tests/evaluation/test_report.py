@@ -13,7 +13,8 @@ from scipy.special import softmax
 
 from cxr.evaluation.calibration import Calibration, CalibrationMethod
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS, point_metrics
-from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval, origin_of, predictions_table
+from cxr.evaluation.predictions import predictions_table
+from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval, origin_of
 from cxr.threshold_rule import ThresholdRule
 
 
@@ -105,7 +106,7 @@ def test_the_text_shows_each_metric_with_its_interval() -> None:
     for name in METRICS:
         assert f"{name:25} {format_interval(got.interval(name))}" in got.text()
     assert f"accuracy (chosen)         {format_interval(got.chosen_interval('accuracy'))}" in got.text()
-    assert "prevalence of pneumonia: 0.700 assumed by the probabilities, 0.500 in these images" in got.text()
+    assert "prevalence of PNEUMONIA: 0.700 assumed by the probabilities, 0.500 in these images" in got.text()
 
 
 def test_a_report_describes_the_origin_of_its_threshold() -> None:

@@ -11,13 +11,18 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
+from small import quiet, small
 
+from cxr.config import CompareConfig
 from cxr.data.decode import decode_gray
 from cxr.data.phantoms import phantom
+from cxr.studies.compare import compare_tracked
 
 ROOT = Path(__file__).parents[2]
 # What a machine with a GPU may not have, and the benchmark must do without.
@@ -74,3 +79,21 @@ def test_the_dicom_check_writes_files_that_show_the_same_image() -> None:
     }
     assert len(gaps) == 72
     assert {way: gap for way, gap in gaps.items() if gap > 1} == {}
+
+
+@pytest.mark.slow
+def test_a_comparison_is_judged_from_what_its_runs_logged(
+    phantoms: Path, in_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    from judge_comparison import main
+
+    options = {"strategies": "frozen", "seeds": 2, "ensemble": True, "register": "none", "cache_dir": str(tmp_path)}
+    compare_tracked(small(CompareConfig, phantoms, **options), say=quiet)
+    kind = "tags.`cxr.kind` = 'comparison'"
+    (parent,) = mlflow.search_runs(search_all_experiments=True, output_format="list", filter_string=kind, max_results=1)
+    done = CliRunner().invoke(main, [parent.info.run_id], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "selected by the lowest mean val_loss: frozen" in done.output
+    assert done.output.count(" ensemble ") == 1
+    assert all(name in done.output for name in ("Doerrich", "champion by val_loss", "Spearman", "worst_stress"))

@@ -9,9 +9,11 @@ import torch
 from torchvision.models import resnet18
 
 from cxr.network.inference import infer, infer_with_features
-from cxr.network.resnet import run_stages
-from cxr.network.start import BODY, StartNetwork
-from cxr.strategies import STRATEGIES
+from cxr.network.stages import run_stages
+from cxr.network.start import StartNetwork
+from cxr.strategies import STAGES, STRATEGIES
+
+BODY = STAGES[:-1]
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -112,7 +112,7 @@ def test_an_external_set_on_which_the_model_fails_gets_a_warning(
     assert newest.data.metrics["external_auc_drop_low"] < drop < newest.data.metrics["external_auc_drop_high"]
     said = capsys.readouterr().out
     assert ("WARNING: the model discriminates worse here" in said) == (newest.data.metrics["external_auc_drop_low"] > 0)
-    assert "prevalence of pneumonia" in said
+    assert "share of each class" in said
     assert "patients that the model was trained" not in said
     shutil.copytree(source.parent / "train" / "NORMAL", tmp_path / "other" / "NORMAL", dirs_exist_ok=True)
     assert run_main(monkeypatch, *arguments) == 0

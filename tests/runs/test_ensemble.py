@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,10 +139,7 @@ def test_runs_with_other_parameters_or_images_are_refused(
     other = run_tracked(small(TrainConfig, phantoms, register="none", image_size=48, strategy="frozen"), say=quiet)
     with pytest.raises(UserError, match=r"differ in image_size \(48, 64\)"):
         ensemble_tracked([members[0], other.run_id], NAME, say=quiet)
-    moved = tmp_path / "moved"
-    import shutil
-
-    shutil.copytree(phantoms, moved)
+    moved = Path(shutil.copytree(phantoms, tmp_path / "moved"))
     next(moved.glob("train/NORMAL/*")).unlink()
     with pytest.raises(UserError, match="need the same images"):
         ensemble_tracked(members, NAME, data_dir=str(moved), say=quiet)

@@ -21,7 +21,7 @@ class _Plots:
         return empty
 
 
-def empty(*arguments: object) -> Figure:
+def empty(*arguments: object, **options: object) -> Figure:
     """Any figure."""
     return Figure()
 

@@ -181,6 +181,17 @@ def test_champion_moves_only_when_validation_on_the_same_images_improves(finishe
     assert list(registry.versions("moving")["version"]) == [4, 3, 2, 1]
 
 
+def test_a_model_of_other_classes_does_not_become_champion(finished: Finished, in_store: str) -> None:
+    outcomes = []
+    for number, classes in enumerate(['{"A": 0, "B": 1}', '{"B": 0, "A": 1}', '{"A": 0, "B": 1}']):
+        model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        tags = {"run_id": str(number), "val_loss": f"0.{5 - number}", "val_fingerprint": "x", "class_to_index": classes}
+        outcomes.append(registry.register(model.model_id, "classes", tags))
+    assert [outcome.champion for outcome in outcomes] == [True, False, True]
+    assert "has other classes" in outcomes[1].why
+
+
 PHANTOMS = "synthetic phantoms (NOT real X-rays)"  # as version 0.1 wrote it
 
 

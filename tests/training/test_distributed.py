@@ -43,7 +43,7 @@ def half_a_step(rank: int, meeting: str, out: str) -> None:
     """One of two processes: its share of the images, and what all have in common."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     net = network()
-    parallel.share_batchnorm([net], torch.device("cpu"))
+    parallel.share_batchnorm(net, [net], torch.device("cpu"))
     (mine,) = parallel.shares([torch.arange(7)])
     found = one_step(net, images()[mine])
     found["rank 0's"] = parallel.broadcast(torch.tensor([float(rank)]))
@@ -71,7 +71,7 @@ def test_alone_nothing_is_shared_out_or_wrapped() -> None:
     order, net = epoch_order(10, 4, 0, 0), network()
     assert parallel.shares(order) is order
     assert parallel.data_parallel(net) is net
-    parallel.share_batchnorm([net], torch.device("cpu"))
+    parallel.share_batchnorm(net, [net], torch.device("cpu"))
     assert type(net[1]) is nn.BatchNorm2d
     with parallel.joined("cpu"):
         assert (parallel.rank(), parallel.size()) == (0, 1)

@@ -24,7 +24,7 @@ from cxr.data.batches import Split, XrayDataset, eval_batches
 from cxr.errors import FreezeError, UserError
 from cxr.network.freezing import apply_phase, checksum, stage_state
 from cxr.network.inference import infer
-from cxr.network.resnet import run_stages
+from cxr.network.stages import run_stages
 from cxr.network.weights import StateDict
 from cxr.strategies import HEAD, STAGES, STRATEGIES, TOP, Phase
 from cxr.training import loop as train_module
