@@ -88,6 +88,13 @@ def crossval(**parameters: Any) -> None:
     crossval_tracked(config, say=click.echo)
 
 
+PATHS = click.option(
+    "--paths",
+    type=click.Choice(["auto", "plain", "hashed"]),
+    default="auto",
+    show_default=True,
+    help="what stands for an image: its path, or the start of the sha256 of its bytes (auto: if any file is DICOM)",
+)
 MODEL = click.option(
     "--model",
     "uri",
@@ -151,7 +158,7 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
     help="folder with train/ and test/ (evaluates its test split), or of class folders, or a list (CSV, TSV, JSON); or "
     "a folder of images without labels, for which the accuracy is estimated",
 )
-@options(TrainCommand, ("labels", "columns", "patient_pattern", "bootstrap", "cache_dir"))
+@options(TrainCommand, ("labels", "columns", "patient_pattern", "paths", "bootstrap", "cache_dir"))
 def evaluate_command(uri: str, **parameters: Any) -> None:
     """Evaluate a model on other images and log the result as a new MLflow run."""
     config = TrainConfig(**parameters)
@@ -236,7 +243,7 @@ def data() -> None:
 # What decides how a source of images is read.
 SOURCE = (
     *("labels", "classes", "positive", "columns", "patient_pattern", "splits", "test_fraction"),
-    *("val_split", "val_fraction", "split_seed", "cache_dir"),
+    *("val_split", "val_fraction", "split_seed", "paths", "cache_dir"),
 )
 
 

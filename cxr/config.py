@@ -74,6 +74,19 @@ class TrainConfig:
     test_fraction: float = param(
         0.2, "fraction held out as test, by patient, if the source has no test split", above=0, high=0.9, before=0.2
     )
+    paths: str = param(
+        "auto",
+        "what stands for an image in logs and messages: plain (its path) or hashed (the start of the sha256 of its "
+        "bytes); auto is hashed if any file is DICOM, else plain",
+        choices=("auto", "plain", "hashed"),
+        before="plain",
+    )
+    depth: str = param(
+        "auto",
+        "bits of grey in 16-bit PNG files; auto is the fewest that hold every such file of the data set",
+        choices=("auto", "8", "10", "12", "14", "16"),
+        before="16",
+    )
     image_size: int = param(224, "side length of the square input in pixels", low=32, high=1024)
     resize: str = param(
         "squash",
@@ -424,7 +437,10 @@ def search_range(name: str) -> Spec:
 
 # Parameters that do not determine the result, so that workers and repeated calls of one comparison may differ in them.
 # (Data and weights are identified by other means.) Runs of earlier versions also recorded `resume`.
-NEUTRAL = {"data_dir", "weights", "device", "reuse_gb", "cache_dir", "resume", "register", "bootstrap", "abstain"}
+NEUTRAL = {
+    *("data_dir", "paths", "depth", "weights", "device", "reuse_gb", "cache_dir", "resume", "register"),
+    *("bootstrap", "abstain"),
+}
 
 
 def result_parameters(config: TrainConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from cxr.errors import InUseError, MachineError, UserError
 
 _LOCK = ".lock"
+_KEY_BYTES = 32
 # Kind of content -> where its folders are.
 _KINDS = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
 
@@ -86,6 +88,24 @@ class Cache:
         """The file with an audit's findings."""
         return self.root / "audits" / f"{key}.json"
 
+    def depth(self, key: str) -> Path:
+        """The file with the depth of a data set's 16-bit images."""
+        return self.root / "depths" / f"{key}.json"
+
+    def patient_key(self) -> bytes:
+        """The random key of 32 bytes, made once for this cache, under which patients are hashed; only its owner may
+        read it. Raises `UserError` when it cannot be read or made, or is damaged."""
+        path = self.root / "patients.key"
+        try:
+            if not path.exists():
+                _make_key(path)
+            key = path.read_bytes()
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be used ({error.strerror}); name another --cache-dir") from error
+        if len(key) != _KEY_BYTES:
+            raise MachineError(f"{path}: is damaged; restore it, or remove it and start new runs")
+        return key
+
     def contents(self, kinds: Iterable[str] = tuple(_KINDS)) -> list[Entry]:
         """What the cache holds of these kinds, the least recently used first."""
         found = [
@@ -118,6 +138,20 @@ class Cache:
                 return
             shutil.rmtree(entry.path, ignore_errors=True)
             total -= entry.size
+
+
+def _make_key(path: Path) -> None:
+    """A key in a file that only the owner may read; one that another process made meanwhile stays."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)  # with mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

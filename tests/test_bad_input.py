@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -10,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 from command import run_main
+from dicoms import dicomdir, encoded, radiograph
 from mlflow.entities import Run
 from narrow import ARCH
 from payload import Payload
@@ -153,7 +155,7 @@ def bomb() -> bytes:
 BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "truncated.jpeg": (picture("L", "JPEG")[:-60], "truncated"),
     "zero.jpeg": (b"", "zero bytes"),
-    "text.jpeg": (b"this is no image", "not a JPEG or PNG"),
+    "text.jpeg": (b"this is no image", "not a JPEG, PNG or DICOM file"),
     "dot.png": (picture("L", "PNG", (1, 1)), "1x1: smaller than 32 pixels"),
     "bomb.png": (bomb(), ""),
 }
@@ -188,6 +190,43 @@ def test_skipped_images_are_in_the_audit_and_counted(
     audit = mlflow.artifacts.load_text(f"{newest.info.artifact_uri}/data/audit.txt")
     assert [name for name in BAD_IMAGES if name not in audit] == []
     assert newest.data.tags["images_skipped"] == str(len(BAD_IMAGES))
+
+
+def oversized() -> bytes:
+    """A DICOM file whose header declares 60,000 x 60,000 pixels."""
+    return encoded(radiograph(np.zeros((64, 80), np.uint8), Rows=60_000, Columns=60_000))
+
+
+BAD_DICOM: dict[str, tuple[bytes, str]] = {
+    "DICOMDIR": (dicomdir(), "a DICOMDIR"),
+    "text.dcm": (b"this is no image", "not a DICOM file"),
+    "truncated.dcm": (encoded(radiograph(np.zeros((64, 80), np.uint8)))[:-60], "truncated"),
+    "oversized.dcm": (oversized(), "60000x60000: more than 60,000,000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_DICOM))
+def test_a_bad_dicom_file_is_named_by_its_digest(refused: Refused, folder: Path, name: str) -> None:
+    data, reason = BAD_DICOM[name]
+    (folder / "test" / "PNEUMONIA" / name).write_bytes(data)
+    line = refused.train(*TINY, "--data-dir", str(folder), says=("1 unreadable image", reason, "--paths plain"))
+    assert hashlib.sha256(data).hexdigest()[:16] in line
+    assert name not in line.replace("a DICOMDIR", "")
+    says = (f"test/PNEUMONIA/{name}", reason)
+    refused.train(*TINY, "--data-dir", str(folder), "--paths", "plain", says=says)
+
+
+def test_bad_dicom_files_to_predict(
+    refused: Refused, finished: tuple[Any, Any, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, (data, _) in BAD_DICOM.items():
+        (tmp_path / name).write_bytes(data)
+    model = f"models:/{finished[2].outputs.model_outputs[0].model_id}"
+    files = [str(tmp_path / name) for name in BAD_DICOM]
+    reasons = tuple(reason for _, reason in BAD_DICOM.values())
+    refused("predict", *files, "--model", model, says=("4 of 4 images cannot be read", *reasons))
+    refused("explain", *files, "--model", model, "--out", str(tmp_path / "out"), says=reasons)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cxr import storage
 from cxr.errors import InUseError, MachineError, UserError
 from cxr.storage import Cache, exclusive, new_folder, remove_folder, write_atomically
 
@@ -119,3 +120,25 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_take_its_name_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError), new_folder(tmp_path / "wanted"):
         (tmp_path / "wanted").write_text("")
+
+
+def test_the_key_of_patients_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    key = cache.patient_key()
+    assert key == Cache(tmp_path).patient_key()
+    assert len(key) == 32
+    assert os.stat(tmp_path / "patients.key").st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["patients.key"]
+    cache.prune(0)
+    assert cache.patient_key() == key
+    (tmp_path / "patients.key").write_bytes(key[:5])
+    with pytest.raises(MachineError, match=r"patients.key: is damaged"):
+        cache.patient_key()
+    with pytest.raises(MachineError, match=r"patients.key: cannot be used"):
+        Cache(tmp_path / "missing").patient_key()
+
+
+def test_a_key_that_another_process_made_meanwhile_stays(tmp_path: Path) -> None:
+    key = Cache(tmp_path).patient_key()
+    storage._make_key(tmp_path / "patients.key")
+    assert Cache(tmp_path).patient_key() == key

@@ -23,6 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
+from cxr.data import dicom
 from cxr.task import KAGGLE, Task
 
 Floats = npt.NDArray[np.floating]
@@ -40,10 +41,11 @@ def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] 
     Columns: bytes per pixel, width and height (pixels), aspect ratio, colour mode (as an integer code), JPEG
     quantisation (the mean step of the luminance table; missing for a PNG), ICC profile (0 or 1), and with `images`
     (uint8 [n, s, s], in the manifest's order) brightness (their mean, 0 to 255). A file that cannot be read has
-    missing values.
+    missing values. Files are those in the column `file` of the manifest, if there is one, else `path` below `root`.
     """
-    with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(_read_header, (root / path for path in manifest["path"])))
+    files = manifest["file"] if "file" in manifest else (root / path for path in manifest["path"])
+    with dicom.quiet(), ThreadPoolExecutor() as pool:
+        rows = list(pool.map(_read_header, files))
     table = pd.DataFrame(rows, columns=HEADER)
     table["colour mode"] = pd.factorize(table["colour mode"], sort=True)[0]
     if images is not None:
@@ -53,6 +55,8 @@ def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] 
 
 def _read_header(path: Path) -> tuple[float, float, float, float, str, float, float]:
     try:
+        if dicom.has_dicom_name(path) or dicom.is_dicom(_start(path)):
+            return _read_dicom(path)
         with Image.open(path) as image:
             width, height = image.size
             steps = getattr(image, "quantization", {}).get(0)
@@ -61,6 +65,17 @@ def _read_header(path: Path) -> tuple[float, float, float, float, str, float, fl
             return density, width, height, width / height, image.mode, mean_step, float("icc_profile" in image.info)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # the audit reports it as corrupt
         return np.nan, np.nan, np.nan, np.nan, "", np.nan, np.nan
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(dicom.HEAD)
+
+
+def _read_dicom(path: Path) -> tuple[float, float, float, float, str, float, float]:
+    header = dicom.read_header(path.read_bytes())
+    width, height = header.width, header.height
+    return path.stat().st_size / (width * height), width, height, width / height, header.mode, np.nan, 0.0
 
 
 def separability(values: Floats, labels: Ints, groups: npt.ArrayLike) -> float:

@@ -1,4 +1,4 @@
-"""Decodes image files to square greyscale arrays."""
+"""Decodes image files (JPEG, PNG, DICOM) to square greyscale arrays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import io
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cxr.data import dicom
+from cxr.data.depth import FULL
 
 UInt8 = npt.NDArray[np.uint8]
 MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors have about 20 million
@@ -18,34 +21,61 @@ class ImageError(ValueError):
     """The bytes are not a usable image; the message is the reason."""
 
 
-def decode_gray(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
+def decode_gray(
+    data: bytes, size: int, resize: str, depth: int = FULL, named_dicom: bool = False
+) -> tuple[UInt8, tuple[int, int, str]]:
     """Encoded bytes -> (uint8 [size, size], original (width, height, mode)).
 
-    Greyscale by ITU-R 601 luma (as in PIL), bilinear resizing with antialiasing; transparent pixels become black;
-    16-bit grey is scaled to 8 bits; EXIF orientation is applied. Raises `ImageError` for images that cannot be decoded,
-    have a side below 32 pixels or more than 60 million pixels.
+    Greyscale by ITU-R 601 luma (as in PIL), bilinear resizing with antialiasing; transparent pixels become black; EXIF
+    orientation is applied. 16-bit grey is scaled to 8 bits from its lowest `depth` bits. DICOM is recognised by its
+    preamble, without one only if `named_dicom`; see `cxr.data.dicom.decode`. Raises `ImageError` for images that cannot
+    be decoded, hold more than `depth` bits, have a side below 32 pixels or more than 60 million pixels.
     """
+    if named_dicom or dicom.is_dicom(data):
+        return _decode_dicom(data, size, resize)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             shape = (image.width, image.height, image.mode)
             check_shape(*shape)
-            return square_gray(ImageOps.exif_transpose(image), size, resize), shape
+            return square_gray(ImageOps.exif_transpose(image), size, resize, depth), shape
     except (ImageError, MemoryError):  # running out of memory does not make the image bad
         raise
     except Exception as error:  # parsers raise many types of error on malformed bytes
         raise ImageError(_reason(data, error)) from error
 
 
-def square_gray(image: Image.Image, size: int, resize: str) -> UInt8:
+def _decode_dicom(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int, int, str]]:
+    try:
+        header = dicom.read_header(data)
+        shape = (header.width, header.height, header.mode)
+        check_shape(*shape)
+        return _square(Image.fromarray(dicom.decode(data, header)), size, resize), shape
+    except dicom.DicomError as error:
+        raise ImageError(str(error) if data else "zero bytes") from error
+
+
+def largest_value(data: bytes) -> int:
+    """The largest value of an encoded grey image of 16 bits. Raises `ImageError` as `decode_gray`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_shape(image.width, image.height, image.mode)
+            return int(np.asarray(image).max())
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(_reason(data, error)) from error
+
+
+def square_gray(image: Image.Image, size: int, resize: str, depth: int = FULL) -> UInt8:
     """A decoded image of any mode -> uint8 [size, size], grey."""
-    return _square(_to_gray(image), size, resize)
+    return _square(_to_gray(image, depth), size, resize)
 
 
 def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "zero bytes"
     if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG or PNG"
+        return "not a JPEG, PNG or DICOM file"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -59,14 +89,22 @@ def check_shape(width: int, height: int, mode: str) -> None:
         raise ImageError(f"mode {mode}: 32-bit values of unknown range; convert it to 8 or 16 bit grey")
 
 
-def _to_gray(image: Image.Image) -> Image.Image:
+def _to_gray(image: Image.Image, depth: int) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return Image.fromarray(_scaled(np.asarray(image), depth))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, rgba).convert("L")
     return image.convert("L") if image.mode in ("L", "RGB") else image.convert("RGB").convert("L")
+
+
+def _scaled(values: npt.NDArray[np.uint16], depth: int) -> UInt8:
+    """Values of `depth` bits -> 8 bits."""
+    white = (1 << depth) - 1
+    if values.max() > white:
+        raise ImageError(f"16-bit grey with values up to {values.max()}, more than {depth} bits; see --depth")
+    return (values.astype(np.uint32) * 255 // white).astype(np.uint8)
 
 
 def _square(image: Image.Image, size: int, resize: str) -> UInt8:

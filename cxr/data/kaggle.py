@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from cxr.data import dicom
 from cxr.data.splits import OFFICIAL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
 
-SUFFIXES = {".jpeg", ".jpg", ".png"}
+SUFFIXES = {".jpeg", ".jpg", ".png"} | dicom.SUFFIXES
 UNLABELLED = "unlabelled"
 COLUMNS = ["path", "label", "official", "group", "subtype"]
 _UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
@@ -67,7 +68,9 @@ def index_folder(root: Path, task: Task = KAGGLE) -> pd.DataFrame:
     for split in ("train", "test"):
         for name, label in task.class_to_index.items():
             if not ((table["official"] == split) & (table["label"] == label)).any():
-                raise UserError(f"{root / split / name}: contains no .jpeg, .jpg or .png; every class is required")
+                raise UserError(
+                    f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; every class is required"
+                )
     table["digest"] = digest_files(root / path for path in table["path"])
     return table
 
@@ -83,7 +86,7 @@ def index_for_evaluation(data_dir: str | Path, task: Task = KAGGLE) -> tuple[Pat
         top = Path(data_dir).expanduser().absolute()
     except RuntimeError as error:
         raise UserError(f"--data-dir {data_dir}: {error}; pass the absolute path of the folder") from error
-    files = [path for path in _visible(top) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in _visible(top) if _is_image(path)]
     if files and not any(path.is_dir() for path in _visible(top)):
         rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
         table = pd.DataFrame(rows, columns=COLUMNS)
@@ -116,10 +119,22 @@ def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str
                 "by --classes"
             )
         for file in _visible(folder):
-            if file.suffix.lower() in SUFFIXES:
+            if _is_image(file):
                 path = file.relative_to(root).as_posix()
                 rows.append((path, label, split, *parse_name(path)))
     return rows
+
+
+def _is_image(file: Path) -> bool:
+    """By its suffix; a file without one, or with a number (`1.2.840.113619`), is an image if it is DICOM."""
+    suffix = file.suffix.lower()
+    if suffix in SUFFIXES or not (suffix == "" or suffix[1:].isdigit()):
+        return suffix in SUFFIXES
+    try:
+        with file.open("rb") as stream:
+            return dicom.is_dicom(stream.read(dicom.HEAD))
+    except OSError:  # a folder, or not readable
+        return False
 
 
 def _label(name: str, task: Task) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
 from cxr.config import SYNTHETIC, TrainConfig
+from cxr.data.depth import FULL
+from cxr.data.headers import Headers, read_headers
 from cxr.data.phantoms import VERSION, write_synthetic
 from cxr.data.sources import Source, read_source, require_splits
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
@@ -17,10 +20,17 @@ from cxr.storage import Cache
 from cxr.task import KAGGLE, Task
 from cxr.threshold_rule import RuleKind
 
+# How an owner finds a file whose path is not shown.
+HIDDEN_HINT = " (paths are hidden: `sha256sum` of the files finds them, --paths plain shows them)"
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A data set ready to train on: the manifest (bad images left out), the decoded images, and their origin."""
+    """A data set ready to train on: the manifest (bad images left out), the decoded images, and their origin.
+
+    `files` maps the manifest's `path` to the file; the former may be a digest in place of the path. `depth` is that of
+    16-bit grey, in bits.
+    """
 
     manifest: pd.DataFrame
     store: Store
@@ -31,6 +41,8 @@ class Data:
     task: Task = KAGGLE
     remarks: tuple[str, ...] = ()  # about the source, for people
     held_out: str = "test"  # the split that reports: `fold` in a cross-validation
+    files: Mapping[str, Path] = field(default_factory=dict)
+    depth: int = FULL
 
     def part(self, split: str) -> pd.DataFrame:
         """The manifest's rows of one split."""
@@ -45,23 +57,31 @@ def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = Cache.open(config.cache_dir)
     synthetic, source = config.data_dir == SYNTHETIC, source_of(config)
-    root, table, task = source.root, source.table, source.task
-    require_possible(config, task)
-    files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), config.image_size, config.resize, cache)
+    require_possible(config, source.task)
+    found = read_headers(source.root, source.table, cache, config.paths, config.depth)
+    table, reading = found.table, found.reading
+    store = open_store(
+        list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
+    )
     bad = bad_paths(table, store)
-    table = reject_bad(table, bad, config.on_bad_image)
+    table = reject_bad(table, bad, config.on_bad_image, reading.hidden)
     require_splits(table, config.splits)
-    fold = config.fold_numbers()
-    if fold:
+    manifest = _split(config, table, found, source.task)
+    shapes = [store.shapes[digest] for digest in manifest["digest"]]
+    manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
+    identity, held_out = fingerprint(manifest, reading.depth), "fold" if config.fold_numbers() else "test"
+    origin = (source.root, identity, synthetic, source.task, source.remarks)
+    return Data(manifest, store, bad, *origin, held_out, found.files, reading.depth)
+
+
+def _split(config: TrainConfig, table: pd.DataFrame, found: Headers, task: Task) -> pd.DataFrame:
+    """The manifest with the column `split`, and the groups to log."""
+    if fold := config.fold_numbers():
         manifest = assign_fold(table, fold, config.val_fraction, config.split_seed, task)
     else:
         given = "official" if config.splits != "auto" else config.val_split
         manifest = assign_splits(table, given, config.val_fraction, config.split_seed, task)
-    shapes = [store.shapes[digest] for digest in manifest["digest"]]
-    manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
-    held_out = "fold" if fold else "test"
-    return Data(manifest, store, bad, root, fingerprint(manifest), synthetic, task, source.remarks, held_out)
+    return manifest.assign(group=manifest["path"].map(found.groups))
 
 
 def require_possible(config: TrainConfig, task: Task) -> None:
@@ -90,13 +110,14 @@ def list_bad(bad: dict[str, str]) -> str:
     return "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items()))
 
 
-def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str) -> pd.DataFrame:
-    """The manifest without the unreadable images. `bad` maps a path to the reason.
+def reject_bad(manifest: pd.DataFrame, bad: dict[str, str], on_bad_image: str, hidden: bool = False) -> pd.DataFrame:
+    """The manifest without the unreadable images. `bad` maps a path to the reason, or what stands for it if `hidden`.
 
     Raises `UserError` naming all of them when `on_bad_image` is `stop` and there are any.
     """
     if bad and on_bad_image == "stop":
         raise UserError(
             f"{len(bad)} unreadable image(s): {list_bad(bad)}; fix or remove them, or use --on-bad-image skip"
+            + HIDDEN_HINT * hidden
         )
     return manifest[~manifest["path"].isin(bad)].reset_index(drop=True)

@@ -17,6 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cxr.config import TrainConfig
+from cxr.data.headers import with_patients
 from cxr.data.kaggle import (
     COLUMNS,
     UNLABELLED,
@@ -31,6 +32,7 @@ from cxr.data.kaggle import (
 from cxr.data.lists import find_list, read_list
 from cxr.data.splits import OFFICIAL, grouped_holdout, require_every_class
 from cxr.errors import UserError
+from cxr.storage import Cache
 from cxr.task import KAGGLE, SUBTYPES, Task
 
 
@@ -55,6 +57,8 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
     if config.labels == "subtype":
         found = _by_subtype(found, names)
     found = _with_patients(found, config.patient_pattern)
+    table = with_patients(found.root, found.table, lambda: Cache.open(config.cache_dir).patient_key())
+    found = replace(found, table=table)
     return with_test(found, config)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
+from cxr.data.depth import FULL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
 
@@ -16,9 +17,11 @@ CLASS_TO_INDEX = KAGGLE.class_to_index
 OFFICIAL = ("train", "val", "test")
 
 
-def fingerprint(manifest: pd.DataFrame) -> str:
-    """Twelve hex digits that identify a data set and its split: images, labels and splits, independent of the order."""
+def fingerprint(manifest: pd.DataFrame, depth: int = FULL) -> str:
+    """Twelve hex digits that identify a data set and its split: images, labels and splits, independent of the order,
+    and the `depth` of 16-bit images if it is not 16 bits."""
     lines = sorted(f"{d} {y} {s}" for d, y, s in manifest[["digest", "label", "split"]].itertuples(index=False))
+    lines += [f"depth {depth}"] * (depth != FULL)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 

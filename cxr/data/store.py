@@ -21,7 +21,9 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, decode_gray
+from cxr.data.depth import FULL
 from cxr.data.kaggle import is_unreadable
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
@@ -41,19 +43,37 @@ class Store:
     key: str
 
 
-def open_store(paths: list[Path], digests: list[str], size: int, resize: str, cache: Cache) -> Store:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the files of a data set are read: the `depth` in bits of 16-bit grey, whether any is DICOM, and whether
+    messages hide their paths."""
+
+    depth: int = FULL
+    dicom: bool = False
+    hidden: bool = False
+
+    @property
+    def format(self) -> str:
+        """The beginning of the names of stores whose rows may be taken over: decoded in the same way."""
+        deep = f"{self.depth}bit-" if self.depth != FULL else ""
+        return f"{deep}dicom1-{dicom.decoders()}-{_FORMAT}" if self.dicom else f"{deep}{_FORMAT}"
+
+
+def open_store(
+    paths: list[Path], digests: list[str], size: int, resize: str, cache: Cache, reading: Reading = Reading()
+) -> Store:
     """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
 
     Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the cache cannot be
     written (a full disk) or a file is no longer what its digest says.
     """
     files = dict(zip(digests, paths, strict=True))
-    folder = cache.decoded(size, resize) / f"{_FORMAT}-{_key(sorted(files))}"
+    folder = cache.decoded(size, resize) / f"{reading.format}-{_key(sorted(files))}"
     try:
         for _ in range(3):  # again if another run, which saw the same damage, has removed the new one
             if (store := _read(folder)) is not None:
                 return store
-            _build(folder, files, size, resize)
+            _build(folder, files, size, resize, reading)
     except OSError as error:
         raise UserError(
             f"{folder.parent}: cannot write decoded images ({error.strerror}); "
@@ -94,26 +114,29 @@ def _checksum(images: Path, meta: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _build(folder: Path, files: dict[str, Path], size: int, resize: str) -> None:
+def _build(folder: Path, files: dict[str, Path], size: int, resize: str, reading: Reading) -> None:
     """Decode `files` into a new `folder`."""
-    known = _nearest(folder.parent, set(files))
+    known = _nearest(folder.parent, reading, set(files))
     with new_folder(folder) as work:
         # Here and not around each decoding: the filters belong to the process, threads would restore each other's.
         with warnings.catch_warnings(action="ignore"):
-            meta = _write_rows(work / "images.u8", size, _decode_all(files, size, resize, known))
+            meta = _write_rows(work / "images.u8", size, _decode_all(files, size, resize, reading, known))
         (work / "meta.json").write_text(json.dumps(meta))
 
 
 _Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
 
 
-def _decode_all(files: dict[str, Path], size: int, resize: str, known: Store | None) -> Iterator[_Row]:
+def _decode_all(
+    files: dict[str, Path], size: int, resize: str, reading: Reading, known: Store | None
+) -> Iterator[_Row]:
     def one(item: tuple[str, Path]) -> _Row:
         digest, path = item
         if known and digest in known.rows:
             return digest, known.images[known.rows[digest]], known.shapes[digest]
         try:
-            return digest, *decode_gray(_read_same(path, digest), size, resize)
+            data = _read_same(path, digest, reading.hidden)
+            return digest, *decode_gray(data, size, resize, reading.depth, dicom.has_dicom_name(path))
         except (OSError, ImageError) as error:
             return digest, getattr(error, "strerror", None) or str(error)
 
@@ -128,7 +151,7 @@ def _decode_all(files: dict[str, Path], size: int, resize: str, known: Store | N
         )
 
 
-def _read_same(path: Path, digest: str) -> bytes:
+def _read_same(path: Path, digest: str, hidden: bool) -> bytes:
     """The file's bytes. Raises `UserError` if they are not those the digest names: the store would keep the error.
 
     `OSError` only for a file that was unreadable when it was indexed, too.
@@ -140,7 +163,8 @@ def _read_same(path: Path, digest: str) -> bytes:
             raise
         data = b""
     if hashlib.sha256(data).hexdigest() != digest:
-        raise UserError(f"{path}: changed or vanished since the folder was indexed; leave it alone and start again")
+        name = digest[:16] if hidden else path
+        raise UserError(f"{name}: changed or vanished since the folder was indexed; leave it alone and start again")
     return data
 
 
@@ -164,8 +188,9 @@ def _write_rows(path: Path, size: int, rows: Iterator[_Row]) -> dict[str, Any]:
     return {**meta, "sha256": sha.hexdigest()}
 
 
-def _nearest(parent: Path, digests: set[str]) -> Store | None:
+def _nearest(parent: Path, reading: Reading, digests: set[str]) -> Store | None:
     """Of the stores beside, the one that shares the most images, so that only new files are decoded."""
-    stores = [store for path in parent.glob(f"{_FORMAT}-*/meta.json") if (store := _read(path.parent)) is not None]
+    found = parent.glob(f"{reading.format}-*/meta.json")
+    stores = [store for path in found if (store := _read(path.parent)) is not None]
     best = max(stores, key=lambda store: len(digests & store.rows.keys()), default=None)
     return best if best and digests & best.rows.keys() else None

@@ -36,7 +36,8 @@ def audited(config: TrainConfig, data: Data, model: nn.Module | None, precision:
     if findings is None:
         images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
         features = pooled_features(config, data, model, precision) if model else None
-        findings = audit(data.manifest, data.bad, images, data.root, features, data.task)
+        manifest = data.manifest.assign(file=data.manifest["path"].map(data.files))
+        findings = audit(manifest, data.bad, images, data.root, features, data.task)
         content = json.dumps([[str(f.check), bool(f.ok), str(f.detail), bool(f.conclusive)] for f in findings]).encode()
         write_atomically(file, lambda stream: stream.write(content))
     if config.strict and (leaked := leaks(findings)):

@@ -11,8 +11,9 @@ import torch
 
 from cxr.config import TrainConfig
 from cxr.data.batches import eval_batches, make_split
+from cxr.data.headers import read_headers
 from cxr.data.kaggle import UNLABELLED
-from cxr.data.load import bad_paths, list_bad
+from cxr.data.load import HIDDEN_HINT, bad_paths, list_bad
 from cxr.data.sources import to_evaluate
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
@@ -59,11 +60,11 @@ class Predicted:
 def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
     """Evaluate a logged or registered model on other images, in a new MLflow run.
 
-    Of the configuration, `data_dir`, `labels`, `columns`, `patient_pattern`, `bootstrap` and `cache_dir` matter.
+    Of the configuration, what decides how images are read matters, and `bootstrap`.
 
     The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
-    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError` for a model or a folder that
-    cannot be used, or unreadable images.
+    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError`
+    for a model or a folder that cannot be used, or unreadable images.
     """
     found, bootstrap = _predicted(uri, config), config.bootstrap
     own = _own_tables(uri)
@@ -93,11 +94,14 @@ def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
 def _predicted(uri: str, config: TrainConfig) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, table, split = to_evaluate(config, card.task)
-    files = [root / path for path in table["path"]]
-    store = open_store(files, list(table["digest"]), card.image_size, card.resize, Cache.open(config.cache_dir))
+    root, indexed, split = to_evaluate(config, card.task)
+    cache = Cache.open(config.cache_dir)
+    found = read_headers(root, indexed, cache, config.paths)
+    table, files = found.table.assign(group=list(found.groups.values())), list(found.files.values())
+    store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache, found.reading)
     if bad := bad_paths(table, store):
-        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them")
+        hint = HIDDEN_HINT * found.reading.hidden
+        raise UserError(f"{len(bad)} unreadable image(s) in {root}: {list_bad(bad)}; fix or remove them{hint}")
     table = table.assign(split=split)
     batches = eval_batches(make_split(table, store, split), 32, torch.device("cpu"))
     logits, familiarity = predictor.outputs(batches)
@@ -198,7 +202,7 @@ def _seen(own: dict[str, pd.DataFrame], predictions: pd.DataFrame) -> list[str]:
     if not own:
         return []
     trained = own["manifest"][own["manifest"]["split"].isin(["train", "val"])]
-    known = predictions["group"] != predictions["path"]  # of the others, the patient is unknown
+    known = predictions["group"] != predictions["path"]  # neither the header nor the file name tells other patients
     copies = int(predictions["digest"].isin(set(trained["digest"])).sum())
     seen = int((known & predictions["group"].isin(set(trained["group"]))).sum())
     head, tail = f"of {len(predictions)} images are", "these metrics are not a valid evaluation"

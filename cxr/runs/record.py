@@ -70,6 +70,7 @@ def log_start(
             Tag.SEED: str(config.seed),
             Tag.DATA: registry.DataKind.of(data.synthetic),
             **origin,
+            Tag.DEPTH: str(data.depth),
             Tag.DEVICE: describe(machine.device),
             Tag.PROCESSES: str(processes()),
             Tag.COMMIT: git_commit(),
@@ -175,6 +176,7 @@ def card_of(
         class_to_index=data.task.class_to_index,
         calibration=calibration,
         certainty_limit=certainty_limit,
+        depth=data.depth,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from cxr.data import dicom
 from cxr.data.decode import UInt8
 from cxr.data.kaggle import SUFFIXES
 from cxr.data.lists import LIST_SUFFIXES, read_paths
@@ -73,7 +74,7 @@ def _batches(predictor: Predictor, paths: Sequence[Path]) -> Iterator[tuple[Sequ
 
     def read(path: Path) -> Read:
         try:
-            return predictor.prepare(path.read_bytes())
+            return predictor.prepare(path.read_bytes(), dicom.has_dicom_name(path))
         except (OSError, ValueError) as error:  # ValueError: an ImageError, or a name that no file can have
             return str(getattr(error, "strerror", None) or error)
 

@@ -24,7 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, check_shape, decode_gray, square_gray
+from cxr.data.depth import FULL
 from cxr.data.views import IMAGENET_MEAN, IMAGENET_STD, Batch, to_input
 from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
@@ -46,7 +48,7 @@ class ModelCard:
     """What must be known to use the weights: architecture, preprocessing, classes, threshold and origin.
 
     With several `members`, the weights are those of an `Ensemble`. Predictions of which the certainty is below
-    `certainty_limit` abstain.
+    `certainty_limit` abstain. `depth` is that of 16-bit grey, in bits.
     """
 
     arch: str
@@ -62,6 +64,7 @@ class ModelCard:
     std: tuple[float, ...] = IMAGENET_STD
     members: int = 1
     certainty_limit: float = 0.0
+    depth: int = FULL
 
     @property
     def task(self) -> Task:
@@ -141,15 +144,18 @@ class Predictor:
         model = model.to(memory_format=torch.channels_last)
         return cls(model, card, Familiar.read(folder / FEATURES, networks[0]))
 
-    def prepare(self, image: object) -> UInt8:
+    def prepare(self, image: object, named_dicom: bool = False) -> UInt8:
         """Encoded bytes, their base64 text, or a uint8 array [h, w] or [h, w, 3] -> uint8 [size, size].
 
-        Text is never taken for a path or an address. Raises `ImageError` for what is no usable image.
+        Bytes are a JPEG, a PNG or a DICOM file; one without a preamble only if `named_dicom`. Text is never taken for a
+        path or an address. Raises `ImageError` for what is no usable image.
         """
         if isinstance(image, str):
             image = _from_base64(image)
         if isinstance(image, bytes | bytearray | memoryview):
-            return decode_gray(bytes(image), self.card.image_size, self.card.resize)[0]
+            with dicom.quiet():
+                card = self.card
+                return decode_gray(bytes(image), card.image_size, card.resize, card.depth, named_dicom)[0]
         if isinstance(image, np.ndarray | list):
             return square_gray(_from_array(image), self.card.image_size, self.card.resize)
         raise ImageError(f"{type(image).__name__}: neither bytes, base64 text nor a uint8 array")
@@ -165,7 +171,7 @@ class Predictor:
         prepared, bad = [], []
         for path in paths:
             try:
-                prepared.append(self.prepare(path.read_bytes()))
+                prepared.append(self.prepare(path.read_bytes(), dicom.has_dicom_name(path)))
             except (OSError, ImageError) as error:
                 bad.append(f"{path} ({getattr(error, 'strerror', None) or error})")
         if bad:

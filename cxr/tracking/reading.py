@@ -40,6 +40,7 @@ class Tag(StrEnum):
     DATA = "data"
     CLASSES = "classes"
     DATA_FINGERPRINT = "data_fingerprint"
+    DEPTH = "depth"
     TEST_SPLIT = "test_split"  # by which the uses of a test split are counted
     WEIGHTS = "weights_used"
     DEVICE = "device"

@@ -33,6 +33,7 @@ REQUIREMENTS = (
     "numpy",
     "pandas",
     "pillow",
+    "pydicom",
     "safetensors",
     "scikit-learn",
     "torch",

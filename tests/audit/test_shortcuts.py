@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from dicoms import encoded, radiograph
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -125,3 +126,17 @@ def test_splits_with_few_images_are_left_out(pooled: Floats) -> None:
 def test_features_of_other_images_are_refused(pooled: Floats) -> None:
     with pytest.raises(ValueError, match="159 rows of features for 160 images"):
         shift(pooled[1:].astype(np.float32), *halves("test"))
+
+
+def test_cues_of_dicom_files_and_of_files_named_elsewhere(tmp_path: Path) -> None:
+    data = encoded(radiograph(np.zeros((40, 50)), 12))
+    for name in ("a.dcm", "b"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "c.dcm").write_bytes(data[:-3000])
+    (tmp_path / "d.dcm").write_bytes(b"text")
+    table = pd.DataFrame({"path": ["digest"] * 4, "file": sorted(tmp_path.iterdir())})
+    cues = cue_table(tmp_path, table)
+    assert cues.iloc[0].equals(cues.iloc[1])
+    assert cues.loc[0, ["width", "height", "aspect ratio", "ICC profile"]].tolist() == [50, 40, 1.25, 0]
+    assert cues.loc[0, "bytes per pixel"] == len(data) / 2000
+    assert cues.loc[3].drop("colour mode").isna().all()

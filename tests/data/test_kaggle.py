@@ -81,11 +81,11 @@ def test_manifest_has_a_row_for_each_image(tmp_path: Path) -> None:
 
 def test_only_the_known_suffixes_are_indexed_in_any_case(tmp_path: Path) -> None:
     folder = fill(tmp_path) / "train/NORMAL"
-    for name in ("a.jpg", "b.png", "c.JPEG", "d.PNG", "e.txt", "f.dcm", "jpeg"):
+    for name in ("a.jpg", "b.png", "c.JPEG", "d.PNG", "e.txt", "f.dcm", "jpeg", "1.2.840"):
         (folder / name).write_bytes(name.encode())
     table = index_folder(tmp_path)
     added = {Path(path).name for path in table["path"]} - {NAMES["NORMAL"].format(n=n) for n in range(100)}
-    assert {name for name in added if not name.startswith("person")} == {"a.jpg", "b.png", "c.JPEG", "d.PNG"}
+    assert {name for name in added if not name.startswith("person")} == {"a.jpg", "b.png", "c.JPEG", "d.PNG", "f.dcm"}
 
 
 def test_macos_metadata_files_are_ignored(tmp_path: Path) -> None:

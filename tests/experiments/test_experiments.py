@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from small import quiet, small
 
 from cxr.config import CompareConfig
+from cxr.data.decode import decode_gray
+from cxr.data.phantoms import phantom
 from cxr.studies.compare import compare_tracked
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +63,22 @@ def test_the_training_benchmark_times_both_ways_on_copies(phantoms: Path, tmp_pa
     assert (table.loc[["notebook", "cxr"]].drop(columns="strategy") > 0).all(axis=None)
     assert (table.loc["notebook", ["epoch ratio", "run ratio"]] == 1).all()
     assert table.loc["ceiling", "of ceiling"] == 1
+
+
+def test_the_dicom_check_writes_files_that_show_the_same_image() -> None:
+    script = runpy.run_path(str(ROOT / "experiments" / "dicom_check.py"), run_name="checked")
+    pixels = phantom(np.random.default_rng(0), "normal", 64)
+    ways = product(*(script[name] for name in ("PHOTOMETRIC", "BITS", "LOOKS", "SYNTAXES")))
+    gaps = {
+        way: int(
+            np.abs(
+                decode_gray(script["dicom_of"](Image.fromarray(pixels), *way), 64, "pad")[0] - pixels.astype(int)
+            ).max()
+        )
+        for way in ways
+    }
+    assert len(gaps) == 72
+    assert {way: gap for way, gap in gaps.items() if gap > 1} == {}
 
 
 @pytest.mark.slow

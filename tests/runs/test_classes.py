@@ -152,7 +152,7 @@ def test_its_test_split_is_evaluated_by_the_command(
         assert newest.data.metrics["external_roc_auc"] == pytest.approx(run.metric("test_roc_auc"), abs=1e-3)
     listed.replace("VIRUS", "FUNGUS").to_csv(films / "films.csv", index=False)
     assert run_main(monkeypatch, "evaluate", *arguments) == 2
-    assert "labels FUNGUS unknown to the model" in capsys.readouterr().err
+    assert "unknown to the model (FUNGUS)" in capsys.readouterr().err
 
 
 def test_strategies_are_compared_and_become_ensembles(config: TrainConfig, in_store: str) -> None:

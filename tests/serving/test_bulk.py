@@ -48,7 +48,7 @@ def test_every_image_is_predicted_as_alone_and_bad_ones_are_named(
     assert count == COUNT - 3
     assert {Path(path).name: reason for path, reason in bad}.items() >= {
         "001.png": "zero bytes",
-        "003.png": "not a JPEG or PNG",
+        "003.png": "not a JPEG, PNG or DICOM file",
     }.items()
     table = pd.read_csv(tmp_path / "new" / "out.csv")
     assert list(table["image"]) == [str(file) for file in files]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dicoms import encoded, radiograph
 from narrow import narrow_resnet
 from PIL import Image
 from torchvision.models import ResNet
@@ -208,3 +209,43 @@ def test_onnx_without_its_packages_is_a_user_error(
     with pytest.raises(UserError, match="--extra onnx"):
         predictor.export(tmp_path / "new", onnx=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_dicom_bytes_and_their_base64_are_predicted_as_the_png(predictor: Predictor, png: bytes) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    expected = predictor.prepare(png)
+    inverted = radiograph(255 - pixels, PhotometricInterpretation="MONOCHROME1")
+    for data in (encoded(radiograph(pixels)), encoded(inverted)):
+        assert np.array_equal(predictor.prepare(data), expected)
+        assert np.array_equal(predictor.prepare(base64.b64encode(data).decode()), expected)
+
+
+def test_a_dicom_file_without_a_preamble_is_known_by_its_name(predictor: Predictor, tmp_path: Path) -> None:
+    pixels = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+    data = encoded(radiograph(pixels))
+    for name in ("old.dcm", "old.png"):
+        (tmp_path / name).write_bytes(data[132:])
+    assert np.array_equal(predictor.read_files([tmp_path / "old.dcm"])[0], predictor.prepare(data))
+    with pytest.raises(UserError, match="not a JPEG, PNG or DICOM file"):
+        predictor.read_files([tmp_path / "old.png"])
+
+
+def test_16_bit_grey_is_scaled_by_the_depth_of_the_card(model: ResNet) -> None:
+    pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # 12 bits
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    levels = {
+        depth: Predictor(model, replace(CARD_OF_TEST, depth=depth)).prepare(buffer.getvalue()) for depth in (12, 16)
+    }
+    assert levels[12].max() >= 250
+    assert levels[16].max() <= 16
+    with pytest.raises(ImageError, match="values up to 4095, more than 10 bits"):
+        Predictor(model, replace(CARD_OF_TEST, depth=10)).prepare(buffer.getvalue())
+
+
+def test_a_card_of_version_0_1_has_16_bits(model: ResNet, tmp_path: Path) -> None:
+    save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
+    fields = json.loads((tmp_path / CARD).read_text())
+    del fields["depth"]
+    (tmp_path / CARD).write_text(json.dumps(fields))
+    assert Predictor.load(tmp_path).card.depth == 16

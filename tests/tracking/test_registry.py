@@ -115,7 +115,7 @@ def test_predict_names_every_bad_file(
     (tmp_path / "text.jpeg").write_text("no image")
     assert run_main(monkeypatch, "predict", str(tmp_path / "text.jpeg"), str(tmp_path / "gone.png")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "text.jpeg (not a JPEG or PNG)" in error
+    assert "text.jpeg (not a JPEG, PNG or DICOM file)" in error
     assert "gone.png (No such file" in error
 
 
