@@ -169,6 +169,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
         config.select,
         config.compile,
         config.average,
+        config.seed,
     )
 
 
