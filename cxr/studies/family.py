@@ -40,8 +40,7 @@ def run_family(
     """
     data = read_data(next(iter(members.values())))
     ready_machine(config)
-    _, weights = build_model(config.arch, config.weights, config.seed, size=config.image_size)
-    key = _family_key(members.values(), data.fingerprint, str(weights))
+    key = _family_key(members.values(), data.fingerprint, *_weights(config, members.values()))
     tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
     run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})
     with exclusive(checkpoints_of(config, run_id)), ending(run_id):
@@ -49,6 +48,12 @@ def run_family(
         parent.tags({Tag.HOST: socket.gethostname()})
         existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(run_id)}
         yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
+
+
+def _weights(config: TrainConfig, members: Iterable[TrainConfig]) -> list[str]:
+    """The initial weights of each backbone in use. Raises `UserError` if they are unavailable or do not fit."""
+    archs = dict.fromkeys(member.arch for member in members)
+    return [str(build_model(arch, config.weights, config.seed, size=config.image_size)[1]) for arch in archs]
 
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
