@@ -28,7 +28,7 @@ Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
 Inputs = Callable[[Split, list[Tensor], View], Iterable[Batch]]
 
 
-FIXED_BATCH = 32
+FIXED_BATCH = 8  # as fast as 32 on a CPU, and less to fill up
 
 
 def silent(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
@@ -85,7 +85,7 @@ class Prefix:
 
     def _run(self, features: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.settings.device, self.settings.precision):
-            if family_of(self.network) is RESNET:
+            if family_of(self.network) is RESNET or self.settings.device.type != "cpu":
                 return self._pass(features)
             return torch.cat([self._pass(part) for part in _filled(features)])[: len(features)]
 
@@ -140,7 +140,7 @@ class Prefix:
 def _filled(features: Tensor) -> Iterator[Tensor]:
     """In batches of one size, the last filled up with its first image.
 
-    Outside ResNets there are kernels whose order of summing depends on the size of the batch; what is kept must not.
+    Outside ResNets, the CPU has kernels whose order of summing depends on the size of the batch; what is kept must not.
     """
     for part in torch.split(features, FIXED_BATCH):
         missing = part[:1].expand(FIXED_BATCH - len(part), *part.shape[1:])
