@@ -385,6 +385,7 @@ class CompareConfig(CommandConfig):
     command: ClassVar[str] = "compare"
 
     strategies: str = param("all", "comma-separated strategies to compare, or all")
+    archs: str = param("same", "comma-separated backbones to compare under one strategy, or same (only `arch`)")
     seeds: int = param(3, "seeds per strategy, counted from `seed`", low=1, high=1000)
     margin: float = param(0.01, "non-inferiority margin in ROC-AUC", above=0, high=0.5)
     epochs_each: str = param(
@@ -400,6 +401,7 @@ class CompareConfig(CommandConfig):
             raise UserError(
                 f"--strategies {self.strategies}: list each of {known} at most once, comma-separated, or use all"
             )
+        self._check_backbones()
         self.epochs_of()
         if self.ensemble and self.seeds < 2:
             raise UserError("--ensemble true: needs two or more seeds; use --seeds 2 or more")
@@ -407,6 +409,25 @@ class CompareConfig(CommandConfig):
     def chosen(self) -> tuple[str, ...]:
         """The strategies to compare."""
         return tuple(STRATEGIES) if self.strategies == "all" else tuple(self.strategies.split(","))
+
+    def _check_backbones(self) -> None:
+        """Each of them also takes the other parameters. Raises `UserError` otherwise."""
+        backbones = self.backbones()
+        if len(set(backbones)) < len(backbones):
+            raise UserError(f"--archs {self.archs}: list each backbone at most once, comma-separated, or use same")
+        if len(backbones) > 1 and len(self.chosen()) > 1:
+            raise UserError(
+                f"--archs {self.archs}: backbones are compared under one strategy, not several "
+                f"(--strategies {self.strategies}); name one, such as --strategies partial"
+            )
+        if unknown := [arch for arch in backbones if arch not in FAMILIES]:
+            raise UserError(f"--archs {self.archs}: {', '.join(unknown)} unknown; list some of {', '.join(ARCHS)}")
+        for arch in backbones:
+            replace(self.train, arch=arch)
+
+    def backbones(self) -> tuple[str, ...]:
+        """The backbones to compare; only one when strategies are compared."""
+        return (self.train.arch,) if self.archs == "same" else tuple(self.archs.split(","))
 
     def epochs_of(self) -> dict[str, int]:
         """Strategy -> epochs of each phase."""

@@ -1,4 +1,4 @@
-"""Comparison of strategies on the same test images: intervals, paired differences, stability.
+"""Comparison of strategies, or of backbones, on the same test images: intervals, paired differences, stability.
 
 The metric of a strategy is the mean over its seeds. It varies with the patients and with the seeds. The variance over
 patients is that of a cluster bootstrap (Field and Welsh 2007) with the same resamples for every run, so that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import combinations
 
 import numpy as np
@@ -37,12 +38,24 @@ PRIMARY = "roc_auc"
 LEVEL = 0.05
 
 
+class Subject(StrEnum):
+    """What is compared: strategies, or backbones under one strategy."""
+
+    STRATEGY = "strategy"
+    BACKBONE = "backbone"
+
+    @property
+    def plural(self) -> str:
+        """The word for several."""
+        return "strategies" if self is Subject.STRATEGY else "backbones"
+
+
 @dataclass(frozen=True, slots=True)
 class RunData:
     """The data of one finished run in a comparison. `test` and `val` are prediction tables, `history` has a row per
     epoch, `threshold` is the one chosen on validation, `cost` has values such as total_seconds and parameters_trained,
     `origin` identifies data and weights, `settings` are the other parameters and the commit that determine its
-    results."""
+    results. Where backbones are compared (`subject`), `strategy` holds the backbone."""
 
     run_id: str
     strategy: str
@@ -55,6 +68,7 @@ class RunData:
     origin: str = ""
     settings: dict[str, str] = field(default_factory=dict)
     task: Task = KAGGLE
+    subject: Subject = Subject.STRATEGY
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +135,7 @@ def require_same_images(runs: Sequence[RunData]) -> None:
     keys = [(run.strategy, run.seed) for run in runs]
     duplicates = sorted({f"{strategy} seed {seed}" for strategy, seed in keys if keys.count((strategy, seed)) > 1})
     if duplicates:
-        raise UserError(f"duplicate runs: {', '.join(duplicates)}; give one run per strategy and seed")
+        raise UserError(f"duplicate runs: {', '.join(duplicates)}; give one run per {first.subject} and seed")
 
 
 def strategies_of(runs: Sequence[RunData]) -> list[str]:

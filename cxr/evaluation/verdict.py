@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cxr.evaluation.paired import LEVEL, PRIMARY, Floats
+from cxr.evaluation.paired import LEVEL, PRIMARY, Floats, Subject
 from cxr.strategies import STRATEGIES
 
 CLAIMED = "partial"  # the strategy that the claim is about
@@ -89,7 +89,8 @@ class Claim:
 class Verdict:
     """The strategy with the highest mean of `PRIMARY`, with its 95% interval; every other against it; and the claim.
 
-    `seeds` holds the number of seeds of each strategy.
+    `seeds` holds the number of seeds of each strategy. Where backbones are compared, they take the place of strategies,
+    and there is no claim.
     """
 
     best: str
@@ -99,10 +100,10 @@ class Verdict:
     seeds: dict[str, int]
     margin: float
     pairs: tuple[PairVerdict, ...]
-    claim: Claim
+    claim: Claim | None
 
 
-def decide(table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> Verdict:
+def decide(table: pd.DataFrame, pairs: pd.DataFrame, margin: float, subject: Subject = Subject.STRATEGY) -> Verdict:
     """The verdict from `strategy_table` and `paired_table`, for a non-inferiority `margin` in units of `PRIMARY`.
 
     Two strategies are *not distinguishable* when Holm's p of their difference is above 0.05. One is *non-inferior* to
@@ -118,7 +119,8 @@ def decide(table: pd.DataFrame, pairs: pd.DataFrame, margin: float) -> Verdict:
     mean, low, high = (float(row[name]) for name in (PRIMARY, f"{PRIMARY}_low", f"{PRIMARY}_high"))
     seeds = {str(name): int(count) for name, count in table["seeds"].items()}
     against_best = tuple(_against(best, other, pairs, margin) for other in seeds if other != best)
-    return Verdict(best, mean, low, high, seeds, margin, against_best, _claim(table, pairs, margin))
+    claim = _claim(table, pairs, margin) if subject is Subject.STRATEGY else None
+    return Verdict(best, mean, low, high, seeds, margin, against_best, claim)
 
 
 def _against(best: str, other: str, pairs: pd.DataFrame, margin: float) -> PairVerdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cxr.evaluation.paired import PRIMARY
-from cxr.evaluation.verdict import CLAIMED, MIN_SEEDS, ClaimOutcome, PairOutcome, PairVerdict, Reason, Verdict
+from cxr.evaluation.verdict import CLAIMED, MIN_SEEDS, Claim, ClaimOutcome, PairOutcome, PairVerdict, Reason, Verdict
 
 CLAIM = "partial fine-tuning gives the best trade-off between performance and stability"
 PAIRS = {PairOutcome.WORSE: "worse than", PairOutcome.NOT_DISTINGUISHABLE: "not distinguishable from"}
@@ -27,10 +27,14 @@ REASONS = {
 
 
 def sentences(verdict: Verdict) -> list[str]:
-    """The best strategy, each other strategy against it, the claim; a single sentence if only one strategy was run."""
-    if verdict.claim.reason is Reason.ONE_STRATEGY:
+    """The best strategy, each other strategy against it, the claim; a single sentence if only one strategy was run.
+
+    Of backbones, the last sentence sums up instead.
+    """
+    if not verdict.pairs:
         return [f"only {verdict.best} was run: nothing to compare"]
-    return [_best(verdict), *(_pair(pair, verdict) for pair in verdict.pairs), _claim(verdict)]
+    last = _claim(verdict, verdict.claim) if verdict.claim else _summed_up(verdict)
+    return [_best(verdict), *(_pair(pair, verdict) for pair in verdict.pairs), last]
 
 
 def _best(verdict: Verdict) -> str:
@@ -51,8 +55,17 @@ def _pair(pair: PairVerdict, verdict: Verdict) -> str:
     return f"{own} is {PAIRS[pair.outcome]} {best}: {interval}, Holm p {p}, {shown} within {verdict.margin:g}"
 
 
-def _claim(verdict: Verdict) -> str:
-    claim = verdict.claim
+def _summed_up(verdict: Verdict) -> str:
+    """Of a comparison of backbones."""
+    groups = {
+        outcome: ", ".join(pair.strategy for pair in verdict.pairs if pair.outcome is outcome)
+        for outcome in PairOutcome
+    }
+    parts = [f"{names} {PAIRS[outcome]} it" for outcome, names in groups.items() if names]
+    return f"of the backbones, {verdict.best} has the highest mean: {'; '.join(parts)}"
+
+
+def _claim(verdict: Verdict, claim: Claim) -> str:
     reason = REASONS[claim.reason].format(
         others=", ".join(claim.others), margin=verdict.margin, seeds=verdict.seeds.get(CLAIMED)
     )

@@ -1,6 +1,7 @@
-"""Figures that compare strategies: tables and arrays in, a matplotlib ``Figure`` out.
+"""Figures that compare strategies or backbones: tables and arrays in, a matplotlib ``Figure`` out.
 
-A strategy has the same colour, line style and marker in every figure. Missing values are shown as "n/a".
+Where this says strategy, it may be a backbone. A strategy has the same colour, line style and marker in every figure.
+Missing values are shown as "n/a".
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from cxr.families import FAMILIES
 from cxr.figures.style import (
     BLACK,
     BLUE,
@@ -37,13 +39,18 @@ from cxr.figures.style import (
     _require_both_classes,
 )
 
-PURPLE, PALE = "#CC79A7", "#FBEFC4"
+PURPLE, ORANGE, SKY, PALE = "#CC79A7", "#E69F00", "#56B4E9", "#FBEFC4"
 STYLES: dict[str, Style] = {
     "frozen": {"color": BLUE, "linestyle": "-", "marker": "o"},
     "partial": {"color": VERMILLION, "linestyle": (0, (5, 1.5)), "marker": "s"},
     "full": {"color": GREEN, "linestyle": (0, (5, 1.5, 1, 1.5)), "marker": "^"},
     "gradual": {"color": PURPLE, "linestyle": (0, (1.5, 1)), "marker": "D"},
 }
+# A backbone has the colour of its family, and a marker and a line of its own in it.
+FAMILY_COLORS = dict(
+    zip(dict.fromkeys(f.kind for f in FAMILIES.values()), (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), strict=True)
+)
+MARKERS, LINES = "os^DvP<X>*", ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1)))
 NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "brier": "Brier score",
@@ -247,9 +254,18 @@ def paired_differences(table: pd.DataFrame, metric: str, margin: float | None, t
 
 
 def _style(name: str) -> Style:
+    if name in FAMILIES:
+        return _backbone_style(name)
     if name not in STYLES:
         raise ValueError(f"strategy {name!r} has no style; known strategies: {', '.join(STYLES)}")
     return STYLES[name]
+
+
+def _backbone_style(arch: str) -> Style:
+    family = FAMILIES[arch]
+    place = [each for each, other in FAMILIES.items() if other is family].index(arch)
+    marker, line = MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
+    return {"color": FAMILY_COLORS[family.kind], "linestyle": line, "marker": marker}
 
 
 def _name(column: str) -> str:
@@ -336,7 +352,8 @@ def _corner_side(means: Sequence[tuple[Floats, Floats]]) -> float:
 
 def _mark_along(axes: Axes, name: str, x: Floats, y: Floats, side: float) -> None:
     """Markers of the strategy at a few points on the curve in the corner, at different points for each strategy."""
-    shift = list(STYLES).index(name) / len(STYLES)
+    known = list(FAMILIES if name in FAMILIES else STYLES)
+    shift = known.index(name) / len(known)
     # x + y increases along the curve, so equal steps in it cover both the steep and the flat part.
     along = side * np.linspace(-1, 1, 6)[:-1] + side * 0.4 * shift
     at_x, at_y = np.interp(along, x + y - 1, x), np.interp(along, x + y - 1, y)

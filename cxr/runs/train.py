@@ -171,6 +171,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
         config.select,
         config.compile,
         config.average,
+        config.seed,
     )
 
 

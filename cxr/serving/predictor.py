@@ -120,6 +120,21 @@ class _Probability(nn.Module):
         return torch.sigmoid(self.calibration.slope * (logits[:, 1] - logits[:, 0]) + self.calibration.offset)
 
 
+def _to_onnx(network: nn.Module, example: Tensor) -> torch.onnx.ONNXProgram:
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
+            input_names=["image"],
+            output_names=["probability"],
+            verbose=False,
+        )
+    assert program is not None
+    return program
+
+
 class Predictor:
     """A packaged model in use."""
 
@@ -183,8 +198,8 @@ class Predictor:
         if asked, an ONNX model; returns the files.
 
         The ONNX model takes uint8 grey images [n, size, size] and gives their probabilities of the positive class [n],
-        or of all [n, k] of more than two.
-        Raises `UserError` when they cannot be written, or the packages for ONNX are not installed.
+        or of all [n, k] of more than two. Raises `UserError` when they cannot be written, the packages for ONNX are not
+        installed, or PyTorch cannot export the network.
         """
         names = ["X_ray_classifier.pth"]
         if len(self.networks) > 1:
@@ -215,18 +230,11 @@ class Predictor:
         # A copy, because the exporter wants the usual memory layout.
         plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
         network = _Probability(plain, self.card.calibration).eval()
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(
-                network,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
-                input_names=["image"],
-                output_names=["probability"],
-                verbose=False,
-            )
-        assert program is not None
-        return program
+        try:
+            return _to_onnx(network, example)
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"--onnx: PyTorch cannot export {self.card.arch} ({reason}); leave --onnx out") from error
 
     def predict(self, images: Sequence[UInt8]) -> pd.DataFrame:
         """Prepared images -> columns label, probability, decision (the label's number), familiarity and abstain.

@@ -1,4 +1,4 @@
-"""Comparing strategies: from new runs, one for each strategy and seed, or from finished ones."""
+"""Comparing strategies, or backbones under one strategy: from new runs, one for each and seed, or finished ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.paired import (
     PRIMARY,
     RunData,
+    Subject,
     paired_table,
     replicate,
     require_same_images,
@@ -57,14 +58,16 @@ RESAMPLES = 2000
 
 
 def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
-    """Run every strategy with every seed and compare.
+    """Run every strategy, or one with every backbone, with every seed and compare.
 
     The same call after an interruption continues: finished child runs are reused, the others resumed. Raises
     `UserError` for bad input.
     """
-    name, own = f"compare-{len(config.chosen())}x{config.seeds}", own_parameters(config)
+    subject = Subject.BACKBONE if len(config.backbones()) > 1 else Subject.STRATEGY
+    compared = max(len(config.chosen()), len(config.backbones()))
+    name, own = f"compare-{compared}x{config.seeds}", own_parameters(config)
     with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
-        runs = [load_run(run_id) for run_id in run_ids]
+        runs = [load_run(run_id, subject) for run_id in run_ids]
         verdict = _publish(parent, runs, config.margin)
         if config.ensemble:
             _ensembles(config, parent.run_id, runs, say)
@@ -73,10 +76,10 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
 
 
 def _ensembles(config: CompareConfig, parent: str, runs: Sequence[RunData], say: Say) -> None:
-    """An ensemble of the seeds of each strategy, unless an interrupted call has already finished it."""
+    """An ensemble of the seeds of each strategy or backbone, unless an interrupted call has already finished it."""
     train = config.train
     done = {run.params["ensemble.runs"] for run in children(parent) if run.kind is RunKind.ENSEMBLE and run.finished}
-    for strategy in config.chosen():
+    for strategy in strategies_of(runs):
         seeds = [run.run_id for run in runs if run.strategy == strategy]
         if " ".join(seeds) not in done:
             ensemble_tracked(seeds, train.register, train.data_dir, train.cache_dir, say, parent)
@@ -85,7 +88,8 @@ def _ensembles(config: CompareConfig, parent: str, runs: Sequence[RunData], say:
 def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> Verdict:
     """Compare finished runs; the result is logged in a new run. Raises `UserError` for runs that cannot be compared."""
     prepare()
-    runs = [load_run(run_id) for run_id in run_ids]
+    subject = _subject_of(run_ids)
+    runs = [load_run(run_id, subject) for run_id in run_ids]
     require_same_images(runs)
     params = {"compare.runs": " ".join(run_ids), "compare.margin": str(margin)}
     parent = join_parent(open_parent("compare-runs", {Tag.KIND: RunKind.COMPARISON}, params))
@@ -95,17 +99,27 @@ def compare_runs(run_ids: Sequence[str], margin: float, say: Say = print) -> Ver
     return verdict
 
 
+def _subject_of(run_ids: Sequence[str]) -> Subject:
+    """Backbones, if the runs differ in them and in no strategy."""
+    tags = [LoggedRun.open(run_id).tags for run_id in run_ids]
+    strategies, archs = ({each.get(name) for each in tags} for name in (Tag.STRATEGY, Tag.ARCH))
+    return Subject.BACKBONE if len(strategies) == 1 and len(archs) > 1 else Subject.STRATEGY
+
+
 def _members(config: CompareConfig) -> dict[str, TrainConfig]:
     """Run name -> configuration, seed by seed: an interrupted comparison has all strategies for the first seeds."""
-    epochs = config.epochs_of()
+    epochs, several = config.epochs_of(), len(config.backbones()) > 1
     return {
-        f"{strategy}-s{seed}": replace(config.train, strategy=strategy, seed=seed, epochs=epochs[strategy])
+        f"{arch if several else strategy}-s{seed}": replace(
+            config.train, arch=arch, strategy=strategy, seed=seed, epochs=epochs[strategy]
+        )
         for seed in range(config.train.seed, config.train.seed + config.seeds)
         for strategy in config.chosen()
+        for arch in config.backbones()
     }
 
 
-def load_run(run_id: str) -> RunData:
+def load_run(run_id: str, subject: Subject = Subject.STRATEGY) -> RunData:
     """What a finished training run logged. Raises `UserError` for an unknown run, or one that is no training run."""
     run = LoggedRun.open(run_id)
     if not run.finished:
@@ -117,16 +131,17 @@ def load_run(run_id: str) -> RunData:
     history = run.table(Artifact.HISTORY)
     return RunData(
         run_id=run_id,
-        strategy=run.tags[Tag.STRATEGY],
+        strategy=run.tags[Tag.STRATEGY if subject is Subject.STRATEGY else Tag.ARCH],
         seed=int(run.tags[Tag.SEED]),
         threshold=run.threshold,
         val=run.predictions("val"),
         test=run.predictions("test"),
         history=history,
         cost=_cost(run, history),
-        origin=run.origin,
+        origin=run.origin if subject is Subject.STRATEGY else f"data {run.tags.get(Tag.DATA_FINGERPRINT)}",
         task=run.task,
-        settings=_settings(run),
+        settings=_settings(run, subject),
+        subject=subject,
     )
 
 
@@ -140,11 +155,17 @@ def _cost(run: LoggedRun, history: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _settings(run: LoggedRun) -> dict[str, str]:
-    """What determines a run's numbers besides strategy, seed, data and weights: parameters and the git commit."""
-    excluded = NEUTRAL | {"strategy", "seed"}
-    known = {name: value for name, value in run.train_params().items() if name not in excluded}
-    return known | {"code": run.commit}
+def _settings(run: LoggedRun, subject: Subject) -> dict[str, str]:
+    """What determines a run's numbers besides strategy, seed, data and weights: parameters and the git commit.
+
+    Backbones differ in their weights, which are settings there.
+    """
+    if subject is Subject.STRATEGY:
+        excluded, weights = {"strategy", "seed"}, {}
+    else:
+        excluded, weights = {"arch", "seed"}, {"weights": run.tags.get(Tag.WEIGHTS, "unknown")}
+    known = {name: value for name, value in run.train_params().items() if name not in NEUTRAL | excluded}
+    return known | weights | {"code": run.commit}
 
 
 def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> Verdict:
@@ -152,10 +173,12 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
     require_same_images(runs)
     replicates = replicate(runs, RESAMPLES)
     table, pairs, stability = strategy_table(replicates), paired_table(runs, replicates), stability_table(runs)
-    verdict = decide(table, pairs, margin)
+    subject = runs[0].subject
+    verdict = decide(table, pairs, margin, subject)
     whole = table.join(stability)
     figures = _figures(runs, whole, pairs, margin)
-    parent.table(whole.reset_index(names="strategy"), Artifact.STRATEGIES)
+    artifact = Artifact.STRATEGIES if subject is Subject.STRATEGY else Artifact.BACKBONES
+    parent.table(whole.reset_index(names=subject.value), artifact)
     parent.table(pairs, Artifact.PAIRS)
     for name, figure in figures.items():
         parent.figure(figure, plot_path(name, "comparison"))
@@ -166,18 +189,23 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
         "Cost and stability": stability,
     }
     lines, remarks = sentences(verdict), notes(runs, margin)
-    parent.text(_page(lines, remarks, tables, figures), Artifact.COMPARISON_REPORT)
+    heading = "Fine-tuning strategies compared" if subject is Subject.STRATEGY else "Backbones compared"
+    parent.text(_page(heading, lines, remarks, tables, figures), Artifact.COMPARISON_REPORT)
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
     parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *remarks])})
     return verdict
 
 
 def _page(
-    lines: Sequence[str], remarks: Sequence[str], tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure]
+    heading: str,
+    lines: Sequence[str],
+    remarks: Sequence[str],
+    tables: Mapping[str, pd.DataFrame],
+    figures: Mapping[str, Figure],
 ) -> str:
     """The HTML report: the first and last sentence of the verdict on top, the others before the notes."""
     head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    return html_report("Fine-tuning strategies compared", head, [*lines[1:-1], *remarks], tables, figures)
+    return html_report(heading, head, [*lines[1:-1], *remarks], tables, figures)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -218,8 +246,8 @@ def notes(runs: Sequence[RunData], margin: float) -> list[str]:
         f"{len(runs[0].test)} test images of {runs[0].test['group'].nunique()} patients; "
         + ", ".join(f"{strategy} {count} seed(s)" for strategy, count in seeds.items()),
         f"intervals: Student's t with the sum of two variances, over {RESAMPLES} resamples of patients and over seeds "
-        f"(pooled over the strategies); p corrected by Holm over all pairs; margin {margin:g}; McNemar's test treats "
-        "images as independent and uses the mean probabilities over seeds",
+        f"(pooled over the {runs[0].subject.plural}); p corrected by Holm over all pairs; margin {margin:g}; McNemar's "
+        "test treats images as independent and uses the mean probabilities over seeds",
         f"apart from these runs, this test split was evaluated {uses} times in this store"
         + ("; for anything chosen after seeing those results, it is no longer a test" if uses else ""),
         "training seconds are those of the epochs; activations stored by an earlier run cost nothing there",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cxr.config import TrainConfig, flatten, result_parameters
-from cxr.data.load import read_data
+from cxr.data.load import Data, read_data
 from cxr.machine import ready_machine
 from cxr.network.resnet import build_model
 from cxr.runs.messages import Say
@@ -40,8 +40,7 @@ def run_family(
     """
     data = read_data(next(iter(members.values())))
     ready_machine(config)
-    _, weights = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
-    key = _family_key(members.values(), data.fingerprint, str(weights))
+    key = _family_key(members.values(), data.fingerprint, *_weights(config, members.values(), data))
     tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
     run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})
     with exclusive(checkpoints_of(config, run_id)), ending(run_id):
@@ -49,6 +48,13 @@ def run_family(
         parent.tags({Tag.HOST: socket.gethostname()})
         existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(run_id)}
         yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
+
+
+def _weights(config: TrainConfig, members: Iterable[TrainConfig], data: Data) -> list[str]:
+    """The initial weights of each backbone in use. Raises `UserError` if they are unavailable or do not fit."""
+    archs = dict.fromkeys(member.arch for member in members)
+    about = (config.weights, config.seed, len(data.task.classes), config.image_size)
+    return [str(build_model(arch, *about)[1]) for arch in archs]
 
 
 def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:

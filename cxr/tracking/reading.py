@@ -95,6 +95,7 @@ class Artifact(StrEnum):
     TRIALS = "search/trials.csv"
     BEST_PARAMETERS = "search/best.json"
     STRATEGIES = "comparison/strategies.csv"
+    BACKBONES = "comparison/backbones.csv"
     PAIRS = "comparison/pairs.csv"
     COMPARISON_REPORT = "comparison/report.html"
     FOLDS = "crossval/folds.csv"

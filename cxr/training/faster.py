@@ -52,13 +52,19 @@ class Fast(nn.Module):
     def _graphs(self, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Recorded under the caller's autocast, whose cache of cast weights a recording must not see.
 
-        The warm-up passes of `make_graphed_callables` go through BatchNorm, too: its buffers are put back.
+        The warm-up passes of `make_graphed_callables` go through BatchNorm, too, and draw for dropout: its buffers and
+        the generators are put back.
         """
         twin = Suffix(self.suffix.model, self.suffix.stages)  # the recording replaces its `forward`
         buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
         kind, enabled = features.device.type, torch.is_autocast_enabled(features.device.type)
         gc.collect()  # graphs of an earlier phase must not be freed in the middle of a recording
-        with MAKING, torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=enabled, cache_enabled=False):
+        devices = [features.device] if kind == "cuda" else []
+        with (
+            MAKING,
+            torch.random.fork_rng(devices),
+            torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=enabled, cache_enabled=False),
+        ):
             made = torch.cuda.make_graphed_callables(twin, (features.clone(),))
         for name, buffer in twin.named_buffers():
             buffer.copy_(buffers[name])

@@ -73,7 +73,8 @@ class Schedule:
     `phases` and the learning rate of each, in order; the maximum of epochs per phase; Adam's L2 penalty; StepLR; epochs
     without improvement before a phase stops; precision (fp32, bf16, fp16); `select`, the validation metric that picks
     the best epoch; `compile`, what makes steps faster (`Fast`); `average`: `sma` validates, saves and returns the mean
-    of the weights over the steps from the second epoch of the last phase on (`WeightAverage`), `none` the weights.
+    of the weights over the steps from the second epoch of the last phase on (`WeightAverage`), `none` the weights;
+    `seed`, of dropout and stochastic depth.
     """
 
     phases: tuple[Phase, ...]
@@ -87,6 +88,7 @@ class Schedule:
     select: str = "val_loss"
     compile: str = "none"
     average: str = "none"
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -358,7 +360,7 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     sums = torch.zeros(3, device=loop.device)  # of losses, class weights, correct predictions
     images, trainer = 0, loop.trainer
     average = loop.average if loop.progress.phase_epoch else None
-    for features, labels in batches:
+    for features, labels in _seeded(batches, loop.schedule.seed, loop.progress.epoch):
         with autocast(loop.device, loop.schedule.precision):
             logits = trainer.suffix(features).float()
         losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
@@ -375,6 +377,19 @@ def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
         images += len(labels)
     loss, weights, correct, shown = parallel.summed(torch.cat([sums, sums.new_tensor([images])])).tolist()
     return loss / weights, correct / shown, int(shown)
+
+
+def _seeded(batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
+    """The batches of an epoch, torch's generator seeded for what it trains: dropout and stochastic depth.
+
+    Seeded when the first batch is there, as making batches draws from that generator, too, and how often depends on
+    what is reused and what a resumed run makes again.
+    """
+    for number, batch in enumerate(batches):
+        if number == 0:
+            entropy = np.random.SeedSequence((seed, epoch, parallel.rank()))
+            torch.manual_seed(int(entropy.generate_state(1, np.uint32)[0]))
+        yield batch
 
 
 def _validate(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, float]:

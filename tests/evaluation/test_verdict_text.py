@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from cxr.evaluation.paired import Subject
 from cxr.evaluation.verdict import ClaimOutcome, PairOutcome, Reason, decide
 from cxr.evaluation.verdict_text import REASONS, sentences
 
@@ -131,3 +132,13 @@ def test_the_cases_cover_every_outcome_and_reason() -> None:
     assert {verdict.claim.reason for verdict in verdicts} == set(Reason) == REASONS.keys() | {Reason.ONE_STRATEGY}
     assert {verdict.claim.outcome for verdict in verdicts} == set(ClaimOutcome)
     assert {pair.outcome for verdict in verdicts for pair in verdict.pairs} == set(PairOutcome)
+
+
+def test_of_backbones_the_last_sentence_sums_up() -> None:
+    table = table_of(swin_t=[0.9] * 3, resnet18=[0.95] * 3, resnet50=[0.96] * 3)
+    pairs = pairs_of(("swin_t", "resnet18", *WORSE), ("swin_t", "resnet50", *WORSE), ("resnet18", "resnet50", *OPEN))
+    verdict = decide(table, pairs, 0.01, Subject.BACKBONE)
+    assert verdict.claim is None
+    assert sentences(verdict)[-1] == (
+        "of the backbones, resnet50 has the highest mean: swin_t worse than it; resnet18 not distinguishable from it"
+    )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from plot_help import LABELS, PROBABILITIES, line, save, texts
 from sklearn.metrics import roc_auc_score
 
+from cxr.config import ARCHS
 from cxr.evaluation.metrics import expected_calibration_error
 from cxr.figures import single
 from cxr.figures import strategies as plots
@@ -115,6 +116,11 @@ def test_a_strategy_has_the_same_style_in_every_figure() -> None:
     figures = all_figures(2)
     looks = {name: (style["color"], style["marker"]) for name, style in plots.STYLES.items()}
     assert [legend_looks(figures[name]) for name in ("curves", "roc", "cost")] == [looks] * 3
+
+
+def test_no_two_backbones_look_alike() -> None:
+    looks = [plots._style(arch) for arch in ARCHS]
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(ARCHS)
 
 
 def test_an_unknown_strategy_is_rejected() -> None:

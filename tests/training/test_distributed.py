@@ -77,6 +77,17 @@ def test_alone_nothing_is_shared_out_or_wrapped() -> None:
         assert (parallel.rank(), parallel.size()) == (0, 1)
 
 
+def test_a_batchnorm_is_shared_where_it_is_itself_a_part_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `norm5` of DenseNet is; what is frozen stays as it is."""
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm2d(3))
+    state = net.state_dict()
+    parallel.share_batchnorm(net, [net[1], net[2]], torch.device("cpu"))
+    kinds = [type(norm) for norm in (net[0], net[1][0], net[2])]
+    assert kinds == [nn.BatchNorm2d, parallel.SharedBatchNorm, parallel.SharedBatchNorm]
+    assert net.state_dict().keys() == state.keys()
+
+
 def cxr(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in so many processes of one thread each, by torchrun."""
     launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
