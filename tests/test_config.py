@@ -19,6 +19,7 @@ from cxr.config import (
     without_password,
 )
 from cxr.errors import UserError
+from cxr.families import FAMILIES
 from cxr.parameters import default_of, spec_of, types_of
 from cxr.strategies import STRATEGIES
 
@@ -35,8 +36,13 @@ def values(name: str) -> st.SearchStrategy[Any]:
     return st.floats(low, spec.high, exclude_min=spec.above is not None, allow_nan=False, allow_infinity=False)
 
 
+def config_that_fits(arch: str, image_size: int, **parameters: Any) -> TrainConfig:
+    """With the next image size that the backbone takes."""
+    return TrainConfig(arch=arch, image_size=image_size + -image_size % FAMILIES[arch].multiple, **parameters)
+
+
 configs = st.builds(
-    TrainConfig,
+    config_that_fits,
     strategy=st.sampled_from(list(STRATEGIES)),
     arch=st.sampled_from(ARCHS),
     data_dir=st.text(min_size=1),
