@@ -5,7 +5,7 @@
 Images of the test split are written as DICOM in every combination of photometric interpretation, bits stored,
 compression and look (no VOI transformation, a window, a VOI LUT, a rescaling), and predicted from the bytes of both.
 The table holds the largest and the mean difference in probability by combination. Exit code 1 if any is above 0.01.
-The images are those of "2026-11-22: audits of the real data" in LOG.md.
+Result in LOG.md: "2026-11-26: other sources, DICOM made of real JPEGs, other backbones".
 """
 
 from __future__ import annotations
