@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from cxr.data import dicom
 from cxr.data.splits import OFFICIAL
@@ -164,8 +165,10 @@ def is_unreadable(digest: str) -> bool:
 
 def digest_files(paths: Iterable[Path]) -> list[str]:
     """The sha256 of each file's bytes, in order; `unreadable:` and the path for one that cannot be read."""
+    files = list(paths)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(_digest_file, paths))
+        digests = pool.map(_digest_file, files)
+        return list(tqdm(digests, "reading files", len(files), unit="file", leave=False, disable=None))
 
 
 def _digest_file(path: Path) -> str:
