@@ -94,6 +94,9 @@ def main(parents: tuple[str, ...]) -> None:
         click.echo(f"{metric}: champion {champion[metric]:.4f}, best {first[metric].max():.4f}")
     click.echo(f"\nSpearman's correlation over {len(runs)} runs (of criteria with metrics on test)")
     click.echo(spearman(runs).round(2).to_string())
+    click.echo("\nwithin strategies and recipes (mean of their correlations)")
+    arms = runs.groupby(["strategy", "augment", "average"], sort=False)
+    click.echo(pd.concat([spearman(arm) for _, arm in arms]).groupby(level=0).mean().round(2).to_string())
 
 
 if __name__ == "__main__":

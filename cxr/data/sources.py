@@ -53,6 +53,8 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
     """
     names = _Names.of(config)
     listed = find_list(folder)
+    if listed is None and config.columns != "auto":
+        raise UserError(f"--columns {config.columns}: is for lists, and {folder} is a folder; leave it out")
     found = _from_list(listed, config.columns, names.first) if listed else _from_folder(folder, names.first)
     if config.labels == "subtype":
         found = _by_subtype(found, names)

@@ -391,3 +391,7 @@ def test_metadata_beside_splits_is_not_read_as_a_list(phantoms: Path, tmp_path: 
     folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
     (folder / "metadata.csv").write_text("file_name,age\n1.png,3\n")
     pd.testing.assert_frame_equal(read(folder).table, read(phantoms).table)
+
+
+def test_columns_are_refused_for_a_folder(phantoms: Path, refused: Refused) -> None:
+    assert "is for lists" in refused(phantoms, columns="path=file")
