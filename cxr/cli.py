@@ -88,13 +88,6 @@ def crossval(**parameters: Any) -> None:
     crossval_tracked(config, say=click.echo)
 
 
-PATHS = click.option(
-    "--paths",
-    type=click.Choice(["auto", "plain", "hashed"]),
-    default="auto",
-    show_default=True,
-    help="what stands for an image: its path, or the start of the sha256 of its bytes (auto: if any file is DICOM)",
-)
 MODEL = click.option(
     "--model",
     "uri",

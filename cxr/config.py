@@ -253,6 +253,11 @@ class TrainConfig:
         return ThresholdRule.parse(self.threshold)
 
     @property
+    def kept_split(self) -> str:
+        """`val_split`, or `official` where a file gives the splits."""
+        return self.val_split if self.splits == "auto" else "official"
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         """The strategy's phases, in order."""
         return FAMILIES[self.arch].phases(self.strategy)

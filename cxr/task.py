@@ -68,6 +68,14 @@ class Task:
         return ", ".join(self.classes) + (f" (positive: {self.positive})" if self.binary else "")
 
 
+def differ_in_case(names: Iterable[str]) -> list[str]:
+    """The spellings of the first name that comes in several, different in case only; none if there is none."""
+    spelled: dict[str, list[str]] = {}
+    for name in names:
+        spelled.setdefault(name.casefold(), []).append(name)
+    return next((spelled[name] for name in sorted(spelled) if len(spelled[name]) > 1), [])
+
+
 def slug(name: str) -> str:
     """`Pleural effusion` -> `pleural_effusion`."""
     return re.sub(r"\W+", "_", name.casefold()).strip("_")

@@ -13,6 +13,7 @@ import pandas as pd
 from cxr.audit.duplicates import Groups, exact_duplicates, mixed, near_duplicates, pairs_of, pixel_duplicates
 from cxr.audit.shortcuts import cue_table, separabilities, shift
 from cxr.data.load import list_bad
+from cxr.data.splits import patients_across
 from cxr.task import KAGGLE, Task
 
 PATIENTS_ACROSS = "patients in more than one split"
@@ -107,8 +108,7 @@ def _unnamed(manifest: pd.DataFrame) -> Finding:
 
 
 def _crossing(manifest: pd.DataFrame) -> Finding:
-    splits = manifest.groupby("group")["split"].nunique()
-    crossing = sorted(splits.index[splits > 1])
+    crossing = patients_across(manifest["group"], manifest["split"])
     text = f"{len(crossing)}" + (f" ({', '.join(crossing[:5])}{', …' * (len(crossing) > 5)})" if crossing else "")
     return Finding(PATIENTS_ACROSS, not crossing, text)
 

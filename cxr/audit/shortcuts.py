@@ -55,7 +55,7 @@ def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] 
 
 def _read_header(path: Path) -> tuple[float, float, float, float, str, float, float]:
     try:
-        if dicom.has_dicom_name(path) or dicom.is_dicom(_start(path)):
+        if dicom.has_dicom_name(path) or dicom.is_dicom(dicom.head_of(path)):
             return _read_dicom(path)
         with Image.open(path) as image:
             width, height = image.size
@@ -65,11 +65,6 @@ def _read_header(path: Path) -> tuple[float, float, float, float, str, float, fl
             return density, width, height, width / height, image.mode, mean_step, float("icc_profile" in image.info)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # the audit reports it as corrupt
         return np.nan, np.nan, np.nan, np.nan, "", np.nan, np.nan
-
-
-def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(dicom.HEAD)
 
 
 def _read_dicom(path: Path) -> tuple[float, float, float, float, str, float, float]:

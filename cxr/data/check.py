@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cxr.config import TrainConfig
 from cxr.data.decode import FORMATS
 from cxr.data.sources import Source
-from cxr.data.splits import assign_splits
+from cxr.data.splits import assign_splits, patients_across
 
 _SHOWN = 3
 _RARE = 0.01  # share of images below which a format is odd
@@ -25,10 +25,9 @@ Header = tuple[str, int, int]  # format and mode, width, height; "" if it cannot
 def checked(source: Source, config: TrainConfig) -> list[str]:
     """The lines of `cxr data check`. Raises `UserError` if the images cannot be split.
 
-    Only the headers of the files are read.
+    Only the headers of the files are read here.
     """
-    val_split = "official" if config.splits != "auto" else config.val_split
-    table = assign_splits(source.table, val_split, config.val_fraction, config.split_seed, source.task)
+    table = assign_splits(source.table, config.kept_split, config.val_fraction, config.split_seed, source.task)
     headers = read_headers(source.root / path for path in table["path"])
     table = table.assign(format=headers["format"], width=headers["width"], height=headers["height"])
     odd = _odd(table, source)
@@ -96,9 +95,8 @@ def _odd(table: pd.DataFrame, source: Source) -> list[str]:
         lines.append(f"{len(bad)} files whose header cannot be read ({', '.join(bad[:_SHOWN])})")
     if copies := int(table["digest"].duplicated().sum()):
         lines.append(f"{copies} images are copies of others, byte for byte")
-    shared = table.groupby("group")["split"].nunique()
-    if crossing := int((shared > 1).sum()):
-        lines.append(f"{crossing} patients are in more than one split")
+    if crossing := patients_across(table["group"], table["split"]):
+        lines.append(f"{len(crossing)} patients are in more than one split")
     shares = table["format"].value_counts(normalize=True)
     if rare := [f"{kind}" for kind, share in shares.items() if kind and share < _RARE]:
         lines.append(f"formats of less than 1% of the images: {', '.join(rare)}")

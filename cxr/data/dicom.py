@@ -91,6 +91,12 @@ def has_dicom_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def head_of(path: Path) -> bytes:
+    """The beginning of a file, for `is_dicom`. Raises `OSError` if it cannot be read."""
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without pydicom's warnings, which quote header values.

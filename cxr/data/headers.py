@@ -104,8 +104,7 @@ def _in_threads(read: Callable[[Path], T], files: Sequence[Path], title: str) ->
 
 def _head(file: Path) -> bytes:
     try:
-        with file.open("rb") as stream:
-            return stream.read(dicom.HEAD)
+        return dicom.head_of(file)
     except OSError:  # it is reported when it is decoded
         return b""
 

@@ -87,7 +87,7 @@ def index_for_evaluation(data_dir: str | Path, task: Task = KAGGLE) -> tuple[Pat
         top = Path(data_dir).expanduser().absolute()
     except RuntimeError as error:
         raise UserError(f"--data-dir {data_dir}: {error}; pass the absolute path of the folder") from error
-    files = [path for path in _visible(top) if _is_image(path)]
+    files = [path for path in _visible(top) if is_image(path)]
     if files and not any(path.is_dir() for path in _visible(top)):
         rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
         table = pd.DataFrame(rows, columns=COLUMNS)
@@ -120,20 +120,19 @@ def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str
                 "by --classes"
             )
         for file in _visible(folder):
-            if _is_image(file):
+            if is_image(file):
                 path = file.relative_to(root).as_posix()
                 rows.append((path, label, split, *parse_name(path)))
     return rows
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """By its suffix; a file without one, or with a number (`1.2.840.113619`), is an image if it is DICOM."""
     suffix = file.suffix.lower()
     if suffix in SUFFIXES or not (suffix == "" or suffix[1:].isdigit()):
         return suffix in SUFFIXES
     try:
-        with file.open("rb") as stream:
-            return dicom.is_dicom(stream.read(dicom.HEAD))
+        return dicom.is_dicom(dicom.head_of(file))
     except OSError:  # a folder, or not readable
         return False
 

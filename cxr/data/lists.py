@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from cxr.data.splits import patients_across
 from cxr.errors import UserError
+from cxr.task import differ_in_case
 
 LIST_SUFFIXES = (".csv", ".tsv", ".json")
 # What a column may be called, written small and without separators.
@@ -175,7 +177,7 @@ def _splits(file: Path, texts: pd.Series) -> pd.Series:
 
 
 def _relative(file: Path, texts: pd.Series) -> pd.Series:
-    """Paths relative to the list's folder. Links in them are not followed."""
+    """Paths relative to the list's folder, by their text: where links lead does not matter."""
     folder = file.parent
     paths = [Path(os.path.normpath(folder / text)) for text in texts]
     _refuse(file, texts[[path == folder for path in paths]], "without a path")
@@ -186,19 +188,16 @@ def _relative(file: Path, texts: pd.Series) -> pd.Series:
 
 def _require_labels(file: Path, table: pd.DataFrame) -> None:
     _refuse(file, table.loc[table["class"] == "", "path"], "without a label")
-    names = pd.Series(table["class"].unique())
-    spelled = names.groupby(names.str.casefold()).agg(list)
-    if twice := [spellings for spellings in spelled if len(spellings) > 1]:
-        raise UserError(f"{file}: one label in {len(twice[0])} spellings ({', '.join(twice[0])}); use one")
+    if spellings := differ_in_case(table["class"].unique()):
+        raise UserError(f"{file}: one label in {len(spellings)} spellings ({', '.join(spellings)}); use one")
 
 
 def _require_unique(file: Path, table: pd.DataFrame) -> None:
     """Raise `UserError` for images named twice, and patients in several splits."""
     _refuse(file, table.loc[table["path"].duplicated(), "path"], "named more than once")
     known = table[table["group"] != ""]
-    splits = known.groupby("group")["official"].nunique()
-    if len(several := splits.index[splits > 1]):
-        names = ", ".join(map(str, several[:3]))
+    if several := patients_across(known["group"], known["official"]):
+        names = ", ".join(several[:3])
         raise UserError(f"{file}: {len(several)} patient(s) in more than one split ({names}); a patient belongs in one")
 
 

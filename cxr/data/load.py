@@ -79,8 +79,7 @@ def _split(config: TrainConfig, table: pd.DataFrame, found: Headers, task: Task)
     if fold := config.fold_numbers():
         manifest = assign_fold(table, fold, config.val_fraction, config.split_seed, task)
     else:
-        given = "official" if config.splits != "auto" else config.val_split
-        manifest = assign_splits(table, given, config.val_fraction, config.split_seed, task)
+        manifest = assign_splits(table, config.kept_split, config.val_fraction, config.split_seed, task)
     return manifest.assign(group=manifest["path"].map(found.groups))
 
 

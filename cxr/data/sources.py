@@ -30,10 +30,10 @@ from cxr.data.kaggle import (
     parse_name,
 )
 from cxr.data.lists import find_list, read_list
-from cxr.data.splits import OFFICIAL, grouped_holdout, require_every_class
+from cxr.data.splits import OFFICIAL, grouped_holdout, patients_across, require_every_class
 from cxr.errors import UserError
 from cxr.storage import Cache
-from cxr.task import KAGGLE, SUBTYPES, Task
+from cxr.task import KAGGLE, SUBTYPES, Task, differ_in_case
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,12 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
 
     Raises `UserError` for what is no source, or has classes, patients or splits that cannot be used.
     """
-    names = _Names.of(config)
+    names = _Names(config.classes, config.positive)
+    first = _Names() if config.labels == "subtype" else names
     listed = find_list(folder)
     if listed is None and config.columns != "auto":
         raise UserError(f"--columns {config.columns}: is for lists, and {folder} is a folder; leave it out")
-    found = _from_list(listed, config.columns, names.first) if listed else _from_folder(folder, names.first)
+    found = _from_list(listed, config.columns, first) if listed else _from_folder(folder, first)
     if config.labels == "subtype":
         found = _by_subtype(found, names)
     found = _with_patients(found, config.patient_pattern)
@@ -68,18 +69,8 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
 class _Names:
     """What `--classes` and `--positive` say."""
 
-    classes: str
-    positive: str
-    subtypes: bool = False
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> _Names:
-        return cls(config.classes, config.positive, config.labels == "subtype")
-
-    @property
-    def first(self) -> _Names:
-        """For the classes of the source, which are not those of the task where subtypes are classified."""
-        return _Names("auto", "auto") if self.subtypes else self
+    classes: str = "auto"
+    positive: str = "auto"
 
     def task(self, names: Iterable[str]) -> Task:
         return Task.of(names, self.classes, self.positive)
@@ -93,18 +84,20 @@ def to_evaluate(config: TrainConfig, task: Task) -> tuple[Path, pd.DataFrame, st
     classes without an image.
     """
     file = find_list(config.data_dir)
-    subtypes = config.labels == "subtype" or (task == SUBTYPES and _tells_classes_only(config, file))
-    if file is None:
+    listed = read_list(file, config.columns) if file else None
+    sorted_into = set(listed["class"]) if listed is not None else _folders(config.data_dir)
+    # A model of subtypes meets a source that is sorted into NORMAL and PNEUMONIA.
+    subtypes = config.labels == "subtype" or (task == SUBTYPES and "PNEUMONIA" in sorted_into)
+    if file is None or listed is None:
         root, table, split = index_for_evaluation(config.data_dir, KAGGLE if subtypes else task)
         found = Source(root, table, KAGGLE if subtypes else task)
     else:
-        listed = read_list(file, config.columns)
         own = Task.of(listed["class"]) if subtypes else _known(file, listed, task)
         found = Source(file.parent, _labelled(file, listed, own), own)
         split = "test" if (found.table["official"] == "test").any() else "external"
         found = replace(found, table=_of_split(found.table, split))
     if subtypes and split != UNLABELLED:
-        found = _by_subtype(found, _Names(",".join(task.classes), "auto"))
+        found = _by_subtype(found, _Names(",".join(task.classes)))
     table = _with_patients(found, config.patient_pattern).table
     if split != UNLABELLED and (missing := set(range(len(task.classes))) - set(table["label"])):
         names = ", ".join(task.classes[label] for label in sorted(missing))
@@ -112,15 +105,10 @@ def to_evaluate(config: TrainConfig, task: Task) -> tuple[Path, pd.DataFrame, st
     return found.root, table, split
 
 
-def _tells_classes_only(config: TrainConfig, file: Path | None) -> bool:
-    """Whether the source is sorted into NORMAL and PNEUMONIA, so that subtypes must come from elsewhere."""
-    if file:
-        return "PNEUMONIA" in set(read_list(file, config.columns)["class"])
-    folder = Path(config.data_dir).expanduser()
-    names = {
-        name.upper() for place in (folder, folder / "test", folder / "chest_xray/test") for name in folder_names(place)
-    }
-    return "PNEUMONIA" in names
+def _folders(data_dir: str) -> set[str]:
+    """The names of folders where classes may be, in capitals."""
+    top = Path(data_dir).expanduser()
+    return {name.upper() for place in (top, top / "test", top / "chest_xray/test") for name in folder_names(place)}
 
 
 def _of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -186,9 +174,8 @@ def _task_of_folders(root: Path, found: list[str], names: _Names) -> Task:
     """The task of class folders with these names; any name of the Kaggle set means that set."""
     if names.classes == "auto" and (not found or {name.upper() for name in found} & set(KAGGLE.classes)):
         return names.task(KAGGLE.classes)
-    spelled = pd.Series(found).groupby([name.casefold() for name in found]).agg(list)
-    if twice := [spellings for spellings in spelled if len(spellings) > 1]:
-        raise UserError(f"{root}: class folders {' and '.join(twice[0])} differ in case only; rename one of them")
+    if spellings := differ_in_case(found):
+        raise UserError(f"{root}: class folders {' and '.join(spellings)} differ in case only; rename one of them")
     return names.task(found)
 
 
@@ -206,7 +193,7 @@ def _by_subtype(found: Source, names: _Names) -> Source:
             raise UserError(f"--labels subtype: {some(paths)} with a name that tells no subtype of its class")
     kinds = kinds.where(kinds != "unknown", own)
     own_order = set(kinds) == set(SUBTYPES.classes) and names.classes == "auto"
-    task = SUBTYPES if own_order else replace(names, subtypes=False).task(kinds)
+    task = SUBTYPES if own_order else names.task(kinds)
     labels = kinds.map(task.class_to_index).to_numpy()
     return replace(found, table=found.table.assign(label=labels), task=task)
 
@@ -282,9 +269,9 @@ def _given_splits(table: pd.DataFrame, path: str) -> pd.DataFrame:
     if twice := int(given["digest"].duplicated().sum()):
         raise UserError(f"--splits {file}: {twice} image(s) in two splits; give each one")
     table = table.assign(official=table["digest"].map(given.set_index("digest")["split"]).fillna(""))
-    splits = table[table["official"] != ""].groupby("group")["official"].nunique()
-    if crossing := int((splits > 1).sum()):
-        raise UserError(f"--splits {file}: {crossing} patient(s) in more than one split; a patient belongs in one")
+    known = table[table["official"] != ""]
+    if crossing := patients_across(known["group"], known["official"]):
+        raise UserError(f"--splits {file}: {len(crossing)} patient(s) in more than one split; a patient belongs in one")
     return _in_order(table)
 
 

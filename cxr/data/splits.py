@@ -12,8 +12,6 @@ from cxr.data.depth import FULL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
 
-CLASSES = KAGGLE.classes
-CLASS_TO_INDEX = KAGGLE.class_to_index
 OFFICIAL = ("train", "val", "test")
 
 
@@ -66,6 +64,12 @@ def assign_fold(
     table.loc[rest, "split"] = np.where(held, "val", "train")
     require_every_class(table, f"--val-split grouped --fold {number}/{folds}", task, ("train", "val", "fold"))
     return table
+
+
+def patients_across(groups: pd.Series, splits: pd.Series) -> list[str]:
+    """The groups with images in more than one split, sorted."""
+    counts = splits.groupby(groups).nunique()
+    return sorted(counts.index[counts > 1])
 
 
 def require_every_class(table: pd.DataFrame, option: str, task: Task, splits: tuple[str, ...] = OFFICIAL) -> None:

@@ -24,9 +24,9 @@ from scipy.special import expit, logit
 from cxr.errors import UserError
 from cxr.evaluation.metrics import group_weights, range_of
 from cxr.evaluation.predictions import (
-    HALF,
     chosen_draws_of,
     chosen_points_of,
+    decided,
     draws_of,
     matrix_of,
     points_of,
@@ -228,8 +228,7 @@ def paired_table(runs: Sequence[RunData], replicates: Replicates, metric: str = 
 def _correct(runs: Sequence[RunData], strategy: str) -> npt.NDArray[np.bool_]:
     own = [run.test for run in runs if run.strategy == strategy]
     mean = np.mean([matrix_of(table) for table in own], axis=0)
-    decided = mean[:, 1] >= HALF if mean.shape[1] == 2 else mean.argmax(1)
-    correct: npt.NDArray[np.bool_] = decided == own[0]["label"].to_numpy(np.int64)
+    correct: npt.NDArray[np.bool_] = decided(mean) == own[0]["label"].to_numpy(np.int64)
     return correct
 
 

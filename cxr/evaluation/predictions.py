@@ -51,11 +51,19 @@ def predictions_table(
     before, after = (each.probabilities(exact) for each in (IDENTITY, calibration))
     if task.binary:
         table["uncalibrated"], table["probability"] = before[:, 1], after[:, 1]
-        return table.assign(decision=(table["probability"] >= threshold).astype(int))
-    table["uncalibrated"], table["probability"] = before.max(1), after.max(1)
-    for index, name in enumerate(names):
-        table[f"probability_{name}"] = after[:, index]
-    return table.assign(decision=after.argmax(1))
+    else:
+        table["uncalibrated"], table["probability"] = before.max(1), after.max(1)
+        for index, name in enumerate(names):
+            table[f"probability_{name}"] = after[:, index]
+    return table.assign(decision=decided(after, threshold))
+
+
+def decided(probabilities: Floats, threshold: float = HALF) -> Ints:
+    """The label [n] decided by probabilities [n, k]: of two classes the second at or above the threshold, of more the
+    most probable."""
+    if probabilities.shape[1] == 2:
+        return np.asarray(probabilities[:, 1] >= threshold, np.int64)
+    return np.asarray(probabilities.argmax(1), np.int64)
 
 
 def classes_in(table: pd.DataFrame) -> list[str]:
@@ -86,10 +94,10 @@ def matrix_of(table: pd.DataFrame) -> Floats:
     return table[[f"probability_{name}" for name in classes_in(table)]].to_numpy(np.float64)
 
 
-def points_of(table: pd.DataFrame, threshold: float = HALF) -> dict[str, float]:
-    """Every metric of a predictions table; `threshold` decides between two classes."""
+def points_of(table: pd.DataFrame) -> dict[str, float]:
+    """Every metric of a predictions table, at one half for two classes."""
     if is_binary(table):
-        return point_metrics(*arrays_of(table), threshold)
+        return point_metrics(*arrays_of(table), HALF)
     return multiclass_metrics(table["label"].to_numpy(np.int64), matrix_of(table), classes_in(table))
 
 
@@ -98,10 +106,10 @@ def chosen_points_of(table: pd.DataFrame, threshold: float) -> dict[str, float]:
     return decision_metrics(*arrays_of(table), threshold) if is_binary(table) else {}
 
 
-def draws_of(table: pd.DataFrame, weights: Floats, threshold: float = HALF) -> dict[str, Floats]:
+def draws_of(table: pd.DataFrame, weights: Floats) -> dict[str, Floats]:
     """`points_of` [b] for each of the weightings [b, n]."""
     if is_binary(table):
-        return weighted_metrics(*arrays_of(table), weights, threshold)
+        return weighted_metrics(*arrays_of(table), weights, HALF)
     return weighted_multiclass(table["label"].to_numpy(np.int64), matrix_of(table), weights, classes_in(table))
 
 

@@ -63,8 +63,8 @@ def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
     Of the configuration, what decides how images are read matters, and `bootstrap`.
 
     The metrics are named `external_…` for a flat folder of two classes, `test_…` for the test split of a folder in the
-    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError`
-    for a model or a folder that cannot be used, or unreadable images.
+    Kaggle layout. Of images without labels, the accuracy is estimated. Raises `UserError` for a model or a folder that
+    cannot be used, or unreadable images.
     """
     found, bootstrap = _predicted(uri, config), config.bootstrap
     own = _own_tables(uri)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cxr.data import dicom
 from cxr.data.decode import UInt8
-from cxr.data.kaggle import SUFFIXES
+from cxr.data.kaggle import is_image
 from cxr.data.lists import LIST_SUFFIXES, read_paths
 from cxr.errors import UserError
 from cxr.serving.predictor import Predictor
@@ -34,7 +34,7 @@ def image_files(targets: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for target in targets:
         if _is_folder(target):
-            inside = sorted(path for path in target.rglob("*") if _is_image(path.relative_to(target)))
+            inside = sorted(p for p in target.rglob("*") if not _is_hidden(p.relative_to(target)) and is_image(p))
             if not inside:
                 raise UserError(f"{target}: contains no image")
             found += inside
@@ -50,10 +50,8 @@ def _is_folder(target: Path) -> bool:
         return False
 
 
-def _is_image(path: Path) -> bool:
-    """By its suffix, and in no hidden folder."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def predicted(predictor: Predictor, paths: Sequence[Path]) -> Iterator[pd.DataFrame]:
@@ -112,7 +110,7 @@ def write_predictions(predictor: Predictor, paths: Sequence[Path], out: Path) ->
 
 
 def _write(predictor: Predictor, paths: Sequence[Path], stream: TextIO) -> tuple[int, list[tuple[str, str]]]:
-    count, columns = 0, [*_columns(predictor), "error"]
+    count, columns = 0, ["image", *predictor.card.answers(predictor.familiar is not None), "error"]
     bad: list[tuple[str, str]] = []
     pd.DataFrame(columns=columns).to_csv(stream, index=False)
     with tqdm(total=len(paths), desc="predicting", unit="img", leave=False, disable=None) as bar:
@@ -123,9 +121,3 @@ def _write(predictor: Predictor, paths: Sequence[Path], stream: TextIO) -> tuple
             count += len(table) - len(failed)
             bar.update(len(table))
     return count, bad
-
-
-def _columns(predictor: Predictor) -> list[str]:
-    """The columns of a prediction, in order."""
-    size = predictor.card.image_size
-    return ["image", *predictor.predict([np.zeros((size, size), np.uint8)]).columns]

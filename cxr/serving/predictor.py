@@ -32,6 +32,7 @@ from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.familiarity import Float32
 from cxr.evaluation.metrics import Floats
+from cxr.evaluation.predictions import decided
 from cxr.evaluation.selective import certainty_of
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
@@ -70,6 +71,12 @@ class ModelCard:
     def task(self) -> Task:
         """The classes, in the order of their labels."""
         return Task(tuple(sorted(self.class_to_index, key=self.class_to_index.__getitem__)))
+
+    def answers(self, selective: bool) -> dict[str, str]:
+        """Column -> type of what the model answers, in order; `selective` if it tells familiarity."""
+        others = () if self.task.binary else tuple(f"probability_{slug}" for slug in self.task.slugs)
+        columns = {"label": "string", "probability": "double", "decision": "long", **dict.fromkeys(others, "double")}
+        return columns | ({"familiarity": "double", "abstain": "boolean"} if selective else {})
 
     def text(self) -> str:
         """The card as JSON."""
@@ -258,7 +265,7 @@ class Predictor:
         """The columns that follow from the probabilities [n, k]."""
         task = self.card.task
         probability = every[:, 1] if task.binary else every.max(1)
-        decision = (probability >= self.card.threshold).astype(np.int64) if task.binary else every.argmax(1)
+        decision = decided(every, self.card.threshold)
         label = [task.classes[int(index)] for index in decision]
         table = pd.DataFrame({"label": label, "probability": probability, "decision": decision})
         others = {} if task.binary else {f"probability_{slug}": every[:, c] for c, slug in enumerate(task.slugs)}

@@ -25,7 +25,7 @@ from cxr.evaluation.paired import (
     strategies_of,
     strategy_table,
 )
-from cxr.evaluation.predictions import HALF, arrays_of, matrix_of
+from cxr.evaluation.predictions import arrays_of, decided, matrix_of
 from cxr.evaluation.report import format_interval
 from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
@@ -303,9 +303,7 @@ def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, 
 
 def _counts(run: RunData) -> Ints:
     """The confusion matrix [k, k] of a run on test, at one half for two classes."""
-    labels, scores = run.test["label"].to_numpy(np.int64), matrix_of(run.test)
-    decisions = (scores[:, 1] >= HALF).astype(np.int64) if run.task.binary else scores.argmax(1)
-    return counts_of(labels, decisions, len(run.task.classes))
+    return counts_of(run.test["label"].to_numpy(np.int64), decided(matrix_of(run.test)), len(run.task.classes))
 
 
 def _links(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:

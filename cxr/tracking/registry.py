@@ -113,13 +113,7 @@ def _signature(card: ModelCard, selective: bool) -> Any:
 
     anything = AnyType()  # type: ignore[no-untyped-call]
     inputs = Schema([ColSpec(anything)])  # unnamed, so that a list will do as well as a table
-    outputs: list[ColSpec | TensorSpec] = [
-        ColSpec("string", "label"),
-        ColSpec("double", "probability"),
-        ColSpec("long", "decision"),
-    ]
-    outputs += [] if card.task.binary else [ColSpec("double", f"probability_{slug}") for slug in card.task.slugs]
-    outputs += [ColSpec("double", "familiarity"), ColSpec("boolean", "abstain")] if selective else []
+    outputs: list[ColSpec | TensorSpec] = [ColSpec(kind, name) for name, kind in card.answers(selective).items()]
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
 
 

@@ -188,18 +188,25 @@ def evaluation_batches(
 ) -> tuple[Iterable[Batch], bool]:
     """(batches of a split in order, whether they hold what the stages `shared` give instead of images).
 
-    They do where a phase of the run had exactly these stages frozen, in fp32 and bit for bit as the whole network would
-    give, and are kept for other runs like all outputs of frozen stages.
+    They do where a phase of the run had exactly these stages frozen. They are then in fp32, of a ResNet bit for bit as
+    the whole network would give them, and kept for other runs like all outputs of frozen stages.
     """
     part, device = make_split(data.manifest, data.store, name), next(model.parameters()).device
     phase = next((phase for phase in config.phases if phase.frozen == shared), None)
     if phase is None or not shared or device.type != "cpu":
         return eval_batches(part, config.batch_size, device), False
+    return _plain_outputs(config, model, part, phase, "fp32", fold=False), True
+
+
+def _plain_outputs(
+    config: TrainConfig, model: nn.Module, part: Split, phase: Phase, precision: str, fold: bool
+) -> Iterable[Batch]:
+    """What a phase's frozen stages give for the images of a split in order, without augmentation."""
     cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
-    settings = SourceSettings(config.batch_size, 0, 0, "fp32", budget, (phase,), cache, fold=False)
+    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (phase,), cache, fold=fold)
     source = BatchSource(model, part, part, settings)
     source.enter(phase)
-    return source.val(phase), True
+    return source.val(phase)
 
 
 Features = npt.NDArray[np.float32]
@@ -210,17 +217,14 @@ def pooled_features(
 ) -> Features:
     """What the network gives its head [n, d], for every image of the manifest (of the splits, if named) in order,
     without augmentation."""
-    cache, budget = Cache.open(config.cache_dir), config.reuse_gb * 1e9
     manifest = data.manifest[data.manifest["split"].isin(splits)] if splits else data.manifest
     found: Features = np.empty((len(manifest), classifier_of(model).in_features), np.float32)
     model.eval()
     head = family_of(model).phase(HEAD)
-    settings = SourceSettings(config.batch_size, 0, 0, precision, budget, (head,), cache)
     for name in manifest["split"].unique():
         part = make_split(data.manifest, data.store, name)
-        source = BatchSource(model, part, part, settings)
-        source.enter(head)
         with torch.no_grad():
-            rows = [features.float().flatten(1).cpu() for features, _ in source.val(head)]
+            outputs = _plain_outputs(config, model, part, head, precision, fold=True)
+            rows = [features.float().flatten(1).cpu() for features, _ in outputs]
         found[(manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
     return found

@@ -10,17 +10,17 @@ import pytest
 from narrow import narrow_resnet
 from PIL import Image
 
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.errors import UserError
 from cxr.serving.bulk import _AHEAD, _BATCH, image_files, predicted, write_predictions
 from cxr.serving.predictor import ModelCard, Predictor
+from cxr.task import KAGGLE
 
 COUNT = _BATCH * (_AHEAD + 2) + 5
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    card = ModelCard("resnet18", 32, "squash", 0.5, "frozen", "0" * 12, "random", CLASS_TO_INDEX)
+    card = ModelCard("resnet18", 32, "squash", 0.5, "frozen", "0" * 12, "random", KAGGLE.class_to_index)
     return Predictor(narrow_resnet().eval(), card)
 
 

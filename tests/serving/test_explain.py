@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.models import ResNet
 
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.errors import UserError
 from cxr.serving import explain
 from cxr.serving.predictor import ModelCard, Predictor
+from cxr.task import KAGGLE
 
 
 def test_an_overlay_shows_the_image_where_the_heat_map_is_zero() -> None:
@@ -31,7 +31,7 @@ def test_an_overlay_gets_warmer_with_the_heat_map() -> None:
 
 @pytest.fixture
 def predictor(tiny: ResNet) -> Predictor:
-    card = ModelCard("resnet18", 64, "pad", 0.5, "full", "0123456789ab", "random", CLASS_TO_INDEX)
+    card = ModelCard("resnet18", 64, "pad", 0.5, "full", "0123456789ab", "random", KAGGLE.class_to_index)
     return Predictor(tiny, card)
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 from torchvision.models import ResNet
 
 from cxr.data.decode import ImageError, decode_gray
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.data.views import to_input
 from cxr.errors import UserError
 from cxr.evaluation.familiarity import Familiarity
@@ -29,6 +28,7 @@ from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, FEATURES, WEIGHTS, ModelCard, Predictor, save_package
 from cxr.strategies import STRATEGIES
+from cxr.task import KAGGLE
 
 CARD_OF_TEST = ModelCard(
     arch="resnet18",
@@ -38,7 +38,7 @@ CARD_OF_TEST = ModelCard(
     strategy="partial",
     data_fingerprint="0123456789ab",
     weights="random",
-    class_to_index=CLASS_TO_INDEX,
+    class_to_index=KAGGLE.class_to_index,
 )
 
 
@@ -88,7 +88,7 @@ def test_more_images_than_a_batch_keep_their_order(predictor: Predictor) -> None
 
 def test_the_model_card_survives_saving_and_loading(predictor: Predictor) -> None:
     kept = {name: getattr(predictor.card, name) for name in ("arch", "image_size", "resize", "class_to_index")}
-    assert kept == {"arch": "resnet18", "image_size": 32, "resize": "pad", "class_to_index": CLASS_TO_INDEX}
+    assert kept == {"arch": "resnet18", "image_size": 32, "resize": "pad", "class_to_index": KAGGLE.class_to_index}
     assert not predictor.model.training
 
 

@@ -11,11 +11,11 @@ from narrow import OTHERS
 from small import quiet, small
 
 from cxr.config import TrainConfig
-from cxr.data.splits import CLASS_TO_INDEX
 from cxr.errors import UserError
 from cxr.network.resnet import create
 from cxr.runs.train import run_tracked
 from cxr.serving.predictor import ModelCard, Predictor
+from cxr.task import KAGGLE
 from cxr.tracking.reading import LoggedRun
 from cxr.tracking.registry import load
 
@@ -44,7 +44,7 @@ def test_a_run_is_registered_and_its_model_predicts_as_it_did(
 def test_onnx_gives_the_same_probabilities(arch: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    card = ModelCard(arch, 64, "pad", 0.5, "full", "0123456789ab", "random", CLASS_TO_INDEX)
+    card = ModelCard(arch, 64, "pad", 0.5, "full", "0123456789ab", "random", KAGGLE.class_to_index)
     predictor = Predictor(create(arch, size=64), card)
     session = onnxruntime.InferenceSession(predictor.export(tmp_path, onnx=True)[-1])
     images = np.random.default_rng(2).integers(0, 256, (3, 64, 64), np.uint8)
@@ -58,6 +58,6 @@ def test_a_network_that_cannot_be_exported_is_a_user_error(tmp_path: Path, monke
         raise torch.onnx.OnnxExporterError("an operator is missing\nand a long story")
 
     monkeypatch.setattr(torch.onnx, "export", fails)
-    card = ModelCard("narrow_vit", 64, "pad", 0.5, "full", "0123456789ab", "random", CLASS_TO_INDEX)
+    card = ModelCard("narrow_vit", 64, "pad", 0.5, "full", "0123456789ab", "random", KAGGLE.class_to_index)
     with pytest.raises(UserError, match=r"cannot export narrow_vit \(an operator is missing\); leave --onnx out"):
         Predictor(create("narrow_vit", size=64), card).export(tmp_path, onnx=True)

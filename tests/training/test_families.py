@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from narrow import OTHERS
+from some import some
 
-from cxr.data.batches import Split, XrayDataset
+from cxr.data.batches import Split
 from cxr.families import FAMILIES
 from cxr.network.freezing import checksum, stage_state
 from cxr.network.resnet import build_model
@@ -35,14 +35,6 @@ class BrokenOffError(Exception):
 def few(splits: Splits) -> Splits:
     """Nine training and eight validation images of both classes."""
     return some(splits[0], 9), some(splits[1], 8)
-
-
-def some(split: Split, count: int) -> Split:
-    chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
-    labels = split.labels[chosen]
-    assert set(labels) == {0, 1}
-    images = XrayDataset(split.dataset.images, split.dataset.rows[chosen], labels)
-    return Split(images, split.keys[chosen], labels, split.store)
 
 
 def trained(

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrow import FEATURES, narrow_resnet
 from sklearn.metrics import roc_auc_score
+from some import some
 from torch import Tensor
 from torchvision.models import ResNet
 
-from cxr.data.batches import Split, XrayDataset, eval_batches
+from cxr.data.batches import Split, eval_batches
 from cxr.errors import FreezeError, UserError
 from cxr.network.freezing import apply_phase, checksum, stage_state
 from cxr.network.inference import infer
@@ -46,13 +47,6 @@ SCHEDULE = Schedule(GRADUAL, tuple(RATES.values()), 2, 0.0, step_size=1, gamma=0
 def few(splits: Splits) -> Splits:
     """Eleven training and ten validation images of both classes."""
     return some(splits[0], 11), some(splits[1], 10)
-
-
-def some(split: Split, count: int) -> Split:
-    chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
-    labels = split.labels[chosen]
-    assert set(labels) == {0, 1}
-    return Split(XrayDataset(split.dataset.images, split.dataset.rows[chosen], labels), split.keys[chosen], labels)
 
 
 def start(
