@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cxr.config import TrainConfig
+from cxr.data import dicom
 from cxr.data.decode import FORMATS
 from cxr.data.sources import Source
 from cxr.data.splits import assign_splits, patients_across
@@ -54,13 +55,16 @@ def _rows(table: pd.DataFrame, source: Source) -> list[str]:
 def read_headers(paths: Iterable[Path]) -> pd.DataFrame:
     """Columns format (such as `JPEG L`; "" if the header cannot be read), width and height, in order."""
     files = list(paths)
-    with ThreadPoolExecutor() as pool:
+    with dicom.quiet(), ThreadPoolExecutor() as pool:
         rows = list(tqdm(pool.map(_header, files), "headers", len(files), unit="img", leave=False, disable=None))
     return pd.DataFrame(rows, columns=["format", "width", "height"])
 
 
 def _header(path: Path) -> Header:
     try:
+        if dicom.has_dicom_name(path) or dicom.is_dicom(dicom.head_of(path)):
+            header = dicom.read_header(path.read_bytes())
+            return f"DICOM {header.mode}", header.width, header.height
         with Image.open(path, formats=FORMATS) as image:
             return f"{image.format} {image.mode}", image.width, image.height
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

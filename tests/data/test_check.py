@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import run_main
+from dicoms import as_dicoms
 
 
 def test_a_source_is_described_with_the_command_to_train(
@@ -37,3 +38,15 @@ def test_what_is_odd_is_named(
     assert f"odd: 1 files whose header cannot be read (train/NORMAL/{first.name})" in odd
     assert "odd: 1 images are copies of others, byte for byte" in odd
     assert any(line.startswith("odd: test has only") for line in odd)
+
+
+def test_dicom_files_are_told_with_their_bits_and_size(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = as_dicoms(phantoms, tmp_path / "films")
+    assert run_main(monkeypatch, "data", "check", str(folder), "--cache-dir", str(tmp_path / "cache")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = len(list(folder.glob("*/*/*.dcm")))
+    assert f"formats: DICOM MONOCHROME2 8-bit {count}" in lines
+    assert "sizes: 64x64 to 64x64, median 64x64" in lines
+    assert not any("header cannot be read" in line for line in lines)
