@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from cxr.errors import Stopped, UserError
 from cxr.machine import processes
 from cxr.options import options
 from cxr.parameters import option_name
+from cxr.warning_lines import show_warnings_as_lines
 
 BAD_INPUT, STOPPED = 2, 130
 ERROR_DELAY = 20.0  # seconds that other processes wait, so that process 0 can report the same error first
@@ -335,7 +335,7 @@ def synth_command(folder: Path, seed: int) -> None:
 
 def main() -> None:
     """Run the command line. Invalid input prints one line and exits with code 2; Ctrl-C and SIGTERM exit with 130."""
-    warnings.showwarning = _show_warning
+    show_warnings_as_lines()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -365,9 +365,3 @@ def _record_on_run(reason: str) -> None:
         from cxr.tracking.lifecycle import note_error
 
         note_error(run_id, reason)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    # MLflow warns about missing type hints regardless of filters; the hints that it asks for would be wrong here.
-    if category is UserWarning and "type hint" not in str(message):
-        click.echo(f"warning: {message}", err=True)

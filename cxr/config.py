@@ -156,6 +156,14 @@ class TrainConfig:
         "device; auto is the first available of cuda, mps and cpu",
         choices=("auto", "cpu", "cuda", "mps"),
     )
+    threads: int = param(
+        0,
+        "CPU threads of a run; the last bits of its numbers may depend on them. 0 is all cores, shared out evenly "
+        "among the runs of a comparison or cross-validation",
+        low=0,
+        high=1024,
+        before=0,
+    )
     precision: str = param(
         "auto",
         "training precision; auto is bf16 on GPUs that support it, fp16 with loss scaling on other GPUs, "
@@ -170,9 +178,10 @@ class TrainConfig:
         before="none",
     )
     compile: str = param(
-        "none",
-        "compile training steps, which pays off in long runs: inductor (torch.compile), graphs (CUDA graphs), or none",
-        choices=("none", "inductor", "graphs"),
+        "auto",
+        "make training steps faster: graphs (CUDA graphs), inductor (torch.compile, for long runs) or none; auto is "
+        "graphs on one GPU, else none",
+        choices=("auto", "none", "inductor", "graphs"),
     )
     select: str = param(
         "val_loss",
@@ -384,7 +393,23 @@ class TuneConfig(Resumable):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig(CommandConfig):
+class FamilyConfig(CommandConfig):
+    """A command that makes several runs, which may be at work side by side."""
+
+    jobs: str = param(
+        "auto",
+        "how many runs are at work side by side, each in a process of its own: a number, or auto, which is as many as "
+        "there are GPUs, or on a CPU as its cores and memory allow",
+    )
+
+    def __post_init__(self) -> None:
+        CommandConfig.__post_init__(self)
+        if not re.fullmatch(r"auto|[1-9]\d{0,3}", self.jobs):
+            raise UserError(f"--jobs {self.jobs}: use a number from 1, or auto")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig(FamilyConfig):
     """The parameters of a comparison: those of the runs it makes, and its own."""
 
     command: ClassVar[str] = "compare"
@@ -399,7 +424,7 @@ class CompareConfig(CommandConfig):
     ensemble: bool = param(False, "also register the seeds of each strategy as one model, an ensemble")
 
     def __post_init__(self) -> None:
-        CommandConfig.__post_init__(self)
+        FamilyConfig.__post_init__(self)
         unknown = [name for name in self.chosen() if name not in STRATEGIES]
         if unknown or len(set(self.chosen())) < len(self.chosen()):
             known = ", ".join(STRATEGIES)
@@ -448,7 +473,7 @@ class CompareConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CrossvalConfig(CommandConfig):
+class CrossvalConfig(FamilyConfig):
     """The parameters of a cross-validation: those of the runs it makes, and its own."""
 
     command: ClassVar[str] = "crossval"
@@ -464,7 +489,7 @@ def search_range(name: str) -> Spec:
 # Parameters that do not determine the result, so that workers and repeated calls of one comparison may differ in them.
 # (Data and weights are identified by other means.) Runs of earlier versions also recorded `resume`.
 NEUTRAL = {
-    *("data_dir", "paths", "depth", "weights", "device", "reuse_gb", "cache_dir", "resume", "register"),
+    *("data_dir", "paths", "depth", "weights", "device", "threads", "reuse_gb", "cache_dir", "resume", "register"),
     *("bootstrap", "abstain"),
 }
 
@@ -476,10 +501,18 @@ def result_parameters(config: TrainConfig) -> dict[str, str]:
     """
     before = before_they_existed()
     return {
-        key: value
+        key: same_result(key, value)
         for key, value in flatten(config).items()
         if key.removeprefix("train.") not in NEUTRAL and before.get(key) != value
     }
+
+
+def same_result(key: str, value: str) -> str:
+    """The value of a parameter, in the form of `flatten`, that stands for all that give the same bits.
+
+    CUDA graphs run the kernels that would run without them (`experiments/gpu_check.py` compares).
+    """
+    return "none" if key == "train.compile" and value in ("auto", "graphs") else value
 
 
 def before_they_existed(prefix: str = "train") -> dict[str, str]:

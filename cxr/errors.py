@@ -23,5 +23,9 @@ class Pruned(BaseException):
     """A search pruned this run because others were better at the same step; it ends with status KILLED."""
 
 
+class ChildError(Exception):
+    """A run in another process failed for a reason that is no `UserError`; the message holds its traceback."""
+
+
 class FreezeError(Exception):
     """A frozen parameter or buffer changed: a bug in the program, never caused by the input."""

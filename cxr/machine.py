@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import sys
@@ -17,6 +18,13 @@ from cxr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use: those of its affinity, and of the quota of a container."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
 
 
 def processes() -> int:
@@ -59,6 +67,17 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp16" if device.type == "mps" else "fp32"
+
+
+def resolve_compile(name: str, device: torch.device) -> str:
+    """`auto|none|inductor|graphs` -> what makes training steps faster on this device."""
+    if name == "auto":
+        return "graphs" if device.type == "cuda" and processes() == 1 else "none"
+    if name == "graphs" and device.type != "cuda":
+        raise UserError("--compile graphs: CUDA graphs require a GPU; use auto, inductor or none")
+    if name != "none" and processes() > 1:
+        raise UserError(f"--compile {name}: not supported under torchrun; leave it out")
+    return name
 
 
 def cpu_has_bf16() -> bool:
@@ -156,21 +175,30 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The device and the precision of a run."""
+    """The device of a run, its precision, and what makes its steps faster (`graphs`, `inductor` or `none`)."""
 
     device: torch.device
     precision: str
+    compile: str = "none"
+
+
+@functools.cache
+def _default_threads() -> int:
+    """The number of threads that torch was started with."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def ready_machine(config: TrainConfig) -> Machine:
     """Select device and precision as configured, and seed all generators."""
+    import torch
+
     device = resolve_device(config.device)
-    if config.compile == "graphs" and device.type != "cuda":
-        raise UserError("--compile graphs: CUDA graphs require a GPU; use inductor or none")
-    if config.compile != "none" and processes() > 1:
-        raise UserError(f"--compile {config.compile}: not supported under torchrun; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
-    machine = Machine(device, resolve_precision(config.precision, device))
+    default = _default_threads()  # asked for before it is changed
+    torch.set_num_threads(config.threads or default)
+    machine = Machine(device, resolve_precision(config.precision, device), resolve_compile(config.compile, device))
     seed_everything(config.seed, device)
     return machine

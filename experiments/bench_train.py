@@ -11,7 +11,7 @@ The ways: `notebook`, the usual loop (PIL decodes and augments each image in eve
 train mode, parameters are frozen by `requires_grad`); `lightning`, the same in a LightningModule; `timm`, the same in a
 loop like that of timm's train.py; `cxr`, `train_model` with an empty cache folder, so that its time includes decoding
 and activations; `ceiling`, only the training step of what the strategy trains, repeated on one batch that is already on
-the device, in the precision and with the settings of `cxr`.
+the device, in the precision and with the settings of `cxr`, compiled alike.
 
 In each round, every way runs once for each strategy, one after the other. The table holds medians over rounds; a ratio
 is the notebook's seconds over this way's in the same round. The seconds of an epoch are wall-clock time from the end of
@@ -37,7 +37,6 @@ import click
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torchvision.models import ResNet
 
 from common import AT_LEAST_1, Laps, Task, heading, now, prepare, report
@@ -50,6 +49,7 @@ from cxr.network.resnet import build_model
 from cxr.runs.train import train_model
 from cxr.strategies import STRATEGIES
 from cxr.tracking.tracker import NullTracker
+from cxr.training.faster import Fast, Suffix
 from cxr.training.loop import EpochRecord
 from peers import LOOPS, autocast, require_installed
 
@@ -112,23 +112,16 @@ def measure(task: Task, way: str) -> dict[str, float]:
     return figures | ({"run s": seconds} if epochs == task.config.epochs else {})
 
 
-def cut(model: ResNet, first: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """(the part before the stage `first`, the part from it on); they share the modules of the model."""
-    modules = dict(model.named_children())
-    names = list(modules)
-    at = names.index("conv1" if first == "stem" else first)
-    after = [modules[name] for name in names[at:-1]]
-    return nn.Sequential(*(modules[name] for name in names[:at])), nn.Sequential(*after, nn.Flatten(), modules["fc"])
-
-
 def training_step(task: Task) -> Callable[[], None]:
     """A function that does one training step of what the strategy trains, on its precomputed input on the device."""
     machine, config, phase = ready_machine(task.config), task.config, task.config.phases[0]
     model, _ = build_model(config.arch, "random", 0)
     model.to(device=machine.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(apply_phase(model, phase), config.rates()[0], fused=True)
+    suffix = Suffix(model, phase.trainable)
+    run = suffix if machine.compile == "none" else Fast(suffix, machine.compile)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    before, after = cut(model, phase.first)
+    before = Suffix(model, phase.frozen)
     images = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=machine.device)
     labels = torch.arange(config.batch_size, device=machine.device) % 2
     with torch.no_grad(), autocast(machine.device, machine.precision):
@@ -136,7 +129,7 @@ def training_step(task: Task) -> Callable[[], None]:
 
     def step() -> None:
         with autocast(machine.device, machine.precision):
-            logits = after(features).float()
+            logits = run(features).float()
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -230,7 +223,7 @@ def chosen(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True, help="of cxr and the ceiling")
-@click.option("--compile", default="none", show_default=True, help="of cxr: inductor, graphs or none")
+@click.option("--compile", default="auto", show_default=True, help="of cxr and the ceiling")
 @click.option("--peer-precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--reuse-gb", default=4.0, show_default=True, help="of cxr; a phase that needs more stores nothing")
 @click.option("--weights", default="random", show_default=True)

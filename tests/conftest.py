@@ -43,6 +43,7 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 allow()
 write_behind()
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # for joblib: the runs of a comparison one after the other, in this process
 
 
 @pytest.fixture(autouse=True)

@@ -75,6 +75,11 @@ def test_runs_from_before_a_parameter_existed_have_the_value_that_they_were_made
     assert result_parameters(replace(old, average="sma")).keys() - result_parameters(old).keys() == {"train.average"}
 
 
+def test_ways_to_compile_that_give_the_same_bits_belong_to_one_study() -> None:
+    studies = [result_parameters(TrainConfig(compile=how)) for how in ("none", "auto", "graphs", "inductor")]
+    assert studies[0] == studies[1] == studies[2] != studies[3]
+
+
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda item: item.name)
 def test_every_number_has_a_lower_bound_and_the_error_names_the_option(item: Any) -> None:
     spec = spec_of(item)

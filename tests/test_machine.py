@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from cxr.errors import UserError
-from cxr.machine import cpu_has_bf16, describe, resolve_device, resolve_precision, seed_everything
+from cxr.machine import (
+    cpu_has_bf16,
+    describe,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+)
 from cxr.storage import Cache
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -55,6 +62,17 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, name: str, device: torch.dev
 def test_fp16_is_rejected_on_the_cpu() -> None:
     with pytest.raises(UserError, match="--precision fp16"):
         resolve_precision("fp16", CPU)
+
+
+def test_steps_are_recorded_on_one_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [resolve_compile("auto", device) for device in (CPU, CUDA, MPS)] == ["none", "graphs", "none"]
+    assert resolve_compile("none", CUDA) == "none"
+    with pytest.raises(UserError, match="--compile graphs: CUDA graphs require a GPU"):
+        resolve_compile("graphs", CPU)
+    monkeypatch.setattr("cxr.machine.processes", lambda: 2)
+    assert resolve_compile("auto", CUDA) == "none"
+    with pytest.raises(UserError, match="--compile inductor: not supported under torchrun"):
+        resolve_compile("inductor", CUDA)
 
 
 def test_the_cache_folder_is_looked_up_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, unflatten
+from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
 from cxr.storage import Cache
@@ -32,7 +32,7 @@ def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     folder = checkpoints_of(config, run.run_id)
     recorded = before_they_existed() | dict(run.params)
     wanted = {key: value for key, value in flatten(config).items() if not _is_new_and_neutral(key, run)}
-    same = all(recorded.get(key) == value for key, value in wanted.items())
+    same = all(same_result(key, recorded.get(key, "")) == same_result(key, value) for key, value in wanted.items())
     return same and ("val_loss" not in run.metrics or (folder / LAST).exists())
 
 

@@ -169,7 +169,7 @@ def _schedule(config: TrainConfig, machine: Machine) -> Schedule:
         config.patience,
         machine.precision,
         config.select,
-        config.compile,
+        machine.compile,
         config.average,
         config.seed,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.config import NEUTRAL, CompareConfig, TrainConfig, own_parameters
+from cxr.config import NEUTRAL, CompareConfig, TrainConfig
 from cxr.errors import UserError
 from cxr.evaluation.metrics import Ints, counts_of
 from cxr.evaluation.multiclass import PER_CLASS
@@ -65,8 +65,9 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
     """
     subject = Subject.BACKBONE if len(config.backbones()) > 1 else Subject.STRATEGY
     compared = max(len(config.chosen()), len(config.backbones()))
-    name, own = f"compare-{compared}x{config.seeds}", own_parameters(config)
-    with run_family(config.train, _members(config), name, RunKind.COMPARISON, {}, own, say) as (parent, run_ids):
+    name = f"compare-{compared}x{config.seeds}"
+    tags: dict[str, str] = {Tag.KIND: RunKind.COMPARISON}
+    with run_family(config, _members(config), name, tags, say) as (parent, run_ids):
         runs = [load_run(run_id, subject) for run_id in run_ids]
         verdict = _publish(parent, runs, config.margin)
         if config.ensemble:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.config import CrossvalConfig, TrainConfig, own_parameters
+from cxr.config import CrossvalConfig, TrainConfig
 from cxr.evaluation.predictions import HALF
 from cxr.evaluation.report import Report, evaluate, format_interval
 from cxr.figures import single as plots
@@ -28,9 +28,8 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
     """
     train = config.train
     name = f"crossval-{train.strategy}-{config.folds}"
-    tags: dict[str, str] = {Tag.STRATEGY: train.strategy, Tag.SEED: str(train.seed)}
-    own = own_parameters(config)
-    with run_family(train, _members(config), name, RunKind.CROSSVAL, tags, own, say) as (parent, run_ids):
+    tags: dict[str, str] = {Tag.KIND: RunKind.CROSSVAL, Tag.STRATEGY: train.strategy, Tag.SEED: str(train.seed)}
+    with run_family(config, _members(config), name, tags, say) as (parent, run_ids):
         table, pooled = _gather(run_ids, train.bootstrap)
         lines = _publish(parent, config, table, pooled)
     say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))

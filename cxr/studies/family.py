@@ -1,53 +1,96 @@
-"""A parent run with training runs as children, which are created or resumed one after the other."""
+"""A parent run with training runs as children, which are created or resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
-from cxr.config import TrainConfig, flatten, result_parameters
+import torch
+
+from cxr.config import FamilyConfig, TrainConfig, flatten, own_parameters, result_parameters
 from cxr.data.load import Data, read_data
-from cxr.machine import ready_machine
+from cxr.machine import Machine, cores, ready_machine
 from cxr.network.resnet import build_model
+from cxr.runs.audit import audited
 from cxr.runs.messages import Say
 from cxr.runs.resume import can_continue, checkpoints_of
-from cxr.runs.train import run_tracked
 from cxr.storage import exclusive
-from cxr.tracking.nested import children, ending, join_parent, make_child, open_parent, unfinished_parent
-from cxr.tracking.reading import LoggedRun, RunKind, Tag
+from cxr.studies.side_by_side import Child, at_once, train_side_by_side
+from cxr.tracking.nested import (
+    children,
+    ending,
+    is_finished,
+    join_parent,
+    make_child,
+    open_parent,
+    unfinished_parent,
+)
+from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 
 
 @contextmanager
 def run_family(
-    config: TrainConfig,
+    config: FamilyConfig,
     members: Mapping[str, TrainConfig],
     name: str,
-    kind: RunKind,
     tags: Mapping[str, str],
-    own: Mapping[str, str],
     say: Say,
 ) -> Iterator[tuple[MlflowTracker, list[str]]]:
     """Run `members` (name -> configuration) as child runs of one parent run.
 
-    Yields (the parent, the IDs of its finished children); the parent ends with the block. A new parent gets `name`, the
-    tag `cxr.kind`, `tags` and, in addition to the parameters of the children, its `own`. Repeating the call after an
+    Yields (the parent, the IDs of its finished children); the parent ends with the block. A new parent gets `name`,
+    `tags`, and the command's own parameters in addition to those of the children. Repeating the call after an
     interruption continues in the same parent: finished children are reused, others are resumed. Raises `UserError` for
     invalid input before a run is created.
     """
-    data = read_data(next(iter(members.values())))
-    ready_machine(config)
-    key = _family_key(members.values(), data.fingerprint, *_weights(config, members.values(), data))
-    tags = {**tags, Tag.KIND: kind, kind.key_tag: key}
-    run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, tags, {**flatten(config), **own})
-    with exclusive(checkpoints_of(config, run_id)), ending(run_id):
+    data, machine = read_data(next(iter(members.values()))), ready_machine(config.train)
+    kind = RunKind(tags[Tag.KIND])
+    key = _family_key(members.values(), data.fingerprint, *_weights(config.train, members.values(), data))
+    params = flatten(config.train) | own_parameters(config)
+    run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, {**tags, kind.key_tag: key}, params)
+    with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})
-        existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(run_id)}
-        yield parent, [_run_child(run_id, existing, name, member, say) for name, member in members.items()]
+        family = [*_children(run_id, members, machine)]
+        _train(config, data, machine, [child for child in family if not is_finished(child.run_id)], say)
+        yield parent, [child.run_id for child in family]
+
+
+def _children(parent: str, members: Mapping[str, TrainConfig], machine: Machine) -> Iterator[Child]:
+    """All children, in order: those that are there and can be continued, else new ones, SCHEDULED until they begin."""
+    existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(parent)}
+    # Not by how many are at work side by side, which must not change a number.
+    share = max(1, cores() // len(members)) if machine.device.type == "cpu" else 0
+    for name, member in members.items():
+        config, child = replace(member, threads=member.threads or share), existing.get(name)
+        if child is None or not (child.finished or can_continue(child, config)):
+            yield Child(name, config, _new_child(parent, name, config), parent)
+        else:
+            yield Child(name, config, child.run_id, parent)
+
+
+def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[Child], say: Say) -> None:
+    """Train what is not finished, one after the other in this process, or side by side in others."""
+    if not family:
+        return
+    say(f"to be trained: {', '.join(child.name for child in family)}")
+    processes, why = at_once(config.jobs, len(family), machine, family[0].config.threads)
+    if processes == 1:
+        for child in family:
+            say(f"{child.name}: run {child.run_id}")
+            child.train(say)
+        return
+    say(f"{processes} runs side by side ({why})")
+    first = family[0].config
+    model, _ = build_model(first.arch, first.weights, first.seed, len(data.task.classes), first.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
+    audited(first, data, model, machine.precision)  # kept for all of them
+    train_side_by_side(family, processes, say)
 
 
 def _weights(config: TrainConfig, members: Iterable[TrainConfig], data: Data) -> list[str]:
@@ -63,22 +106,11 @@ def _family_key(members: Iterable[TrainConfig], *origin: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _run_child(parent: str, existing: Mapping[str, LoggedRun], name: str, config: TrainConfig, say: Say) -> str:
-    """Finish the child run `name` of a parent and return its ID: the one in `existing` (name -> run), resumed if
-    unfinished and resumable, or a new one."""
-    child = existing.get(name)
-    if child is not None and child.finished:
-        say(f"{name}: already finished, run {child.run_id}")
-        return child.run_id
+def _new_child(parent: str, name: str, config: TrainConfig) -> str:
     tags: dict[str, str] = {
         Tag.KIND: RunKind.MEMBER,
         Tag.MEMBER: name,
         Tag.STRATEGY: config.strategy,
         Tag.SEED: str(config.seed),
     }
-    if child is not None and can_continue(child, config):
-        run_id = child.run_id
-    else:
-        run_id = make_child(parent, name, tags, flatten(config))
-    say(f"{name}: run {run_id}")
-    return run_tracked(config, say, run_id, parent).run_id
+    return make_child(parent, name, tags, flatten(config))

@@ -9,7 +9,7 @@ no longer names are removed. A thread writes while the next epoch trains.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from cxr.errors import UserError
 from cxr.network.weights import StateDict
@@ -35,11 +36,45 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _copied(value: Any) -> Any:
     """The same containers anew, with a copy of each tensor on the CPU: what trains on must not change what is saved."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+    copies = _to_host([tensor.detach() for tensor in _tensors(value)])
+    return _with(value, iter(copies))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in the containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for each in inside for tensor in _tensors(each)]
+
+
+def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same containers anew, with these tensors in place of their own, in the order of `_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
+        return {key: _with(each, tensors) for key, each in value.items()}
+    return type(value)(_with(each, tensors) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _to_host(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the CPU, strides kept; those of a GPU by one transfer, as it waits for the host in each."""
+    packed = [tensor for tensor in tensors if tensor.is_cuda and torch.ops.aten.is_non_overlapping_and_dense(tensor)]
+    copies = dict(zip(map(id, packed), in_one_transfer(packed), strict=True))
+    return [copies[id(tensor)] if id(tensor) in copies else tensor.to("cpu", copy=True) for tensor in tensors]
+
+
+def in_one_transfer(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the CPU of tensors on one device, strides kept. Their elements must fill one block of memory each."""
+    if not tensors:
+        return []
+    raw = torch.cat([tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8) for tensor in tensors])
+    host = torch.empty_like(raw, device="cpu", pin_memory=raw.is_cuda).copy_(raw)
+    parts = torch.split(host, [tensor.numel() * tensor.element_size() for tensor in tensors])
+    return [
+        part.clone().view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
 
 
 class Checkpoints:

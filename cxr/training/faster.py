@@ -59,6 +59,8 @@ class Fast(nn.Module):
         buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
         kind, enabled = features.device.type, torch.is_autocast_enabled(features.device.type)
         gc.collect()  # graphs of an earlier phase must not be freed in the middle of a recording
+        # The recording's own stream is meant to differ from the one that replays it.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         devices = [features.device] if kind == "cuda" else []
         with (
             MAKING,

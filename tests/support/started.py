@@ -25,6 +25,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mlflow", "mlflow.pyfunc", "cxr.runs.train", "cxr.studies.search", "started"])
 
 
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the server, which the first process starts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+
+
 def _become(arguments: tuple[str, ...], environment: dict[str, str], out: Connection) -> None:
     """What `python -m cxr` does, in the forked process."""
     import cxr.runs.record  # noqa: F401
@@ -48,11 +54,10 @@ class Started:
 
     def __init__(self, *arguments: str, **environment: str):
         reader, writer = CONTEXT.Pipe(duplex=False)
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = CONTEXT.Process(target=_become, args=(arguments, one_thread | environment, writer))
-        with pytest.MonkeyPatch.context() as patch:  # for the server, which the first process starts
-            patch.setenv("OMP_NUM_THREADS", "1")
-            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+        given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self._process = CONTEXT.Process(target=_become, args=(arguments, given, writer))
+        with pytest.MonkeyPatch.context() as patch:
+            one_thread(patch)
             self._process.start()
         writer.close()
         self.stdout: IO[str] = os.fdopen(os.dup(reader.fileno()))

@@ -11,7 +11,7 @@ import torch
 
 from cxr.errors import UserError
 from cxr.storage import write_atomically
-from cxr.training.checkpoint import LAST, Checkpoints
+from cxr.training.checkpoint import LAST, Checkpoints, in_one_transfer
 
 
 class Slow:
@@ -205,3 +205,16 @@ def test_the_old_file_is_replaced_never_written_over(tmp_path: Path) -> None:
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
     assert files(tmp_path) == {"file"}
+
+
+def test_tensors_copied_in_one_transfer_keep_values_types_and_strides() -> None:
+    images = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    whole = [images, torch.tensor(7), torch.empty(0), torch.tensor([True, False]), torch.randn(3, dtype=torch.float64)]
+    copies = in_one_transfer(whole)
+    assert [copy.stride() for copy in copies] == [tensor.stride() for tensor in whole]
+    assert all(
+        torch.equal(copy, tensor) and copy.dtype == tensor.dtype for copy, tensor in zip(copies, whole, strict=True)
+    )
+    images.zero_()
+    assert copies[0].abs().sum() > 0
+    assert in_one_transfer([]) == []
