@@ -398,8 +398,8 @@ class FamilyConfig(CommandConfig):
 
     jobs: str = param(
         "auto",
-        "how many runs are at work side by side, each in a process of its own: a number, or auto, which is as many as "
-        "there are GPUs, or on a CPU as its cores and memory allow",
+        "how many runs are at work side by side, each in a process of its own: a number, or auto, which is one for "
+        "each GPU, or on a CPU as many as its cores and memory allow",
     )
 
     def __post_init__(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
-
-import click
 
 
 def show_warnings_as_lines() -> None:
@@ -13,7 +12,11 @@ def show_warnings_as_lines() -> None:
     warnings.showwarning = _show
 
 
+# MLflow warns about missing type hints regardless of filters; the hints that it asks for would be wrong here. The other
+# one comes from torch's own thread for gradients, once, and means nothing.
+_NOT_FOR_USERS = ("type hint", "Attempting to run cuBLAS")
+
+
 def _show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    # MLflow warns about missing type hints regardless of filters; the hints that it asks for would be wrong here.
-    if category is UserWarning and "type hint" not in str(message):
-        click.echo(f"warning: {message}", err=True)
+    if category is UserWarning and not any(text in str(message) for text in _NOT_FOR_USERS):
+        print(f"warning: {message}", file=sys.stderr)

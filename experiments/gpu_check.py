@@ -12,7 +12,8 @@ Trains on the first `--images` images of each class and split. The kinds of chec
 - `twice`, the same run again: the same bits;
 - `graphs`, with and without CUDA graphs: the same bits;
 - `resume`, a run broken off after an epoch and continued: the same bits as the whole run;
-- `device`, the CPU beside the GPU in fp32: losses within 1e-3 and probabilities within 1e-2;
+- `device`, the CPU beside the GPU in fp32: no further apart than two runs on the CPU with one thread and with two,
+  which sum in another order (training amplifies what is rounded differently, and Adam's first steps do so at once);
 - `views`, augmented images: as the CPU makes them, within a twentieth of a grey level in the mean (what JPEG rounds
   differently shows in a whole block).
 
@@ -60,7 +61,7 @@ from cxr.training.loop import EpochRecord
 KINDS = ("device", "inductor", "graphs", "resume", "twice", "views", "run")
 OTHERS = ("resnet50", "densenet121", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
 LOSSES = ("train_loss", "val_loss")
-LOSS_APART, PROBABILITY_APART, GREY_APART = 1e-3, 1e-2, 0.05
+GREY_APART = 0.05
 
 
 class BrokenOffError(Exception):
@@ -145,12 +146,12 @@ def _same(one: Trained, other: Trained) -> tuple[bool, str]:
 
 
 def check_device(config: TrainConfig) -> tuple[bool, str]:
-    """Whether a run on the CPU comes to the same as on the GPU, up to rounding."""
-    here, there = train(replace(config, device="cpu")), train(config)
-    losses, probabilities = here.apart(there)
-    first = float(np.abs(here.losses[0] - there.losses[0]).max())
-    close = losses <= LOSS_APART and probabilities <= PROBABILITY_APART
-    return close, f"losses {losses:.2e} apart ({first:.2e} after an epoch), probabilities {probabilities:.2e}"
+    """Whether a run on the CPU and on the GPU are as close as runs on the CPU that differ in rounding alone."""
+    on_cpu = replace(config, device="cpu")
+    here, rounded = train(replace(on_cpu, threads=1)), train(replace(on_cpu, threads=2))
+    apart, control = here.apart(train(config)), here.apart(rounded)
+    words = "losses {:.1e} and probabilities {:.1e} apart; between one and two threads {:.1e} and {:.1e}"
+    return apart <= control, words.format(*apart, *control)
 
 
 def check_views(config: TrainConfig) -> tuple[bool, str]:
@@ -189,12 +190,13 @@ def cases(base: TrainConfig) -> Iterator[Case]:
         return Case(kind, f"{config.arch} {config.strategy} {config.precision}", config)
 
     yield case("device", strategy="full", precision="fp32", epochs=3)
+    yield case("views")
     precisions = ("fp32", "bf16")
     if base.device == "cuda":
         precisions = ("fp32", "bf16", "fp16")
         for arch in ("resnet18", "resnet50", "convnext_tiny"):
             yield case("inductor", arch=arch, strategy="full", compile="inductor", weights="random")
-        for arch, strategy in product(OTHERS, ("full", "partial")):
+        for arch, strategy in product(reversed(OTHERS), ("full", "partial")):
             yield case("graphs", arch=arch, strategy=strategy, weights="random")
         for strategy in STRATEGIES:
             yield case("graphs", strategy=strategy, epochs=2)
@@ -202,7 +204,6 @@ def cases(base: TrainConfig) -> Iterator[Case]:
         yield case("resume", strategy=strategy, epochs=3)
         yield case("twice", strategy=strategy, epochs=2)
     yield case("twice", strategy="full", precision="fp32", epochs=2)
-    yield case("views")
     for strategy, precision in product(STRATEGIES, precisions):
         yield case("run", strategy=strategy, precision=precision)
     for arch, strategy in product(OTHERS, ("partial", "full")):

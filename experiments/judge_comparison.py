@@ -14,8 +14,13 @@ from __future__ import annotations
 import click
 import numpy as np
 import pandas as pd
+import torch
+from scipy.special import softmax
 
 from cxr.evaluation.paired import replicate, strategy_table
+from cxr.evaluation.predictions import HALF
+from cxr.evaluation.report import evaluate, format_interval, weighted_loss
+from cxr.runs.ensemble import member_logits
 from cxr.studies.compare import load_run
 from cxr.tracking.nested import children
 from cxr.tracking.reading import LoggedRun, RunKind
@@ -55,6 +60,24 @@ def row(run: LoggedRun, parent: int) -> dict[str, object]:
     }
 
 
+def ensembles(runs: list[LoggedRun]) -> pd.DataFrame:
+    """What the seeds of each strategy answer together, from the logits that they logged; nothing is calibrated."""
+    rows = []
+    for strategy in dict.fromkeys(run.tags["strategy"] for run in runs):
+        members = [run for run in runs if run.tags["strategy"] == strategy]
+        part = members[0].predictions("val")
+        names = members[0].task.keys
+        weights = torch.tensor([float(members[0].params[f"class_weight.{name}"]) for name in names])
+        labels = torch.tensor(part["label"].to_numpy(np.int64))
+        loss = weighted_loss(torch.tensor(member_logits(members, "val")), labels, weights)
+        table = members[0].predictions("test")
+        table["probability"] = softmax(member_logits(members, "test"), 1)[:, 1]
+        report = evaluate(table, "test", HALF, RESAMPLES)
+        found = {metric: format_interval(report.interval(metric)) for metric in ("accuracy", "roc_auc", "specificity")}
+        rows.append({"ensemble": strategy, "members": len(members), "val_loss": round(loss, 4), **found})
+    return pd.DataFrame(rows)
+
+
 def spearman(runs: pd.DataFrame) -> pd.DataFrame:
     """Criterion -> its rank correlation with each metric on test."""
     return runs[[*CRITERIA, *ON_TEST]].corr("spearman").loc[list(CRITERIA), list(ON_TEST)]
@@ -88,6 +111,8 @@ def main(parents: tuple[str, ...]) -> None:
     data = [load_run(run_id) for run_id in own["run"]]
     strategies = strategy_table(replicate(data, RESAMPLES))
     click.echo(non_inferiority(strategies, selected).round(4).to_string(index=False))
+    members = [run for number, run in found if number == 0 and run.kind is not RunKind.ENSEMBLE]
+    click.echo(f"\n{ensembles(members).to_string(index=False)}")
     champion = first.loc[first["val_loss"].idxmin()]
     click.echo(f"\nchampion by val_loss: {champion['what']} {champion['strategy']} {champion['seed']}")
     for metric in ("test_roc_auc", "test_accuracy"):

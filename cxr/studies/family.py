@@ -22,6 +22,7 @@ from cxr.storage import exclusive
 from cxr.studies.side_by_side import Child, at_once, train_side_by_side
 from cxr.tracking.nested import (
     children,
+    discard_unbegun,
     ending,
     is_finished,
     join_parent,
@@ -56,22 +57,27 @@ def run_family(
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})
-        family = [*_children(run_id, members, machine)]
-        _train(config, data, machine, [child for child in family if not is_finished(child.run_id)], say)
+        family = [*_children(run_id, members)]
+        finished = [child for child in family if is_finished(child.run_id)]
+        for child in finished:
+            say(f"{child.name}: already finished, run {child.run_id}")
+        _train(config, data, machine, [child for child in family if child not in finished], say)
         yield parent, [child.run_id for child in family]
 
 
-def _children(parent: str, members: Mapping[str, TrainConfig], machine: Machine) -> Iterator[Child]:
+def _children(parent: str, members: Mapping[str, TrainConfig]) -> Iterator[Child]:
     """All children, in order: those that are there and can be continued, else new ones, SCHEDULED until they begin."""
     existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(parent)}
     # Not by how many are at work side by side, which must not change a number.
-    share = max(1, cores() // len(members)) if machine.device.type == "cpu" else 0
+    share = max(1, cores() // len(members))
     for name, member in members.items():
         config, child = replace(member, threads=member.threads or share), existing.get(name)
-        if child is None or not (child.finished or can_continue(child, config)):
-            yield Child(name, config, _new_child(parent, name, config), parent)
-        else:
+        if child is not None and (child.finished or can_continue(child, config)):
             yield Child(name, config, child.run_id, parent)
+            continue
+        if child is not None:
+            discard_unbegun(child)
+        yield Child(name, config, _new_child(parent, name, config), parent)
 
 
 def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[Child], say: Say) -> None:

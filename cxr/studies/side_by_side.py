@@ -24,8 +24,9 @@ from cxr.warning_lines import show_warnings_as_lines
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
-# More processes than cores wait for each other; those that spin while they wait keep the others from working.
+# Of the processes. Threads that spin while they wait keep the others from working.
 SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 Message = tuple[Literal["said", "finished", "stopped", "failed"], Any]
 
 
@@ -51,7 +52,7 @@ def at_once(jobs: str, runs: int, machine: Machine, threads: int) -> tuple[int, 
         import torch
 
         gpus = torch.cuda.device_count()
-        return min(gpus, runs), f"{gpus} GPU(s)"
+        return max(1, min(gpus, runs)), f"{gpus} GPU(s)"
     if machine.device.type != "cpu":
         return 1, machine.device.type
     room = int(psutil.virtual_memory().available // MEMORY)
@@ -66,7 +67,8 @@ def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> N
     `ChildError` with its traceback; `MachineError` when its process was killed; `Stopped` when it was stopped.
     """
     waiting = deque(children)
-    workers = [_Worker(number) for number in range(min(processes, len(waiting)))]
+    threads = max(child.config.threads for child in waiting)
+    workers = [_Worker(number, threads) for number in range(min(processes, len(waiting)))]
     try:
         for worker in workers:
             worker.take(waiting)
@@ -82,14 +84,15 @@ def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> N
 class _Worker:
     """A process that trains one child after the other, as seen by the one that hands them out."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, threads: int):
         import mlflow
         import torch
 
         self.connection, other = CONTEXT.Pipe()
         stores = (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
         self.process: BaseProcess = CONTEXT.Process(target=_serve, args=(other, stores), daemon=True)
-        with _environment(SETTINGS | _one_gpu(number, torch.cuda.device_count())):
+        limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
+        with _environment(SETTINGS | limits | _one_gpu(number, torch.cuda.device_count())):
             self.process.start()
         other.close()
         self.child: Child | None = None

@@ -142,6 +142,15 @@ def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[
         return _schedule(experiment, name, {**tags, Tag.PARENT: parent}, params)
 
 
+def discard_unbegun(run: LoggedRun) -> None:
+    """Delete a run that has not begun; one that has is kept, whatever it came to."""
+    import mlflow
+
+    if run.status == "SCHEDULED":
+        with store_errors():
+            mlflow.MlflowClient().delete_run(run.run_id)
+
+
 def is_finished(run_id: str) -> bool:
     """Whether the run ended FINISHED."""
     return LoggedRun.open(run_id).finished
