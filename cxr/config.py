@@ -399,7 +399,12 @@ class FamilyConfig(CommandConfig):
     jobs: str = param(
         "auto",
         "how many runs are at work side by side, each in a process of its own: a number, or auto, which is one for "
-        "each GPU, or on a CPU as many as its cores and memory allow",
+        "each GPU, or on a CPU as many as its cores and memory allow; with Ray as many as the cluster takes",
+    )
+    engine: str = param(
+        "local",
+        "where the runs are at work: local (this machine) or ray (the cluster at RAY_ADDRESS, else this machine)",
+        choices=("local", "ray"),
     )
 
     def __post_init__(self) -> None:

@@ -29,11 +29,19 @@ def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
 
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is on this machine."""
-    folder = checkpoints_of(config, run.run_id)
+    return has_parameters(run, config) and has_checkpoint(run, config)
+
+
+def has_checkpoint(run: LoggedRun, config: TrainConfig) -> bool:
+    """Whether the checkpoint of a run's epochs, if it has logged any, is on this machine."""
+    return "val_loss" not in run.metrics or (checkpoints_of(config, run.run_id) / LAST).exists()
+
+
+def has_parameters(run: LoggedRun, config: TrainConfig) -> bool:
+    """Whether a run was recorded with these parameters, or such as give the same bits."""
     recorded = before_they_existed() | dict(run.params)
     wanted = {key: value for key, value in flatten(config).items() if not _is_new_and_neutral(key, run)}
-    same = all(same_result(key, recorded.get(key, "")) == same_result(key, value) for key, value in wanted.items())
-    return same and ("val_loss" not in run.metrics or (folder / LAST).exists())
+    return all(same_result(key, recorded.get(key, "")) == same_result(key, value) for key, value in wanted.items())
 
 
 def _is_new_and_neutral(key: str, run: LoggedRun) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,20 +17,22 @@ from cxr.machine import Machine, cores, ready_machine
 from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
-from cxr.runs.resume import can_continue, checkpoints_of
+from cxr.runs.resume import can_continue, checkpoints_of, has_parameters
 from cxr.storage import exclusive
-from cxr.studies.side_by_side import Child, at_once, train_side_by_side
+from cxr.studies.child import Child
+from cxr.studies.on_ray import train_on_ray
+from cxr.studies.side_by_side import at_once, train_side_by_side
 from cxr.tracking.nested import (
     children,
-    discard_unbegun,
     ending,
     is_finished,
     join_parent,
     make_child,
     open_parent,
+    retire,
     unfinished_parent,
 )
-from cxr.tracking.reading import RunKind, Tag
+from cxr.tracking.reading import LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -57,7 +59,7 @@ def run_family(
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})
-        family = [*_children(run_id, members)]
+        family = [*_children(run_id, members, has_parameters if config.engine == "ray" else can_continue)]
         finished = [child for child in family if is_finished(child.run_id)]
         for child in finished:
             say(f"{child.name}: already finished, run {child.run_id}")
@@ -65,18 +67,23 @@ def run_family(
         yield parent, [child.run_id for child in family]
 
 
-def _children(parent: str, members: Mapping[str, TrainConfig]) -> Iterator[Child]:
-    """All children, in order: those that are there and can be continued, else new ones, SCHEDULED until they begin."""
+def _children(
+    parent: str, members: Mapping[str, TrainConfig], continues: Callable[[LoggedRun, TrainConfig], bool]
+) -> Iterator[Child]:
+    """All children, in order: those that are there and can be continued, else new ones, SCHEDULED until they begin.
+
+    Whether a checkpoint is there, only the node of a Ray cluster knows that is to continue from it.
+    """
     existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(parent)}
     # Not by how many are at work side by side, which must not change a number.
     share = max(1, cores() // len(members))
     for name, member in members.items():
         config, child = replace(member, threads=member.threads or share), existing.get(name)
-        if child is not None and (child.finished or can_continue(child, config)):
+        if child is not None and (child.finished or continues(child, config)):
             yield Child(name, config, child.run_id, parent)
             continue
         if child is not None:
-            discard_unbegun(child)
+            retire(child)
         yield Child(name, config, _new_child(parent, name, config), parent)
 
 
@@ -85,6 +92,10 @@ def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[
     if not family:
         return
     say(f"to be trained: {', '.join(child.name for child in family)}")
+    if config.engine == "ray":
+        _audit(family[0].config, data, machine)
+        train_on_ray(family, None if config.jobs == "auto" else int(config.jobs), say, _renewed)
+        return
     processes, why = at_once(config.jobs, len(family), machine, family[0].config.threads)
     if processes == 1:
         for child in family:
@@ -92,11 +103,20 @@ def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[
             child.train(say)
         return
     say(f"{processes} runs side by side ({why})")
-    first = family[0].config
-    model, _ = build_model(first.arch, first.weights, first.seed, len(data.task.classes), first.image_size)
-    model.to(machine.device).to(memory_format=torch.channels_last)
-    audited(first, data, model, machine.precision)  # kept for all of them
+    _audit(family[0].config, data, machine)
     train_side_by_side(family, processes, say)
+
+
+def _audit(config: TrainConfig, data: Data, machine: Machine) -> None:
+    """Made here once, and kept for all runs, which would each make it."""
+    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
+    model.to(machine.device).to(memory_format=torch.channels_last)
+    audited(config, data, model, machine.precision)
+
+
+def _renewed(child: Child) -> Child:
+    """The same in a new run."""
+    return replace(child, run_id=_new_child(child.parent, child.name, child.config))
 
 
 def _weights(config: TrainConfig, members: Iterable[TrainConfig], data: Data) -> list[str]:

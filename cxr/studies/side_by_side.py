@@ -4,44 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
-from cxr.config import TrainConfig
-from cxr.errors import ChildError, MachineError, Stopped, UserError
+from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
-from cxr.runs.train import run_tracked
-from cxr.warning_lines import show_warnings_as_lines
+from cxr.studies.child import Child, stores_in_use, use_stores
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
 # Of the processes. Threads that spin while they wait keep the others from working.
 SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-Message = tuple[Literal["said", "finished", "stopped", "failed"], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A run to be trained: its name among its siblings, its configuration, its ID, and that of its parent."""
-
-    name: str
-    config: TrainConfig
-    run_id: str
-    parent: str
-
-    def train(self, say: Say) -> None:
-        """Train it, as `run_tracked`."""
-        run_tracked(self.config, say, self.run_id, self.parent)
 
 
 def at_once(jobs: str, runs: int, machine: Machine, threads: int) -> tuple[int, str]:
@@ -85,12 +66,10 @@ class _Worker:
     """A process that trains one child after the other, as seen by the one that hands them out."""
 
     def __init__(self, number: int, threads: int):
-        import mlflow
         import torch
 
         self.connection, other = CONTEXT.Pipe()
-        stores = (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
-        self.process: BaseProcess = CONTEXT.Process(target=_serve, args=(other, stores), daemon=True)
+        self.process: BaseProcess = CONTEXT.Process(target=_serve, args=(other, stores_in_use()), daemon=True)
         limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
         with _environment(SETTINGS | limits | _one_gpu(number, torch.cuda.device_count())):
             self.process.start()
@@ -117,12 +96,9 @@ class _Worker:
         if kind == "said":
             for line in filter(None, content.splitlines()):
                 say(f"{self.child.name}: {line}")
-        elif kind == "finished":
-            self.take(waiting)
-        elif kind == "stopped":
-            raise Stopped(self.child.name)
         else:
-            raise content if isinstance(content, UserError) else ChildError(f"{self.child.name}:\n{content}")
+            self.child.require_finished((kind, content))
+            self.take(waiting)
 
     def end(self) -> None:
         """Stop what is being trained, and wait until it has ended."""
@@ -155,13 +131,9 @@ def _one_gpu(number: int, gpus: int) -> dict[str, str]:
 
 def _serve(connection: Connection, stores: tuple[str, str]) -> None:
     """What the process does: train what it is given, until there is no more or a run fails."""
-    import mlflow
-
-    show_warnings_as_lines()
-    mlflow.set_tracking_uri(stores[0])
-    mlflow.set_registry_uri(stores[1])
+    use_stores(stores)
     while (child := _next(connection)) is not None:
-        message = _trained(child, connection)
+        message = child.trained(lambda line: connection.send(("said", line)))
         try:
             connection.send(message)
         except OSError:  # nobody is there to be told any more; the run has ended as it should
@@ -176,15 +148,3 @@ def _next(connection: Connection) -> Child | None:
     except (EOFError, KeyboardInterrupt):
         return None
     return child
-
-
-def _trained(child: Child, connection: Connection) -> Message:
-    try:
-        child.train(lambda line: connection.send(("said", line)))
-    except UserError as error:
-        return "failed", error
-    except (KeyboardInterrupt, Stopped):
-        return "stopped", ""
-    except Exception:
-        return "failed", traceback.format_exc()
-    return "finished", ""

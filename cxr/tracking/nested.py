@@ -142,13 +142,15 @@ def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[
         return _schedule(experiment, name, {**tags, Tag.PARENT: parent}, params)
 
 
-def discard_unbegun(run: LoggedRun) -> None:
-    """Delete a run that has not begun; one that has is kept, whatever it came to."""
+def retire(run: LoggedRun) -> None:
+    """Leave a run behind, for which another is made: it is deleted if it had not begun, and ended if it was lost."""
     import mlflow
 
     if run.status == "SCHEDULED":
         with store_errors():
             mlflow.MlflowClient().delete_run(run.run_id)
+    elif run.status == "RUNNING":
+        end(run.run_id, "KILLED", "lost with the process that had started it, and begun again in another run")
 
 
 def is_finished(run_id: str) -> bool:

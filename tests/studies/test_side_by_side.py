@@ -19,8 +19,9 @@ from cxr.config import CompareConfig, TrainConfig, configure
 from cxr.errors import ChildError, MachineError, UserError
 from cxr.machine import Machine, ready_machine
 from cxr.studies import side_by_side
+from cxr.studies.child import Child
 from cxr.studies.compare import compare_tracked
-from cxr.studies.side_by_side import Child, _one_gpu, _Worker, at_once
+from cxr.studies.side_by_side import _one_gpu, _Worker, at_once
 from cxr.tracking.nested import children
 from cxr.tracking.reading import LoggedRun
 

@@ -14,7 +14,7 @@ from started import CONTEXT, one_thread
 from unsynced import write_behind
 
 from cxr.studies import side_by_side
-from cxr.studies.side_by_side import Child
+from cxr.studies.child import Child
 
 _serve = side_by_side._serve
 
