@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -81,7 +82,9 @@ def _connected() -> Any:
         raise UserError("--engine ray: Ray is not installed; install the extra `ray` (uv sync --extra ray)") from error
     if not ray.is_initialized():
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
+            ray.init(
+                os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:200]
             raise MachineError(f"--engine ray: no cluster could be used ({reason}); check RAY_ADDRESS") from error

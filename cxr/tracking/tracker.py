@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from cxr.config import without_password
 from cxr.tracking.reading import metric_history
+from cxr.tracking.store import one_at_a_time
 
 
 class Tracker(Protocol):
@@ -110,6 +111,20 @@ class NullTracker:
         return ["not tracked"]
 
 
+def _log_input(data: Any, context: str) -> None:
+    """Runs that note the same images at the same time would all add them; MLflow does not lock, nor does its server."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with one_at_a_time():
+        try:
+            mlflow.log_input(data, context=context)
+        except MlflowException as error:
+            if "IntegrityError" not in str(error):
+                raise
+            mlflow.log_input(data, context=context)  # another run has added them meanwhile
+
+
 class MlflowTracker:
     """A run in MLflow, the active one or a parent of it."""
 
@@ -162,7 +177,7 @@ class MlflowTracker:
             warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
             warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
             data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
-            mlflow.log_input(data, context=context)
+            _log_input(data, context)
 
     def recorded_tags(self) -> Mapping[str, str]:
         """As the store had them."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from small import SMALL
 from started import Started
+
+from cxr.tracking.lifecycle import open_run
 
 
 @pytest.mark.slow
@@ -30,3 +34,29 @@ def test_runs_that_start_together_in_an_empty_folder_all_finish(phantoms: Path, 
     best = min(versions, key=lambda version: float(version.tags["val_loss"]))
     champion = mlflow.MlflowClient().get_model_version_by_alias("cxr-pneumonia", "champion")
     assert champion.tags["val_loss"] == best.tags["val_loss"]
+
+
+def test_images_that_another_run_has_noted_meanwhile_are_noted_again(
+    in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, errors = (
+        mlflow.log_input,
+        ["(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name", "no space left"],
+    )
+    calls: list[str] = []
+
+    def collide(data: object, context: str) -> None:
+        calls.append(context)
+        if errors:
+            raise MlflowException(errors.pop(0))
+        log(data, context=context)
+
+    table = pd.DataFrame({"path": ["a"], "label": [0]})
+    monkeypatch.setattr(mlflow, "log_input", collide)
+    with open_run("one") as tracker, pytest.raises(MlflowException, match="no space left"):
+        tracker.dataset(table, "folder", "images", "train")  # collides, then fails for another reason
+    with open_run("two") as tracker:
+        errors.append("(psycopg.errors.UniqueViolation) IntegrityError")
+        tracker.dataset(table, "folder", "images", "train")
+    assert calls == ["train"] * 4
+    assert [each.dataset.name for each in mlflow.get_run(tracker.run_id).inputs.dataset_inputs] == ["images"]
