@@ -41,6 +41,7 @@ ALLOWED_IN = {  # the only places that may import a package
     "optuna": tuple(f"studies.{name}" for name in ("search", "search_report", "trial", "trial_queue", "optuna_study")),
     "click": ("cli", "options"),
     "jinja2": ("figures.html",),
+    "ray": ("studies.on_ray",),
 }
 
 

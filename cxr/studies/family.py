@@ -97,12 +97,12 @@ def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[
         train_on_ray(family, None if config.jobs == "auto" else int(config.jobs), say, _renewed)
         return
     processes, why = at_once(config.jobs, len(family), machine, family[0].config.threads)
+    say(f"{processes} at once ({why})")
     if processes == 1:
         for child in family:
             say(f"{child.name}: run {child.run_id}")
             child.train(say)
         return
-    say(f"{processes} runs side by side ({why})")
     _audit(family[0].config, data, machine)
     train_side_by_side(family, processes, say)
 

@@ -60,7 +60,7 @@ def test_the_numbers_do_not_depend_on_how_many_are_at_work(config: CompareConfig
     said: list[str] = []
     compare_tracked(config, said.append)
     side_by_side_parent = newest_parent()
-    assert "2 runs side by side (--jobs 2)" in said
+    assert "2 at once (--jobs 2)" in said
     assert any(line.startswith("partial-s1: epoch  0") for line in said)
     assert {run.status for run in children(side_by_side_parent.run_id)} == {"FINISHED"}
     compare_tracked(config.replace(jobs="1", cache_dir=str(tmp_path / "other")), quiet)
