@@ -25,12 +25,12 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, largest_value
 from cxr.data.depth import FULL, fewest_bits
 from cxr.data.kaggle import is_unreadable, parse_name
+from cxr.data.memory import Facts, Memory
 from cxr.data.store import Reading
 from cxr.storage import Cache, write_atomically
 
 AUTO, PLAIN, HASHED = "auto", "plain", "hashed"
 _NAME = 16  # hex digits
-_PNG = b"\x89PNG\r\n\x1a\n"
 T = TypeVar("T")
 
 
@@ -49,7 +49,9 @@ class Headers:
     reading: Reading
 
 
-def with_patients(root: Path, table: pd.DataFrame, key: Callable[[], bytes]) -> pd.DataFrame:
+def with_patients(
+    root: Path, table: pd.DataFrame, key: Callable[[], bytes], memory: Memory | None = None
+) -> pd.DataFrame:
     """A manifest whose groups are the patients that DICOM files tell, each by its first digest, which is the same on
     every machine; a new column `patient` holds their keyed hashes, or nothing.
 
@@ -57,7 +59,7 @@ def with_patients(root: Path, table: pd.DataFrame, key: Callable[[], bytes]) -> 
     files, the manifest as it was, and no `key` is asked for. Raises `UserError` when the key cannot be had.
     """
     files = [root / path for path in table["path"]]
-    radiographs = _radiographs(files, _in_threads(_head, files, "reading headers"))
+    radiographs = _radiographs(files, (memory or Memory()).facts(files))
     if not any(radiographs):
         return table
     by_name = [parse_name(path)[0] == group for path, group in zip(table["path"], table["group"], strict=True)]
@@ -70,17 +72,20 @@ def with_patients(root: Path, table: pd.DataFrame, key: Callable[[], bytes]) -> 
     return table.assign(group=groups, patient=patients)
 
 
-def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO) -> Headers:
+def read_headers(
+    root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUTO, depth: str = AUTO, memory: Memory | None = None
+) -> Headers:
     """Of a manifest whose `path` is relative to `root`, with patients or not yet. `paths` is auto, plain or hashed;
     auto hides them if any file is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot
     be used.
     """
-    table = table if "patient" in table else with_patients(root, table, cache.patient_key)
+    memory = memory or Memory()
+    table = table if "patient" in table else with_patients(root, table, cache.patient_key, memory)
     files = [root / path for path in table["path"]]
-    heads = _in_threads(_head, files, "reading headers")
-    radiographs = any(_radiographs(files, heads))
+    facts = memory.facts(files)
+    radiographs = any(_radiographs(files, facts))
     hidden = paths == HASHED or (paths == AUTO and radiographs)
-    deep = {d: file for d, file, head in zip(table["digest"], files, heads, strict=True) if _is_deep(head)}
+    deep = {d: file for d, file, each in zip(table["digest"], files, facts, strict=True) if each.deep}
     reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), radiographs, hidden)
     names = _hidden_names(table["digest"]) if hidden else list(table["path"])
     groups = _groups(table, names, cache.patient_key() if hidden else None)
@@ -92,26 +97,14 @@ def read_headers(root: Path, table: pd.DataFrame, cache: Cache, paths: str = AUT
     )
 
 
-def _radiographs(files: Sequence[Path], heads: Sequence[bytes]) -> list[bool]:
+def _radiographs(files: Sequence[Path], facts: Sequence[Facts]) -> list[bool]:
     """Which files are DICOM."""
-    return [dicom.is_dicom(head) or dicom.has_dicom_name(file) for file, head in zip(files, heads, strict=True)]
+    return [each.dicom or dicom.has_dicom_name(file) for file, each in zip(files, facts, strict=True)]
 
 
 def _in_threads(read: Callable[[Path], T], files: Sequence[Path], title: str) -> list[T]:
     with dicom.quiet(), ThreadPoolExecutor() as pool:
         return list(tqdm(pool.map(read, files), title, len(files), unit="file", leave=False, disable=None))
-
-
-def _head(file: Path) -> bytes:
-    try:
-        return dicom.head_of(file)
-    except OSError:  # it is reported when it is decoded
-        return b""
-
-
-def _is_deep(head: bytes) -> bool:
-    """Whether a file is a PNG of 16-bit grey, by its IHDR chunk: bit depth and colour type."""
-    return head.startswith(_PNG) and head[24:26] == bytes([16, 0])
 
 
 def _patients(files: Sequence[Path], asked: Sequence[bool], key: bytes) -> list[str]:

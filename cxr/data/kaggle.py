@@ -6,16 +6,14 @@ Patients are known only from file names: `person12_bacteria_34` and `person12_vi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from cxr.data import dicom
+from cxr.data.memory import UNREADABLE, Memory
 from cxr.data.splits import OFFICIAL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
@@ -23,7 +21,6 @@ from cxr.task import KAGGLE, Task
 SUFFIXES = {".jpeg", ".jpg", ".png"} | dicom.SUFFIXES
 UNLABELLED = "unlabelled"
 COLUMNS = ["path", "label", "official", "group", "subtype"]
-_UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
 _NORMAL = re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
 
@@ -58,8 +55,8 @@ def parse_name(path: str) -> tuple[str, str]:
     return path, "unknown"
 
 
-def index_folder(root: Path, task: Task = KAGGLE) -> pd.DataFrame:
-    """The manifest of `root/{train,val,test}/CLASS`, sorted by path.
+def index_folder(root: Path, task: Task = KAGGLE, memory: Memory | None = None) -> pd.DataFrame:
+    """The manifest of `root/{train,val,test}/CLASS`, sorted by path; files that the `memory` knows are not read.
 
     Columns: path (relative, posix), label (of the task), official (split by folder), group, subtype, digest (sha256 of
     the bytes, or `unreadable:` and the path). Raises `UserError` for a folder without every class in train and test.
@@ -72,11 +69,13 @@ def index_folder(root: Path, task: Task = KAGGLE) -> pd.DataFrame:
                 raise UserError(
                     f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; every class is required"
                 )
-    table["digest"] = digest_files(root / path for path in table["path"])
+    table["digest"] = digest_files((root / path for path in table["path"]), memory)
     return table
 
 
-def index_for_evaluation(data_dir: str | Path, task: Task = KAGGLE) -> tuple[Path, pd.DataFrame, str]:
+def index_for_evaluation(
+    data_dir: str | Path, task: Task = KAGGLE, memory: Memory | None = None
+) -> tuple[Path, pd.DataFrame, str]:
     """(root, manifest, split) of images to evaluate on: the `test` split of a folder in the Kaggle layout, all images
     of a folder of class folders, as split `external`, or the files of a folder without subfolders, as split
     `unlabelled`, whose label is -1.
@@ -91,15 +90,15 @@ def index_for_evaluation(data_dir: str | Path, task: Task = KAGGLE) -> tuple[Pat
     if files and not any(path.is_dir() for path in _visible(top)):
         rows = [(path.name, -1, UNLABELLED, *parse_name(path.name)) for path in files]
         table = pd.DataFrame(rows, columns=COLUMNS)
-        return top, table.assign(digest=digest_files(files)), UNLABELLED
+        return top, table.assign(digest=digest_files(files, memory)), UNLABELLED
     if not any(_label(path.name, task) is not None for path in _visible(top)):
         root = find_root(top)
-        table = index_folder(root, task)
+        table = index_folder(root, task, memory)
         return root, table[table["official"] == "test"].reset_index(drop=True), "test"
     table = pd.DataFrame(list_classes(top, ".", task), columns=COLUMNS).assign(official="external")
     if set(table["label"]) != set(task.class_to_index.values()):
         raise UserError(f"--data-dir {top}: needs images in each of {' and '.join(task.classes)}")
-    table["digest"] = digest_files(top / path for path in table["path"])
+    table["digest"] = digest_files((top / path for path in table["path"]), memory)
     return top, table, "external"
 
 
@@ -159,19 +158,9 @@ def _visible(folder: Path) -> list[Path]:
 
 def is_unreadable(digest: str) -> bool:
     """Whether the digest stands for a file that could not be read when it was indexed."""
-    return digest.startswith(_UNREADABLE)
+    return digest.startswith(UNREADABLE)
 
 
-def digest_files(paths: Iterable[Path]) -> list[str]:
+def digest_files(paths: Iterable[Path], memory: Memory | None = None) -> list[str]:
     """The sha256 of each file's bytes, in order; `unreadable:` and the path for one that cannot be read."""
-    files = list(paths)
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest_file, files)
-        return list(tqdm(digests, "reading files", len(files), unit="file", leave=False, disable=None))
-
-
-def _digest_file(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return f"{_UNREADABLE}{path}"
+    return [facts.digest for facts in (memory or Memory()).facts(paths)]

@@ -11,6 +11,7 @@ import pandas as pd
 from cxr.config import SYNTHETIC, TrainConfig
 from cxr.data.depth import FULL
 from cxr.data.headers import Headers, read_headers
+from cxr.data.memory import Memory
 from cxr.data.phantoms import VERSION, write_synthetic
 from cxr.data.sources import Source, read_source, require_splits
 from cxr.data.splits import assign_fold, assign_splits, fingerprint
@@ -56,9 +57,10 @@ class Data:
 def read_data(config: TrainConfig) -> Data:
     """Index, decode and split. Raises `UserError` for a folder or files that cannot be used."""
     cache = Cache.open(config.cache_dir)
-    synthetic, source = config.data_dir == SYNTHETIC, source_of(config)
+    memory = Memory.of(cache)
+    synthetic, source = config.data_dir == SYNTHETIC, source_of(config, memory)
     require_possible(config, source.task)
-    found = read_headers(source.root, source.table, cache, config.paths, config.depth)
+    found = read_headers(source.root, source.table, cache, config.paths, config.depth, memory)
     table, reading = found.table, found.reading
     store = open_store(
         list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
@@ -92,11 +94,11 @@ def require_possible(config: TrainConfig, task: Task) -> None:
         raise UserError(f"--calibration platt: is for two classes, not {count}; use temperature or none")
 
 
-def source_of(config: TrainConfig) -> Source:
+def source_of(config: TrainConfig, memory: Memory | None = None) -> Source:
     """The images of `data_dir`; phantoms are made if they are missing."""
     if config.data_dir != SYNTHETIC:
-        return read_source(config, config.data_dir)
-    return read_source(config, write_synthetic(Cache.open(config.cache_dir).phantoms(VERSION)))
+        return read_source(config, config.data_dir, memory)
+    return read_source(config, write_synthetic(Cache.open(config.cache_dir).phantoms(VERSION)), memory)
 
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:

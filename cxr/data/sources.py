@@ -30,6 +30,7 @@ from cxr.data.kaggle import (
     parse_name,
 )
 from cxr.data.lists import find_list, read_list
+from cxr.data.memory import Memory
 from cxr.data.splits import OFFICIAL, grouped_holdout, patients_across, require_every_class
 from cxr.errors import UserError
 from cxr.storage import Cache
@@ -46,8 +47,8 @@ class Source:
     remarks: tuple[str, ...] = ()
 
 
-def read_source(config: TrainConfig, folder: str | Path) -> Source:
-    """The images that `data_dir` names, `folder` in its place for phantoms.
+def read_source(config: TrainConfig, folder: str | Path, memory: Memory | None = None) -> Source:
+    """The images that `data_dir` names, `folder` in its place for phantoms; files that `memory` knows are not read.
 
     Raises `UserError` for what is no source, or has classes, patients or splits that cannot be used.
     """
@@ -56,11 +57,12 @@ def read_source(config: TrainConfig, folder: str | Path) -> Source:
     listed = find_list(folder)
     if listed is None and config.columns != "auto":
         raise UserError(f"--columns {config.columns}: is for lists, and {folder} is a folder; leave it out")
-    found = _from_list(listed, config.columns, first) if listed else _from_folder(folder, first)
+    memory = memory or Memory()
+    found = _from_list(listed, config.columns, first, memory) if listed else _from_folder(folder, first, memory)
     if config.labels == "subtype":
         found = _by_subtype(found, names)
     found = _with_patients(found, config.patient_pattern)
-    table = with_patients(found.root, found.table, lambda: Cache.open(config.cache_dir).patient_key())
+    table = with_patients(found.root, found.table, lambda: Cache.open(config.cache_dir).patient_key(), memory)
     found = replace(found, table=table)
     return with_test(found, config)
 
@@ -76,7 +78,7 @@ class _Names:
         return Task.of(names, self.classes, self.positive)
 
 
-def to_evaluate(config: TrainConfig, task: Task) -> tuple[Path, pd.DataFrame, str]:
+def to_evaluate(config: TrainConfig, task: Task, memory: Memory) -> tuple[Path, pd.DataFrame, str]:
     """(root, table, split) of the images that `data_dir` names, to evaluate a model of this task on.
 
     They are a list's test split, or all of its images as split `external`; or what `index_for_evaluation` finds in a
@@ -89,11 +91,11 @@ def to_evaluate(config: TrainConfig, task: Task) -> tuple[Path, pd.DataFrame, st
     # A model of subtypes meets a source that is sorted into NORMAL and PNEUMONIA.
     subtypes = config.labels == "subtype" or (task == SUBTYPES and "PNEUMONIA" in sorted_into)
     if file is None or listed is None:
-        root, table, split = index_for_evaluation(config.data_dir, KAGGLE if subtypes else task)
+        root, table, split = index_for_evaluation(config.data_dir, KAGGLE if subtypes else task, memory)
         found = Source(root, table, KAGGLE if subtypes else task)
     else:
         own = Task.of(listed["class"]) if subtypes else _known(file, listed, task)
-        found = Source(file.parent, _labelled(file, listed, own), own)
+        found = Source(file.parent, _labelled(file, listed, own, memory), own)
         split = "test" if (found.table["official"] == "test").any() else "external"
         found = replace(found, table=_of_split(found.table, split))
     if subtypes and split != UNLABELLED:
@@ -123,14 +125,14 @@ def _known(file: Path, table: pd.DataFrame, task: Task) -> Task:
     return task
 
 
-def _from_list(file: Path, columns: str, names: _Names) -> Source:
+def _from_list(file: Path, columns: str, names: _Names, memory: Memory) -> Source:
     """The rows of a list; its labels are names."""
     table = read_list(file, columns)
     task = names.task(table["class"])
-    return Source(file.parent, _labelled(file, table, task), task, (f"read from the list {file.name}",))
+    return Source(file.parent, _labelled(file, table, task, memory), task, (f"read from the list {file.name}",))
 
 
-def _labelled(file: Path, table: pd.DataFrame, task: Task) -> pd.DataFrame:
+def _labelled(file: Path, table: pd.DataFrame, task: Task, memory: Memory) -> pd.DataFrame:
     """The rows of a list as a table, with patients and subtypes from file names where it has none."""
     table["label"] = table["class"].map(task.class_to_index)
     parsed = [parse_name(path) for path in table["path"]]
@@ -138,7 +140,7 @@ def _labelled(file: Path, table: pd.DataFrame, task: Task) -> pd.DataFrame:
     table.loc[blank, "subtype"] = pd.Series([subtype for _, subtype in parsed], table.index)[blank]
     table["group"] = [own or group for own, (group, _) in zip(table["group"], parsed, strict=True)]
     table = _in_order(table[COLUMNS])
-    return table.assign(digest=digest_files(file.parent / path for path in table["path"]))
+    return table.assign(digest=digest_files((file.parent / path for path in table["path"]), memory))
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +150,7 @@ def _in_order(table: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[sorted(range(len(table)), key=keys.__getitem__)].reset_index(drop=True)
 
 
-def _from_folder(folder: str | Path, names: _Names) -> Source:
+def _from_folder(folder: str | Path, names: _Names, memory: Memory) -> Source:
     """Class folders with `train/` above them, or none."""
     top = Path(folder).expanduser()
     flat = top.is_dir() and "train" not in folder_names(top) and _flat_names(top)
@@ -156,12 +158,12 @@ def _from_folder(folder: str | Path, names: _Names) -> Source:
     found = _flat_names(root) if flat else sorted({name for split in OFFICIAL for name in folder_names(root / split)})
     task = _task_of_folders(root, found, names)
     if not flat:
-        return Source(root, index_folder(root, task), task)
+        return Source(root, index_folder(root, task, memory), task)
     table = pd.DataFrame(list_classes(root, ".", task), columns=COLUMNS).assign(official="")
     for name, label in task.class_to_index.items():
         if not (table["label"] == label).any():
             raise UserError(f"{root / name}: contains no image; every class is required")
-    return Source(root, table.assign(digest=digest_files(root / path for path in table["path"])), task)
+    return Source(root, table.assign(digest=digest_files((root / path for path in table["path"]), memory)), task)
 
 
 def _flat_names(top: Path) -> list[str]:

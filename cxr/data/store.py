@@ -25,6 +25,7 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, decode_gray
 from cxr.data.depth import FULL
 from cxr.data.kaggle import is_unreadable
+from cxr.data.memory import Memory
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
 
@@ -67,13 +68,13 @@ def open_store(
     Unreadable images are in `bad`, not an error: the caller decides. Raises `UserError` when the cache cannot be
     written (a full disk) or a file is no longer what its digest says.
     """
-    files = dict(zip(digests, paths, strict=True))
+    files, memory = dict(zip(digests, paths, strict=True)), Memory.of(cache)
     folder = cache.decoded(size, resize) / f"{reading.format}-{_key(sorted(files))}"
     try:
         for _ in range(3):  # again if another run, which saw the same damage, has removed the new one
-            if (store := _read(folder)) is not None:
+            if (store := _read(folder, memory)) is not None:
                 return store
-            _build(folder, files, size, resize, reading)
+            _build(folder, files, size, resize, reading, memory)
     except OSError as error:
         raise UserError(
             f"{folder.parent}: cannot write decoded images ({error.strerror}); "
@@ -86,13 +87,17 @@ def _key(digests: list[str]) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:20]
 
 
-def _read(folder: Path) -> Store | None:
-    """The store in a folder; None when there is none, or when it was damaged (it is then removed)."""
+def _read(folder: Path, memory: Memory) -> Store | None:
+    """The store in a folder; None when there is none, or when it was damaged (it is then removed).
+
+    All of it is read only if it was changed since that was done last, by size and time.
+    """
     if not folder.exists():
         return None
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        intact = meta.pop("sha256") == _checksum(folder / "images.u8", meta)
+        text = (folder / "meta.json").read_text()
+        meta: dict[str, Any] = json.loads(text)
+        intact = _is_intact(folder / "images.u8", meta, hashlib.sha256(text.encode()).hexdigest(), memory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -106,6 +111,17 @@ def _read(folder: Path) -> Store | None:
     return Store(images, rows, meta["bad"], shapes, f"{folder.parent.name}/{folder.name}")
 
 
+def _is_intact(images: Path, meta: dict[str, Any], token: str, memory: Memory) -> bool:
+    """Whether both files are as they were written. `token` stands for the text of `meta`."""
+    expected = meta.pop("sha256")
+    if memory.confirms(images, token):
+        return True
+    if expected != _checksum(images, meta):
+        return False
+    memory.note(images, token)
+    return True
+
+
 def _checksum(images: Path, meta: dict[str, Any]) -> str:
     """Of both files, as `_write_rows` makes it: a damaged meta.json would tell a wrong row."""
     with images.open("rb") as file:
@@ -114,9 +130,9 @@ def _checksum(images: Path, meta: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _build(folder: Path, files: dict[str, Path], size: int, resize: str, reading: Reading) -> None:
+def _build(folder: Path, files: dict[str, Path], size: int, resize: str, reading: Reading, memory: Memory) -> None:
     """Decode `files` into a new `folder`."""
-    known = _nearest(folder.parent, reading, set(files))
+    known = _nearest(folder.parent, reading, set(files), memory)
     with new_folder(folder) as work:
         # Here and not around each decoding: the filters belong to the process, threads would restore each other's.
         with warnings.catch_warnings(action="ignore"):
@@ -188,9 +204,9 @@ def _write_rows(path: Path, size: int, rows: Iterator[_Row]) -> dict[str, Any]:
     return {**meta, "sha256": sha.hexdigest()}
 
 
-def _nearest(parent: Path, reading: Reading, digests: set[str]) -> Store | None:
+def _nearest(parent: Path, reading: Reading, digests: set[str], memory: Memory) -> Store | None:
     """Of the stores beside, the one that shares the most images, so that only new files are decoded."""
     found = parent.glob(f"{reading.format}-*/meta.json")
-    stores = [store for path in found if (store := _read(path.parent)) is not None]
+    stores = [store for path in found if (store := _read(path.parent, memory)) is not None]
     best = max(stores, key=lambda store: len(digests & store.rows.keys()), default=None)
     return best if best and digests & best.rows.keys() else None

@@ -14,6 +14,7 @@ from cxr.data.batches import eval_batches, make_split
 from cxr.data.headers import read_headers
 from cxr.data.kaggle import UNLABELLED
 from cxr.data.load import HIDDEN_HINT, bad_paths, list_bad
+from cxr.data.memory import Memory
 from cxr.data.sources import to_evaluate
 from cxr.data.splits import fingerprint
 from cxr.data.store import open_store
@@ -94,9 +95,10 @@ def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
 def _predicted(uri: str, config: TrainConfig) -> Predicted:
     predictor = registry.load(uri)
     card = predictor.card
-    root, indexed, split = to_evaluate(config, card.task)
     cache = Cache.open(config.cache_dir)
-    found = read_headers(root, indexed, cache, config.paths)
+    memory = Memory.of(cache)
+    root, indexed, split = to_evaluate(config, card.task, memory)
+    found = read_headers(root, indexed, cache, config.paths, memory=memory)
     table, files = found.table.assign(group=list(found.groups.values())), list(found.files.values())
     store = open_store(files, list(table["digest"]), card.image_size, card.resize, cache, found.reading)
     if bad := bad_paths(table, store):
