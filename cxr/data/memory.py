@@ -67,6 +67,7 @@ class Memory:
     def __init__(self, file: Path | None = None):
         self.file = file
         self._known: dict[tuple[Path, str], str] = {}
+        self._facts: dict[Path, Facts] = {}
 
     @classmethod
     def of(cls, cache: Cache) -> Memory:
@@ -74,18 +75,22 @@ class Memory:
         return cls(cache.root / "files.sqlite")
 
     def facts(self, paths: Iterable[Path]) -> list[Facts]:
-        """Of each file, in order; those that are not known are read."""
+        """Of each file, in order; those that are not known are read. This object looks at each file once."""
         files = list(paths)
-        states = _in_threads(_state, files)
-        self._recall([(file, state) for file, state in zip(files, states, strict=True) if state])
-        new = [file for file, state in zip(files, states, strict=True) if (file, state) not in self._known]
+        self._look_at(list(dict.fromkeys(file for file in files if file not in self._facts)))
+        return [self._facts[file] for file in files]
+
+    def _look_at(self, files: Sequence[Path]) -> None:
+        states = dict(zip(files, _states(files), strict=True))
+        self._recall([(file, state) for file, state in states.items() if state])
+        known = {file: self._known[file, state] for file, state in states.items() if (file, state) in self._known}
+        new = [file for file in files if file not in known]
         with ThreadPoolExecutor() as pool:
             read = tqdm(pool.map(Facts.of, new), "reading files", len(new), unit="file", leave=False, disable=None)
             found = dict(zip(new, read, strict=True))
-        state_of = dict(zip(files, states, strict=True))
         readable = [file for file, each in found.items() if not each.digest.startswith(UNREADABLE)]
-        self._note([(file, state_of[file], found[file].text()) for file in readable if state_of[file]])
-        return [found.get(f) or Facts.parse(self._known[f, s]) for f, s in zip(files, states, strict=True)]
+        self._note([(file, states[file], found[file].text()) for file in readable if states[file]])
+        self._facts |= {file: Facts.parse(text) for file, text in known.items()} | found
 
     def confirms(self, file: Path, token: str) -> bool:
         """Whether `token` was noted of the file as it is now."""
@@ -148,9 +153,11 @@ class Memory:
         return []
 
 
-def _in_threads(read: Callable[[Path], str], files: Sequence[Path]) -> list[str]:
+def _states(files: Sequence[Path]) -> list[str]:
+    """The state of each; in threads, as a network may lie between."""
+    parts = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(read, files, chunksize=64))
+        return [state for part in pool.map(lambda part: [_state(file) for file in part], parts) for state in part]
 
 
 def _state(file: Path) -> str:

@@ -14,6 +14,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from cxr.figures.style import save_png
+
 DIGITS = 4
 LONG = 40  # characters
 WARNING = "Not for clinical use"
@@ -89,8 +91,7 @@ def _environment() -> Environment:
 
 def _image(caption: str, figure: Figure) -> _Image:
     buffer = io.BytesIO()
-    # Without this, Matplotlib writes its version and address into the file, and equal figures give unequal pages.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    save_png(figure, buffer)
     png = base64.b64encode(buffer.getvalue()).decode("ascii")
     return _Image(caption, png, round(figure.get_figwidth() * figure.dpi))
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 Labels = NDArray[np.integer[Any]]
 Counts = NDArray[np.integer[Any]]
@@ -43,6 +46,14 @@ def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     figure.suptitle(textwrap.fill(title, int(width * 10)), fontsize=12.5)
     return figure
+
+
+def save_png(figure: Figure, file: Path | BinaryIO) -> None:
+    """At the figure's own resolution: the pixels of `savefig`, which draws every figure twice to lay it out."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
+    image.convert("RGB").save(file, "PNG", compress_level=3)
 
 
 def _unit_square(title: str) -> tuple[Figure, Axes]:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr.config import without_password
+from cxr.figures.style import save_png
 from cxr.tracking.reading import metric_history
 from cxr.tracking.store import one_at_a_time
 
@@ -155,7 +156,7 @@ class MlflowTracker:
     def figure(self, figure: Figure, path: str) -> None:
         """As PNG at the figure's own resolution."""
         with _artifact(path, self.run_id) as file:
-            figure.savefig(file)
+            save_png(figure, file)
 
     def text(self, text: str, path: str) -> None:
         """As it is."""

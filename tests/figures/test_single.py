@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -9,9 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from PIL import Image
 from plot_help import LABELS, PROBABILITIES, line, save, texts
 
 from cxr.figures import single as plots
+from cxr.figures.style import save_png
 
 CURVES = [plots.roc_curve, plots.pr_curve]
 Curve = Callable[..., Figure]
@@ -221,3 +224,13 @@ def test_selective_accuracy_shows_the_curve_its_band_and_what_the_model_keeps(bo
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "model abstains from 10.4%" in labels
     assert ("95% interval" in labels) == bounded
+
+
+def test_saved_pictures_have_the_pixels_that_matplotlib_saves() -> None:
+    labels = np.tile([0, 1], 30)
+    figures = [plots.roc_curve(labels, np.linspace(0, 1, 60), (0.5, 0.4, 0.6), "A title") for _ in range(2)]
+    files = io.BytesIO(), io.BytesIO()
+    save_png(figures[0], files[0])
+    figures[1].savefig(files[1])
+    ours, theirs = (np.asarray(Image.open(file).convert("RGB")) for file in files)
+    np.testing.assert_array_equal(ours, theirs)
