@@ -128,9 +128,11 @@ def test_the_accuracy_on_images_without_labels_is_estimated_and_said_to_be_an_es
 ) -> None:
     config, result, _ = finished
     files = sorted(Path(config.data_dir).glob("test/*/*"))
+    folder = tmp_path / "films"
+    folder.mkdir()
     for file in files:
-        shutil.copy(file, tmp_path / file.name)
-    assert run_main(monkeypatch, "evaluate", "--data-dir", str(tmp_path), "--bootstrap", "50") == 0
+        shutil.copy(file, folder / file.name)
+    assert run_main(monkeypatch, "evaluate", "--data-dir", str(folder), "--bootstrap", "50") == 0
     said = capsys.readouterr().out
     assert f"{len(files)} images without labels" in said
     assert "an estimate made on unlabelled images" in said
