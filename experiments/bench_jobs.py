@@ -43,19 +43,20 @@ def seconds(work: Path, arguments: list[str]) -> float:
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--weights", default="random", show_default=True)
 @click.option("--jobs", type=AT_LEAST_1, default=os.cpu_count(), show_default=True)
+@click.option("--ways", default="all,one,jobs,ray", show_default=True, help="some of them")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="also write the table there as CSV")
-def main(data_dir: str, jobs: int, out: Path | None, **options: object) -> None:
+def main(data_dir: str, jobs: int, ways: str, out: Path | None, **options: object) -> None:
     """Run all ways and print the table."""
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    ways = {
-        "one after the other, all cores each": ["--jobs", "1", "--threads", str(os.cpu_count())],
-        "one after the other, one thread each": ["--jobs", "1", "--threads", "1"],
-        f"{jobs} side by side, one thread each": ["--jobs", str(jobs), "--threads", "1"],
-        "Ray, one thread each": ["--engine", "ray", "--threads", "1"],
+    known = {
+        "all": ("one after the other, all cores each", ["--jobs", "1", "--threads", str(os.cpu_count())]),
+        "one": ("one after the other, one thread each", ["--jobs", "1", "--threads", "1"]),
+        "jobs": (f"{jobs} side by side, one thread each", ["--jobs", str(jobs), "--threads", "1"]),
+        "ray": ("Ray, one thread each", ["--engine", "ray", "--threads", "1"]),
     }
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as work:
-        for number, (way, own) in enumerate(ways.items()):
+        for number, (way, own) in enumerate(known[name] for name in ways.split(",")):
             took = seconds(Path(work) / str(number), ["--data-dir", data_dir, "--register", "none", *given, *own])
             rows.append({"way": way, "s": took, "ratio": float(str(rows[0]["s"])) / took if rows else 1.0})
             click.echo(rows[-1], err=True)

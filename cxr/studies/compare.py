@@ -72,7 +72,7 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
         verdict = _publish(parent, runs, config.margin)
         if config.ensemble:
             _ensembles(config, parent.run_id, runs, say)
-    say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids)]))
+    say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids, RunKind.COMPARISON)]))
     return verdict
 
 
@@ -307,10 +307,10 @@ def _counts(run: RunData) -> Ints:
     return counts_of(run.test["label"].to_numpy(np.int64), decided(matrix_of(run.test)), len(run.task.classes))
 
 
-def _links(parent: MlflowTracker, run_ids: Sequence[str]) -> list[str]:
+def _links(parent: MlflowTracker, run_ids: Sequence[str], kind: RunKind | None = None) -> list[str]:
     """Lines that say where the report is, and link to the runs side by side in MLflow."""
     ids = json.dumps(list(run_ids), separators=(",", ":"))
-    where = parent.where()
+    where = parent.where(kind)
     page = where[-1].split("/#/")[0]
     experiments = json.dumps([parent.experiment_id], separators=(",", ":"))
     chosen = f"{page}/#/compare-runs?runs={ids}&experiments={experiments}"

@@ -32,7 +32,7 @@ def crossval_tracked(config: CrossvalConfig, say: Say = print) -> pd.DataFrame:
     with run_family(config, _members(config), name, tags, say) as (parent, run_ids):
         table, pooled = _gather(run_ids, train.bootstrap)
         lines = _publish(parent, config, table, pooled)
-    say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where())]))
+    say("\n" + "\n".join([*lines, *(f"look: {where}" for where in parent.where(RunKind.CROSSVAL))]))
     return table
 
 

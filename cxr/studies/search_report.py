@@ -11,7 +11,7 @@ from cxr.config import TuneConfig, without_password
 from cxr.evaluation.report import format_interval
 from cxr.runs.result import RunResult
 from cxr.studies.optuna_study import ERROR, OPEN, slots, study_figures, trials_table
-from cxr.tracking.reading import Artifact, Tag, plot_path
+from cxr.tracking.reading import Artifact, RunKind, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -70,13 +70,14 @@ def _outcome(study: optuna.Study, config: TuneConfig) -> list[str]:
 
 def summary(study: optuna.Study, parent: MlflowTracker, config: TuneConfig, winner: RunResult | None) -> list[str]:
     """The summary: the best trial, where to find the results, possible next commands."""
+    rates = [f"train.{name}" for name in config.searched()]
     lines = _outcome(study, config)
     if winner:
         test = ", ".join(f"{m} {format_interval(winner.test.interval(m))}" for m in ("accuracy", "roc_auc"))
         lines += [f"refit of the best trial, on test: {test}", winner.registered]
     return [
         *lines,
-        *(f"look: {where}" for where in parent.where()),
+        *(f"look: {where}" for where in parent.where(RunKind.SEARCH, rates)),
         f"look: uv tool run optuna-dashboard {without_password(config.storage)}",
         f"next: more trials with --study {study.study_name} --trials {config.trials * 2}, or another --strategy",
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from cxr.config import TrainConfig
 from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
@@ -42,12 +43,14 @@ def at_once(jobs: str, runs: int, machine: Machine, threads: int) -> tuple[int, 
 
 
 def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> None:
-    """Train all children, `processes` at once; what one says is said after its name.
+    """Train all children, `processes` at once, the costly ones of a seed first, so that none is left alone at the end.
+
+    What one says is said after its name.
 
     The first that fails stops the others, which end KILLED and can be continued. Raises what it raised: `UserError`, or
     `ChildError` with its traceback; `MachineError` when its process was killed; `Stopped` when it was stopped.
     """
-    waiting = deque(children)
+    waiting = deque(sorted(children, key=lambda child: (child.config.seed, -_cost(child.config))))
     threads = max(child.config.threads for child in waiting)
     workers = [_Worker(number, threads) for number in range(min(processes, len(waiting)))]
     try:
@@ -60,6 +63,11 @@ def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> N
     finally:
         for worker in workers:
             worker.end()
+
+
+def _cost(config: TrainConfig) -> int:
+    """How many stages are trained, counted once an epoch: enough to tell `full` from `frozen`."""
+    return config.epochs * sum(len(phase.trainable) for phase in config.phases)
 
 
 class _Worker:

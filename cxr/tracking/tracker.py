@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from cxr.config import without_password
 from cxr.figures.style import save_png
-from cxr.tracking.reading import metric_history
+from cxr.tracking.reading import RunKind, metric_history
 from cxr.tracking.store import one_at_a_time
+from cxr.tracking.views import OPENS, key_of, saved_view, state_of
 
 
 class Tracker(Protocol):
@@ -54,8 +55,8 @@ class Tracker(Protocol):
     def count(self, tags: Mapping[str, str]) -> int:
         """How many other runs of the store have these tags."""
 
-    def where(self) -> list[str]:
-        """Lines that tell a person where to look."""
+    def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
+        """Lines that tell a person where to look; `kind` is that of a parent, `rates` what a search varies."""
 
 
 class NullTracker:
@@ -107,7 +108,7 @@ class NullTracker:
         """None."""
         return 0
 
-    def where(self) -> list[str]:
+    def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
         """Nowhere."""
         return ["not tracked"]
 
@@ -198,17 +199,19 @@ class MlflowTracker:
         )
         return sum(run.info.run_id != self.run_id for run in found)
 
-    def where(self) -> list[str]:
-        """The command that opens the UI and the pages that matter."""
+    def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
+        """The command that opens the UI, and the pages that matter: for a parent of a `kind`, the view of its children
+        and its own page; else the run's own page and the view of all runs."""
         import mlflow
 
         uri = without_password(mlflow.get_tracking_uri())
         remote = uri.startswith("http")
         base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
-        experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
-        lines = [] if remote else [f"mlflow ui --backend-store-uri {uri}"]
-        view = "?workflowType=machine_learning"  # else the UI shows its pages for language models
-        return [*lines, f"{experiment}/{self.run_id}{view}", f"{experiment}{view}"]
+        experiment = f"{base}/#/experiments/{self.experiment_id}"
+        state = state_of(kind, self.run_id, rates)
+        view = f"{experiment}/{saved_view(self.experiment_id, key_of(kind, self.run_id), state)}"
+        own = f"{experiment}/runs/{self.run_id}?{OPENS}"
+        return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""The shared views of MLflow's runs page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from cxr.tracking import views
+from cxr.tracking.reading import RunKind
+from cxr.tracking.tracker import MlflowTracker
+from cxr.tracking.views import LONGEST, TAG, key_of, saved_view, state_of
+
+RATES = [f"train.lr_{name}" for name in ("head", "top", "all")]
+KINDS = (None, RunKind.COMPARISON, RunKind.SEARCH, RunKind.CROSSVAL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_fits_into_a_tag_and_shows_metrics_of_test_or_validation(kind: RunKind | None) -> None:
+    state = state_of(kind, "0" * 32, RATES)
+    assert len(json.dumps(state)) < LONGEST
+    shown = state["selectedColumns"]
+    assert any("roc_auc" in column for column in shown)
+    assert state["orderByKey"] in shown
+    assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == len(state["compareRunCharts"]) >= 2
+    assert (state["searchFilter"] == "tags.`mlflow.parentRunId` = '" + "0" * 32 + "'") == (kind is not None)
+    assert bool(state["groupBy"]) == (kind is RunKind.COMPARISON)
+    assert not kind or all(rate in str(state["compareRunCharts"]) for rate in RATES) == (kind is RunKind.SEARCH)
+
+
+def test_the_links_of_a_run_name_views_that_are_there(in_store: str) -> None:
+    mlflow.set_experiment("cxr")
+    with mlflow.start_run() as run:
+        tracker = MlflowTracker(run)
+        command, own, every = tracker.where()
+        _, children, parent = tracker.where(RunKind.COMPARISON)
+    assert command.startswith("mlflow ui --backend-store-uri sqlite:")
+    assert own == parent == f"http://127.0.0.1:5000/#/experiments/1/runs/{tracker.run_id}?{views.OPENS}"
+    tags = mlflow.get_experiment("1").tags
+    for link, kind in ((every, None), (children, RunKind.COMPARISON)):
+        key = key_of(kind, tracker.run_id)
+        assert f"/runs?viewStateShareKey={key}&" in link
+        assert json.loads(tags[f"{TAG}{key}"]) == state_of(kind, tracker.run_id)
+
+
+def test_where_a_view_cannot_be_written_the_link_opens_the_plain_page(
+    in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*arguments: object) -> None:
+        raise MlflowException("PERMISSION_DENIED")
+
+    monkeypatch.setattr(MlflowClient, "set_experiment_tag", forbidden)
+    assert saved_view("0", "cxr-runs", state_of(None)) == f"runs?{views.OPENS}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """(address of an MLflow UI, ID of a parent with four children of two strategies)."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("cxr")
+    with mlflow.start_run(run_name="compare-2x2") as parent:
+        for number, (strategy, auc) in enumerate(
+            [("frozen", 0.25), ("frozen", 0.75), ("full", 0.875), ("full", 0.625)]
+        ):
+            with mlflow.start_run(run_name=f"{strategy}-s{number}", nested=True):
+                mlflow.log_params({"train.strategy": strategy, "train.seed": number})
+                mlflow.log_metrics({"test_roc_auc": auc, "val_loss": 0.5, "total_seconds": 3.0})
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        store,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        for _ in range(120):
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", parent.info.run_id
+        server.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str], tmp_path: Path) -> None:
+    address, parent = ui
+    view = saved_view("1", key_of(RunKind.COMPARISON, parent), state_of(RunKind.COMPARISON, parent))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    options = ["--window-size=1800,1000", "--virtual-time-budget=20000", "--dump-dom"]
+    found = subprocess.run([*command, *options, f"{address}/#/experiments/1/{view}"], capture_output=True, timeout=120)
+    page = found.stdout.decode()
+    assert "Group: frozen" in page
+    assert "Group: full" in page
+    assert "test_roc_auc" in page
+    assert all(f"full-s{number}" in page for number in (2, 3))
+    assert "0.5" in page  # the mean of frozen
+    assert "0.75" in page  # that of full, too
+    assert "compare-2x2" not in page
