@@ -25,7 +25,7 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, largest_value
 from cxr.data.depth import FULL, fewest_bits
 from cxr.data.kaggle import is_unreadable, parse_name
-from cxr.data.memory import Facts, Memory
+from cxr.data.memory import Facts, Memory, files_in
 from cxr.data.store import Reading
 from cxr.storage import Cache, write_atomically
 
@@ -58,7 +58,7 @@ def with_patients(
     Headers come before file names; a group that is not that of the file name was given, and stays. Without DICOM
     files, the manifest as it was, and no `key` is asked for. Raises `UserError` when the key cannot be had.
     """
-    files = [root / path for path in table["path"]]
+    files = files_in(root, table["path"])
     radiographs = _radiographs(files, (memory or Memory()).facts(files))
     if not any(radiographs):
         return table
@@ -79,11 +79,11 @@ def read_headers(
     auto hides them if any file is DICOM. `depth` is auto or a number of bits. Raises `UserError` when the cache cannot
     be used.
     """
-    memory = memory or Memory()
-    table = table if "patient" in table else with_patients(root, table, cache.patient_key, memory)
-    files = [root / path for path in table["path"]]
+    memory, files = memory or Memory(), files_in(root, table["path"])
     facts = memory.facts(files)
     radiographs = any(_radiographs(files, facts))
+    if radiographs and "patient" not in table:
+        table = with_patients(root, table, cache.patient_key, memory)
     hidden = paths == HASHED or (paths == AUTO and radiographs)
     deep = {d: file for d, file, each in zip(table["digest"], files, facts, strict=True) if each.deep}
     reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), radiographs, hidden)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from cxr.data import dicom
-from cxr.data.memory import UNREADABLE, Memory
+from cxr.data.memory import UNREADABLE, Memory, files_in
 from cxr.data.splits import OFFICIAL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
@@ -69,7 +69,7 @@ def index_folder(root: Path, task: Task = KAGGLE, memory: Memory | None = None) 
                 raise UserError(
                     f"{root / split / name}: contains no .jpeg, .jpg, .png or DICOM file; every class is required"
                 )
-    table["digest"] = digest_files((root / path for path in table["path"]), memory)
+    table["digest"] = digest_files(files_in(root, table["path"]), memory)
     return table
 
 
@@ -98,7 +98,7 @@ def index_for_evaluation(
     table = pd.DataFrame(list_classes(top, ".", task), columns=COLUMNS).assign(official="external")
     if set(table["label"]) != set(task.class_to_index.values()):
         raise UserError(f"--data-dir {top}: needs images in each of {' and '.join(task.classes)}")
-    table["digest"] = digest_files((top / path for path in table["path"]), memory)
+    table["digest"] = digest_files(files_in(top, table["path"]), memory)
     return top, table, "external"
 
 

@@ -153,6 +153,11 @@ class Memory:
         return []
 
 
+def files_in(root: Path, paths: Iterable[str]) -> list[Path]:
+    """`root / path` of each, in half the time."""
+    return [Path(os.path.join(root, path)) for path in paths]
+
+
 def _states(files: Sequence[Path]) -> list[str]:
     """The state of each; in threads, as a network may lie between."""
     parts = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]

@@ -30,7 +30,7 @@ from cxr.data.kaggle import (
     parse_name,
 )
 from cxr.data.lists import find_list, read_list
-from cxr.data.memory import Memory
+from cxr.data.memory import Memory, files_in
 from cxr.data.splits import OFFICIAL, grouped_holdout, patients_across, require_every_class
 from cxr.errors import UserError
 from cxr.storage import Cache
@@ -140,7 +140,7 @@ def _labelled(file: Path, table: pd.DataFrame, task: Task, memory: Memory) -> pd
     table.loc[blank, "subtype"] = pd.Series([subtype for _, subtype in parsed], table.index)[blank]
     table["group"] = [own or group for own, (group, _) in zip(table["group"], parsed, strict=True)]
     table = _in_order(table[COLUMNS])
-    return table.assign(digest=digest_files((file.parent / path for path in table["path"]), memory))
+    return table.assign(digest=digest_files(files_in(file.parent, table["path"]), memory))
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -163,7 +163,7 @@ def _from_folder(folder: str | Path, names: _Names, memory: Memory) -> Source:
     for name, label in task.class_to_index.items():
         if not (table["label"] == label).any():
             raise UserError(f"{root / name}: contains no image; every class is required")
-    return Source(root, table.assign(digest=digest_files((root / path for path in table["path"]), memory)), task)
+    return Source(root, table.assign(digest=digest_files(files_in(root, table["path"]), memory)), task)
 
 
 def _flat_names(top: Path) -> list[str]:
