@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sqlite3
 import time
 import warnings
@@ -71,8 +72,8 @@ class Memory:
 
     @classmethod
     def of(cls, cache: Cache) -> Memory:
-        """That of a cache folder."""
-        return cls(cache.root / "files.sqlite")
+        """That of a cache folder and this machine: others see other times, and SQLite is not for shared folders."""
+        return cls(cache.root / f"files-{socket.gethostname()}.sqlite")
 
     def facts(self, paths: Iterable[Path]) -> list[Facts]:
         """Of each file, in order; those that are not known are read. This object looks at each file once."""
@@ -81,6 +82,7 @@ class Memory:
         return [self._facts[file] for file in files]
 
     def _look_at(self, files: Sequence[Path]) -> None:
+        looked = time.time_ns()
         states = dict(zip(files, _states(files), strict=True))
         self._recall([(file, state) for file, state in states.items() if state])
         known = {file: self._known[file, state] for file, state in states.items() if (file, state) in self._known}
@@ -89,19 +91,19 @@ class Memory:
             read = tqdm(pool.map(Facts.of, new), "reading files", len(new), unit="file", leave=False, disable=None)
             found = dict(zip(new, read, strict=True))
         readable = [file for file, each in found.items() if not each.digest.startswith(UNREADABLE)]
-        self._note([(file, states[file], found[file].text()) for file in readable if states[file]])
+        self._note([(file, states[file], found[file].text()) for file in readable if states[file]], looked)
         self._facts |= {file: Facts.parse(text) for file, text in known.items()} | found
 
     def confirms(self, file: Path, token: str) -> bool:
         """Whether `token` was noted of the file as it is now."""
-        state = _state(file)
+        state = state_of(file)
         self._recall([(file, state)])
         return bool(state) and self._known.get((file, state)) == token
 
-    def note(self, file: Path, token: str) -> None:
-        """Note what was found out about the file as it is now."""
-        if state := _state(file):
-            self._note([(file, state, token)])
+    def note(self, file: Path, token: str, state: str) -> None:
+        """Note what was found out about the file while it had this state (`state_of`)."""
+        if state and state == state_of(file):
+            self._note([(file, state, token)], time.time_ns())
 
     def _recall(self, asked: Sequence[tuple[Path, str]]) -> None:
         wanted = {_key(file): (file, state) for file, state in asked if (file, state) not in self._known}
@@ -121,9 +123,10 @@ class Memory:
 
         return self._using(ask)
 
-    def _note(self, found: Sequence[tuple[Path, str, str]]) -> None:
+    def _note(self, found: Sequence[tuple[Path, str, str]], looked: int) -> None:
+        """`looked` is the time before their states were asked for, ns."""
         self._known |= {(file, state): text for file, state, text in found}
-        old = time.time_ns() - FRESH
+        old = looked - FRESH
         rows = [(_key(file), state, text) for file, state, text in found if max(map(int, state.split()[1:])) < old]
         if not self.file or not rows:
             return
@@ -148,8 +151,8 @@ class Memory:
             warnings.warn(f"{self.file}: cannot be used ({error}); files are read again", stacklevel=2)
         except sqlite3.DatabaseError as error:
             warnings.warn(f"{self.file}: damaged ({error}); it is made anew, and files are read again", stacklevel=2)
-            with suppress(OSError):
-                self.file.unlink()
+            with suppress(OSError):  # not removed: another process may have it open
+                self.file.rename(self.file.with_name(f"{self.file.name}.damaged-{time.time_ns()}"))
         return []
 
 
@@ -162,10 +165,10 @@ def _states(files: Sequence[Path]) -> list[str]:
     """The state of each; in threads, as a network may lie between."""
     parts = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     with ThreadPoolExecutor() as pool:
-        return [state for part in pool.map(lambda part: [_state(file) for file in part], parts) for state in part]
+        return [state for part in pool.map(lambda part: [state_of(file) for file in part], parts) for state in part]
 
 
-def _state(file: Path) -> str:
+def state_of(file: Path) -> str:
     """Size and times of the last change; nothing for a file that is not there."""
     try:
         status = os.stat(file)

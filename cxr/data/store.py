@@ -25,7 +25,7 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, decode_gray
 from cxr.data.depth import FULL
 from cxr.data.kaggle import is_unreadable
-from cxr.data.memory import Memory
+from cxr.data.memory import Memory, state_of
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
 
@@ -116,9 +116,10 @@ def _is_intact(images: Path, meta: dict[str, Any], token: str, memory: Memory) -
     expected = meta.pop("sha256")
     if memory.confirms(images, token):
         return True
+    state = state_of(images)
     if expected != _checksum(images, meta):
         return False
-    memory.note(images, token)
+    memory.note(images, token, state)
     return True
 
 

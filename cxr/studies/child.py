@@ -10,6 +10,8 @@ from cxr.config import TrainConfig
 from cxr.errors import ChildError, Stopped, UserError
 from cxr.runs.messages import Say
 from cxr.runs.train import run_tracked
+from cxr.tracking.nested import end
+from cxr.tracking.reading import LoggedRun
 from cxr.warning_lines import show_warnings_as_lines
 
 Message = tuple[str, Any]  # finished; stopped; failed, with the error or its traceback
@@ -47,6 +49,12 @@ class Child:
             raise Stopped(self.name)
         if kind == "failed":
             raise content if isinstance(content, UserError) else ChildError(f"{self.name}:\n{content}")
+
+
+def end_lost(child: Child, reason: str) -> None:
+    """End the run of a process that is gone, unless it had ended."""
+    if LoggedRun.open(child.run_id).status == "RUNNING":
+        end(child.run_id, "KILLED", f"lost: {reason}")
 
 
 def stores_in_use() -> tuple[str, str]:

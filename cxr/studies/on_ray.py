@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from cxr.errors import InUseError, MachineError, UserError
+from cxr.errors import ChildError, InUseError, MachineError, UserError
 from cxr.runs.messages import Say
 from cxr.runs.resume import has_checkpoint
-from cxr.studies.child import Child, Message, stores_in_use, use_stores
-from cxr.tracking.nested import children, end
+from cxr.studies.child import Child, Message, end_lost, stores_in_use, use_stores
+from cxr.tracking.nested import children, is_finished
 from cxr.tracking.reading import LoggedRun, Tag
 
 RETRIES = 3  # of one run, each after its process or node was lost
@@ -36,41 +38,54 @@ def train_on_ray(family: Iterable[Child], most: int | None, say: Say, renew: Ren
     _require_reachable(ray, stores)
     tasks = _Tasks(ray, stores, say)
     waiting, tries = deque(family), Counter[str]()
+    _require_room(ray, waiting)
     try:
-        _end_lost(waiting)
+        for child in waiting:  # Ray ends the tasks of a driver that died, which cannot say so
+            end_lost(child, "its driver ended")
         while waiting or tasks.running:
             while waiting and (most is None or len(tasks.running) < most):
                 tasks.start(waiting.popleft())
-            for child, message in tasks.ended():
-                if message == ("begin again", ""):
-                    waiting.append(renew(child))
-                elif message[0] == "lost" or isinstance(message[1], InUseError):
-                    waiting.append(_again(child, message[1], tries, say))
-                else:
-                    child.require_finished(message)
-                    say(f"{child.name}: finished, run {child.run_id}")
+            waiting += _settled(tasks.ended(), tries, say, renew)
     finally:
         tasks.stop()
 
 
-def _again(child: Child, reason: Any, tries: Counter[str], say: Say) -> Child:
-    """The same child, once more. Raises `MachineError` if it was lost too often."""
+def _settled(ended: Iterable[tuple[Child, Message]], tries: Counter[str], say: Say, renew: Renew) -> list[Child]:
+    """What is to be tried again of the tasks that have ended. Raises the first error, once all are dealt with."""
+    again, errors = [], []
+    for child, message in ended:
+        try:
+            if message[0] == "begin again":
+                again.append(renew(child))
+            elif message[0] in ("lost", "stopped") or isinstance(message[1], InUseError):
+                again += _again(child, message[1], tries, say)
+            else:
+                child.require_finished(message)
+                say(f"{child.name}: finished, run {child.run_id}")
+        except (UserError, ChildError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return again
+
+
+def _again(child: Child, reason: Any, tries: Counter[str], say: Say) -> list[Child]:
+    """The same child once more, unless it had finished when it was lost. Raises `MachineError` if it was lost too
+    often."""
+    if is_finished(child.run_id):
+        say(f"{child.name}: finished, run {child.run_id}")
+        return []
+    reason = reason or "stopped"  # such as a node that is given to somebody else
+    if not isinstance(reason, InUseError):
+        end_lost(child, str(reason))
     tries[child.name] += 1
     if tries[child.name] > RETRIES:
         raise MachineError(f"{child.name}: run {child.run_id} was lost {tries[child.name]} times ({reason})")
     if isinstance(reason, InUseError):
         time.sleep(IN_USE)
     else:
-        end(child.run_id, "KILLED", f"lost: {reason}")
         say(f"{child.name}: lost ({reason}); run {child.run_id} is tried again")
-    return child
-
-
-def _end_lost(waiting: Iterable[Child]) -> None:
-    """End what an earlier call left RUNNING: Ray ends the tasks of a driver that died, which cannot say so."""
-    for child in waiting:
-        if LoggedRun.open(child.run_id).status == "RUNNING":
-            end(child.run_id, "KILLED", "lost with the process that had started it")
+    return [child]
 
 
 def _connected() -> Any:
@@ -81,6 +96,7 @@ def _connected() -> Any:
     except ImportError as error:
         raise UserError("--engine ray: Ray is not installed; install the extra `ray` (uv sync --extra ray)") from error
     if not ray.is_initialized():
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
@@ -88,6 +104,9 @@ def _connected() -> Any:
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:200]
             raise MachineError(f"--engine ray: no cluster could be used ({reason}); check RAY_ADDRESS") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own would end the parent as failed
     return ray
 
 
@@ -99,6 +118,16 @@ def _require_reachable(ray: Any, stores: tuple[str, str]) -> None:
     if others and local:
         raise UserError(
             f"--engine ray: {others[0]} cannot log to {local[0]}; start an MLflow server and set MLFLOW_TRACKING_URI"
+        )
+
+
+def _require_room(ray: Any, family: Iterable[Child]) -> None:
+    """Ray would wait for ever for a node with more CPUs than any has."""
+    threads = max((child.config.threads for child in family), default=1)
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if threads > largest:
+        raise UserError(
+            f"--engine ray: a run takes {threads} threads, and no node has more than {largest:g}; use --threads"
         )
 
 
@@ -134,7 +163,9 @@ class _Tasks:
     def _message(self, reference: Any) -> Message:
         try:
             message: Message = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:  # what the run itself raises is in the message
+        except self.ray.exceptions.RayTaskError as error:  # such as another version of cxr on the node
+            return "failed", str(error)
+        except self.ray.exceptions.RayError as error:
             return "lost", type(error).__name__
         return message
 
@@ -159,6 +190,9 @@ def _train(child: Child, stores: tuple[str, str], settings: Mapping[str, str]) -
     os.environ.pop("MLFLOW_RUN_ID", None)
     os.environ.update(settings, TQDM_DISABLE="1")
     use_stores(stores)
-    if not has_checkpoint(LoggedRun.open(child.run_id), child.config):
-        return "begin again", ""
+    try:
+        if not has_checkpoint(LoggedRun.open(child.run_id), child.config):
+            return "begin again", ""
+    except UserError as error:
+        return "failed", type(error)(f"on {socket.gethostname()}: {error}")
     return child.trained(lambda line: None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +19,10 @@ from cxr.config import TrainConfig
 from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
-from cxr.studies.child import Child, stores_in_use, use_stores
+from cxr.studies.child import Child, end_lost, stores_in_use, use_stores
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
+PATIENCE = 60.0  # seconds that a run has to end when it is stopped
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
 # Of the processes. Threads that spin while they wait keep the others from working.
 SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -62,6 +65,8 @@ def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> N
                 busy[connection].answer(waiting, say)
     finally:
         for worker in workers:
+            worker.stop()
+        for worker in workers:
             worker.end()
 
 
@@ -88,19 +93,18 @@ class _Worker:
         """Take the next child, if there is one."""
         self.child = waiting.popleft() if waiting else None
         if self.child:
-            self.connection.send(self.child)
+            try:
+                self.connection.send(self.child)
+            except OSError as error:
+                raise self._killed() from error
 
     def answer(self, waiting: deque[Child], say: Say) -> None:
         """Deal with what the process has to say."""
         assert self.child
         try:
             kind, content = self.connection.recv()
-        except EOFError as error:
-            self.process.join()
-            raise MachineError(
-                f"{self.child.name}: the process of run {self.child.run_id} was killed (exit code "
-                f"{self.process.exitcode}), perhaps for memory; repeat the command to go on, with fewer --jobs"
-            ) from error
+        except (EOFError, OSError) as error:
+            raise self._killed() from error
         if kind == "said":
             for line in filter(None, content.splitlines()):
                 say(f"{self.child.name}: {line}")
@@ -108,12 +112,30 @@ class _Worker:
             self.child.require_finished((kind, content))
             self.take(waiting)
 
-    def end(self) -> None:
-        """Stop what is being trained, and wait until it has ended."""
+    def _killed(self) -> MachineError:
+        """What to raise when the process is gone; its run, which could not end itself, is ended."""
+        assert self.child
+        self.process.join()
+        end_lost(self.child, "its process was killed")
+        return MachineError(
+            f"{self.child.name}: the process of run {self.child.run_id} was killed (exit code "
+            f"{self.process.exitcode}), perhaps for memory; repeat the command to go on, with fewer --jobs"
+        )
+
+    def stop(self) -> None:
+        """Have what is being trained end, or the process if it waits."""
         if self.child:
             self.process.terminate()
         self.connection.close()
-        self.process.join()
+
+    def end(self) -> None:
+        """Wait until the process has ended; one that does not is killed."""
+        self.process.join(PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            if self.child:
+                end_lost(self.child, "its process did not stop")
 
 
 @contextmanager
@@ -140,6 +162,7 @@ def _one_gpu(number: int, gpus: int) -> dict[str, str]:
 def _serve(connection: Connection, stores: tuple[str, str]) -> None:
     """What the process does: train what it is given, until there is no more or a run fails."""
     use_stores(stores)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while (child := _next(connection)) is not None:
         message = child.trained(lambda line: connection.send(("said", line)))
         try:
@@ -148,6 +171,14 @@ def _serve(connection: Connection, stores: tuple[str, str]) -> None:
             return
         if message[0] != "finished":
             return
+
+
+def _end_with_parent() -> None:
+    """Have the run end, which can be continued, as soon as the process that handed it out is gone."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _next(connection: Connection) -> Child | None:

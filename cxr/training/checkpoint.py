@@ -27,6 +27,7 @@ from cxr.storage import write_atomically
 
 VERSION = 1
 LAST = "last.pt"
+PART = 64e6  # bytes
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -58,10 +59,22 @@ def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _to_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies on the CPU, strides kept; those of a GPU by one transfer, as it waits for the host in each."""
+    """Copies on the CPU, strides kept; those of a GPU by few transfers, as it waits for the host in each."""
     packed = [tensor for tensor in tensors if tensor.is_cuda and torch.ops.aten.is_non_overlapping_and_dense(tensor)]
-    copies = dict(zip(map(id, packed), in_one_transfer(packed), strict=True))
+    copies = {id(t): copy for part in _parts(packed) for t, copy in zip(part, in_one_transfer(part), strict=True)}
     return [copies[id(tensor)] if id(tensor) in copies else tensor.to("cpu", copy=True) for tensor in tensors]
+
+
+def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of about `PART` bytes, as a transfer needs a copy of a group on the GPU."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        part.append(tensor)
+        if sum(each.numel() * each.element_size() for each in part) >= PART:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def in_one_transfer(tensors: list[Tensor]) -> list[Tensor]:

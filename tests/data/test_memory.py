@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cxr.data import memory as module
-from cxr.data.memory import Facts, Memory
+from cxr.data.memory import Facts, Memory, state_of
 
 
 @pytest.fixture
@@ -116,7 +116,8 @@ def test_what_was_damaged_is_not_believed(
 
 def test_a_token_holds_until_the_file_changes(files: list[Path], tmp_path: Path) -> None:
     kept = tmp_path / "files.sqlite"
-    Memory(kept).note(files[0], "checked")
+    Memory(kept).note(files[0], "checked", state_of(files[0]))
+    Memory(kept).note(files[1], "checked", "another state")
     assert Memory(kept).confirms(files[0], "checked")
     assert not Memory(kept).confirms(files[0], "other")
     assert not Memory(kept).confirms(files[1], "checked")

@@ -120,3 +120,4 @@ def test_a_run_from_before_a_neutral_parameter_existed_can_be_continued(tiny: Tr
     old = LoggedRun("0" * 32, "1", "old", "KILLED", recorded, {}, {}, "")
     assert can_continue(old, config)
     assert not can_continue(old, replace(config, augment="crops-2"))
+    assert can_continue(old, replace(config, threads=7))  # it keeps its own

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,13 @@ from ray_workers import ERROR, RUNTIME
 from small import quiet, small
 
 from cxr.config import CompareConfig, TrainConfig
-from cxr.errors import InUseError, MachineError, UserError
+from cxr.errors import ChildError, InUseError, MachineError, UserError
 from cxr.studies import on_ray
 from cxr.studies.child import Child
 from cxr.studies.compare import compare_tracked
-from cxr.studies.on_ray import RETRIES, _again, _connected, _require_reachable
+from cxr.studies.on_ray import RETRIES, _again, _connected, _require_reachable, _require_room, _settled
 from cxr.tracking.nested import children
-from cxr.tracking.reading import LoggedRun
+from cxr.tracking.reading import LoggedRun, Tag
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,10 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def fake(address: str, names: list[str]) -> Any:
     """A cluster of such nodes; this machine is `here`."""
-    nodes = [{"NodeManagerHostname": name, "NodeManagerAddress": f"{name}-ip", "Alive": True} for name in names]
+    nodes = [
+        {"NodeManagerHostname": name, "NodeManagerAddress": f"{name}-ip", "Alive": True, "Resources": {"CPU": 4.0}}
+        for name in names
+    ]
     return SimpleNamespace(nodes=lambda: nodes, util=SimpleNamespace(get_node_ip_address=lambda: address))
 
 
@@ -105,16 +109,49 @@ def test_a_store_on_this_machine_is_refused_where_others_take_part() -> None:
         _require_reachable(fake("here-ip", ["here", "there"]), sqlite)
 
 
-def test_a_run_is_not_tried_for_ever(in_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lost(in_store: str, monkeypatch: pytest.MonkeyPatch) -> Child:
+    """A child whose run is RUNNING, as its process left it."""
+    monkeypatch.setattr(on_ray, "IN_USE", 0.0)
     mlflow.set_experiment("cxr")
     run_id = MlflowClient().create_run("0").info.run_id
-    child, tries = Child("frozen-s0", TrainConfig(), run_id, "parent"), Counter[str]()
-    monkeypatch.setattr(on_ray, "IN_USE", 0.0)
-    said: list[str] = []
-    assert _again(child, InUseError("not let go of yet"), tries, said.append) == child
+    return Child("frozen-s0", TrainConfig(threads=2), run_id, "parent")
+
+
+def test_a_run_is_not_tried_for_ever(lost: Child) -> None:
+    tries, said = Counter[str](), list[str]()
+    assert _again(lost, InUseError("not let go of yet"), tries, said.append) == [lost]
     for _ in range(RETRIES - 1):
-        _again(child, "NodeDiedError", tries, said.append)
-    assert said == [f"frozen-s0: lost (NodeDiedError); run {run_id} is tried again"] * (RETRIES - 1)
-    assert LoggedRun.open(run_id).status == "KILLED"
-    with pytest.raises(MachineError, match=r"frozen-s0: run \w+ was lost 4 times \(NodeDiedError\)"):
-        _again(child, "NodeDiedError", tries, quiet)
+        assert _again(lost, "NodeDiedError", tries, said.append) == [lost]
+    assert said == [f"frozen-s0: lost (NodeDiedError); run {lost.run_id} is tried again"] * (RETRIES - 1)
+    assert LoggedRun.open(lost.run_id).status == "KILLED"
+    MlflowClient().update_run(lost.run_id, status="RUNNING")
+    with pytest.raises(MachineError, match=r"frozen-s0: run \w+ was lost 4 times \(stopped\)"):
+        _again(lost, "", tries, quiet)
+    assert LoggedRun.open(lost.run_id).status == "KILLED"
+
+
+def test_a_run_that_had_finished_when_its_node_was_lost_is_not_trained_again(lost: Child) -> None:
+    MlflowClient().set_tag(lost.run_id, Tag.OUTCOME, "finished")
+    MlflowClient().set_terminated(lost.run_id, "FINISHED")
+    said: list[str] = []
+    assert _again(lost, "NodeDiedError", Counter(), said.append) == []
+    assert said == [f"frozen-s0: finished, run {lost.run_id}"]
+    assert LoggedRun.open(lost.run_id).status == "FINISHED"
+
+
+def test_all_that_have_ended_are_dealt_with_before_an_error_is_raised(lost: Child) -> None:
+    failed = ("failed", UserError("the disk is full"))
+    with pytest.raises(UserError, match="the disk is full"):
+        _settled([(lost, failed), (lost, ("lost", "NodeDiedError"))], Counter(), quiet, lambda child: child)
+    assert LoggedRun.open(lost.run_id).status == "KILLED"
+    with pytest.raises(ChildError, match="frozen-s0:\nTraceback"):
+        _settled([(lost, ("failed", "Traceback"))], Counter(), quiet, lambda child: child)
+    assert _settled([(lost, ("begin again", ""))], Counter(), quiet, lambda child: child) == [lost]
+
+
+def test_a_task_that_no_node_can_take_is_refused(lost: Child) -> None:
+    cluster = fake("here-ip", ["here", "there"])
+    _require_room(cluster, [lost])
+    with pytest.raises(UserError, match=r"a run takes 5 threads, and no node has more than 4; use --threads"):
+        _require_room(cluster, [replace(lost, config=TrainConfig(threads=5))])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections import deque
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from narrow import allow
 from small import quiet, small
+from started import CONTEXT
 from workers import fork_workers
 
 from cxr.config import CompareConfig, TrainConfig, configure
@@ -87,6 +91,7 @@ def test_a_killed_process_leaves_a_comparison_that_goes_on(
         with pytest.raises(MachineError, match=r"was killed \(exit code -9\).*repeat the command"):
             compare_tracked(config, kill_one)
     assert newest_parent().status == "FAILED"
+    assert "RUNNING" not in {run.status for run in children(newest_parent().run_id)}
     compare_tracked(config, quiet)
     broken = newest_parent()
     compare_tracked(config.replace(jobs="1", cache_dir=str(tmp_path / "other")), quiet)
@@ -146,3 +151,34 @@ def test_threads_are_those_of_the_configuration() -> None:
     assert torch.get_num_threads() == 2
     ready_machine(TrainConfig(device="cpu"))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_the_runs_end_with_the_process_that_handed_them_out(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    command = CONTEXT.Process(target=_compare_for_long, args=(config, mlflow.get_tracking_uri(), dict(os.environ)))
+    command.start()
+    for _ in range(600):
+        runs = mlflow.search_runs(experiment_names=["cxr"], output_format="list")
+        if sum("val_loss" in run.data.metrics and run.info.status == "RUNNING" for run in runs) == 2:
+            begun.set()
+            break
+        time.sleep(0.1)
+    assert begun.is_set()
+    os.kill(command.pid or 0, signal.SIGKILL)
+    for _ in range(300):
+        runs = [run for run in children(newest_parent().run_id) if "val_loss" in run.metrics]
+        if {run.status for run in runs} == {"KILLED"}:
+            return
+        time.sleep(0.1)
+    raise AssertionError([run.status for run in runs])
+
+
+def _compare_for_long(config: CompareConfig, store: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    allow()
+    mlflow.set_tracking_uri(store)
+    fork_workers(pytest.MonkeyPatch())
+    compare_tracked(config.replace(seed=60, epochs=5000, patience=5000), quiet)

@@ -11,7 +11,7 @@ import torch
 
 from cxr.errors import UserError
 from cxr.storage import write_atomically
-from cxr.training.checkpoint import LAST, Checkpoints, in_one_transfer
+from cxr.training.checkpoint import LAST, Checkpoints, _parts, in_one_transfer
 
 
 class Slow:
@@ -218,3 +218,4 @@ def test_tensors_copied_in_one_transfer_keep_values_types_and_strides() -> None:
     images.zero_()
     assert copies[0].abs().sum() > 0
     assert in_one_transfer([]) == []
+    assert [len(part) for part in _parts([torch.zeros(8_000_000)] * 5)] == [2, 2, 1]  # 32 MB each
