@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -153,27 +153,30 @@ def test_threads_are_those_of_the_configuration() -> None:
     assert torch.get_num_threads() == before
 
 
+def at_work() -> list[LoggedRun]:
+    """The runs of the newest comparison that have trained an epoch."""
+    parents = mlflow.search_runs(experiment_names=["cxr"], filter_string="tags.`cxr.kind` = 'comparison'")
+    return [run for run in children(newest_parent().run_id) if "val_loss" in run.metrics] if len(parents) else []
+
+
 @pytest.mark.slow
-def test_the_runs_end_with_the_process_that_handed_them_out(
-    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = threading.Event()
+def test_the_runs_end_with_the_process_that_handed_them_out(config: CompareConfig) -> None:
     command = CONTEXT.Process(target=_compare_for_long, args=(config, mlflow.get_tracking_uri(), dict(os.environ)))
     command.start()
-    for _ in range(600):
-        runs = mlflow.search_runs(experiment_names=["cxr"], output_format="list")
-        if sum("val_loss" in run.data.metrics and run.info.status == "RUNNING" for run in runs) == 2:
-            begun.set()
-            break
-        time.sleep(0.1)
-    assert begun.is_set()
-    os.kill(command.pid or 0, signal.SIGKILL)
-    for _ in range(300):
-        runs = [run for run in children(newest_parent().run_id) if "val_loss" in run.metrics]
-        if {run.status for run in runs} == {"KILLED"}:
-            return
-        time.sleep(0.1)
-    raise AssertionError([run.status for run in runs])
+    try:
+        until(lambda: [run.status for run in at_work() if run.config().seed >= 60] == ["RUNNING"] * 2)
+    finally:
+        command.kill()
+    command.join()
+    until(lambda: {run.status for run in at_work()} == {"KILLED"})
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until something holds."""
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, [run.status for run in at_work()]
+        time.sleep(0.2)
 
 
 def _compare_for_long(config: CompareConfig, store: str, environment: dict[str, str]) -> None:
