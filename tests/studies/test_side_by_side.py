@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -14,9 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from narrow import allow
 from small import quiet, small
-from started import CONTEXT
 from workers import fork_workers
 
 from cxr.config import CompareConfig, TrainConfig, configure
@@ -151,37 +147,3 @@ def test_threads_are_those_of_the_configuration() -> None:
     assert torch.get_num_threads() == 2
     ready_machine(TrainConfig(device="cpu"))
     assert torch.get_num_threads() == before
-
-
-def at_work() -> list[LoggedRun]:
-    """The runs of the newest comparison that have trained an epoch."""
-    parents = mlflow.search_runs(experiment_names=["cxr"], filter_string="tags.`cxr.kind` = 'comparison'")
-    return [run for run in children(newest_parent().run_id) if "val_loss" in run.metrics] if len(parents) else []
-
-
-@pytest.mark.slow
-def test_the_runs_end_with_the_process_that_handed_them_out(config: CompareConfig) -> None:
-    command = CONTEXT.Process(target=_compare_for_long, args=(config, mlflow.get_tracking_uri(), dict(os.environ)))
-    command.start()
-    try:
-        until(lambda: [run.status for run in at_work() if run.config().seed >= 60] == ["RUNNING"] * 2)
-    finally:
-        command.kill()
-    command.join()
-    until(lambda: {run.status for run in at_work()} == {"KILLED"})
-
-
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait until something holds."""
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, [run.status for run in at_work()]
-        time.sleep(0.2)
-
-
-def _compare_for_long(config: CompareConfig, store: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    allow()
-    mlflow.set_tracking_uri(store)
-    fork_workers(pytest.MonkeyPatch())
-    compare_tracked(config.replace(seed=60, epochs=5000, patience=5000), quiet)
