@@ -182,6 +182,7 @@ class TrainConfig:
         "make training steps faster: graphs (CUDA graphs), inductor (torch.compile, for long runs) or none; auto is "
         "graphs on one GPU, else none",
         choices=("auto", "none", "inductor", "graphs"),
+        same=("none", "auto", "graphs"),  # graphs run the kernels that run without them (experiments/gpu_check.py)
     )
     select: str = param(
         "val_loss",
@@ -499,6 +500,9 @@ NEUTRAL = {
 }
 
 
+_SAME = {item.name: spec_of(item).same for item in fields(TrainConfig)}
+
+
 def result_parameters(config: TrainConfig) -> dict[str, str]:
     """The parameters that determine the result, in the form of `flatten`.
 
@@ -513,11 +517,9 @@ def result_parameters(config: TrainConfig) -> dict[str, str]:
 
 
 def same_result(key: str, value: str) -> str:
-    """The value of a parameter, in the form of `flatten`, that stands for all that give the same bits.
-
-    CUDA graphs run the kernels that would run without them (`experiments/gpu_check.py` compares).
-    """
-    return "none" if key == "train.compile" and value in ("auto", "graphs") else value
+    """The value of a parameter, in the form of `flatten`, that stands for all that give the same bits."""
+    same = _SAME.get(key.removeprefix("train."), ())
+    return same[0] if value in same else value
 
 
 def before_they_existed(prefix: str = "train") -> dict[str, str]:

@@ -15,7 +15,8 @@ class Spec:
 
     Bounds are inclusive, except `above`. `commands` are those that accept the parameter; empty means all. `search` is
     the search range, `log` whether to search on a logarithmic scale. `before` is the value of runs that were recorded
-    before the parameter existed; None if it always did.
+    before the parameter existed; None if it always did. `same` are values that give the same bits; the first of them
+    stands for all.
     """
 
     help: str
@@ -27,6 +28,7 @@ class Spec:
     search: tuple[float, float] | None = None
     log: bool = False
     before: Any = None
+    same: tuple[str, ...] = ()
 
 
 def param(default: Any, help: str, **spec: Any) -> Any:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import ResNet
 
-from common import AT_LEAST_1, Laps, Task, heading, now, prepare, report
+from common import AT_LEAST_1, Laps, Task, heading, now, prepare, report, trained
 from cxr.config import TrainConfig
 from cxr.data.load import read_data
 from cxr.errors import UserError
@@ -194,10 +194,7 @@ def time_all(config: TrainConfig, seeds: int) -> float:
         for strategy, seed in product(STRATEGIES, range(seeds)):
             single = replace(config, strategy=strategy, seed=seed, cache_dir=cache)
             machine = ready_machine(single)
-            data = read_data(single)
-            model, _ = build_model(single.arch, single.weights, single.seed)
-            model.to(device=machine.device, memory_format=torch.channels_last)
-            train_model(single, NullTracker(), data, machine, model, lambda line: None)
+            trained(single, read_data(single), machine, lambda line: None)
         return time.perf_counter() - started
 
 

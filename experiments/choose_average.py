@@ -38,7 +38,7 @@ from cxr.evaluation.calibration import fit_calibration, margins_of
 from cxr.evaluation.report import weighted_loss
 from cxr.machine import Machine, ready_machine
 from cxr.network.inference import autocast, infer
-from cxr.network.resnet import build_model
+from cxr.network.resnet import ready_model
 from cxr.network.stages import run_stages
 from cxr.runs.resume import checkpoints_of
 from cxr.runs.train import train_model
@@ -123,8 +123,7 @@ def judged(
 
 def variants(config: TrainConfig, data: Data, machine: Machine) -> Iterator[dict[str, object]]:
     """Train once; a row for each variant."""
-    model, _ = build_model(config.arch, config.weights, config.seed)
-    model.to(device=machine.device, memory_format=torch.channels_last)
+    model, _ = ready_model(config, len(data.task.classes), machine.device)
     stages, tracker = config.phases[-1].trainable, NullTracker()
     followed = Followed(model, stages)
     with followed.following():

@@ -27,6 +27,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torchvision.models import ResNet
 
+from common import trained
 from cxr.config import TrainConfig
 from cxr.data.batches import make_split
 from cxr.data.load import Data, read_data
@@ -35,7 +36,6 @@ from cxr.data.views import to_input
 from cxr.machine import ready_machine
 from cxr.network.resnet import build_model
 from cxr.network.stages import run_stages
-from validation import trained
 
 UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -21,10 +21,11 @@ from typing import Any
 import click
 import pandas as pd
 
+from common import trained
 from cxr.config import TrainConfig
 from cxr.data.load import Data, read_data
 from cxr.machine import Machine, ready_machine
-from validation import shown, trained
+from validation import shown
 
 ARM = ["strategy", "lr", "recipe", "average", "seed"]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,24 @@ from typing import Any
 import click
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cxr.config import TrainConfig
 from cxr.data.kaggle import SUFFIXES, find_root, index_folder
+from cxr.data.load import Data
 from cxr.data.splits import OFFICIAL, assign_splits
 from cxr.errors import UserError
-from cxr.machine import describe, ready_machine
+from cxr.machine import Machine, describe, ready_machine
+from cxr.network.resnet import ready_model
+from cxr.runs.messages import Say
+from cxr.runs.resume import checkpoints_of
+from cxr.runs.train import train_model
+from cxr.tracking.tracker import NullTracker
+from cxr.training.loop import EpochRecord
 
 AT_LEAST_1 = click.IntRange(min=1)
 Batch = tuple[Tensor, Tensor]
+Watch = Callable[[EpochRecord], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,17 @@ def heading(task: Task) -> str:
         f"{config.epochs} epochs; precision {ready_machine(config).precision}; peers: {task.peer_precision}, "
         f"{task.workers} workers"
     )
+
+
+def trained(
+    config: TrainConfig, data: Data, machine: Machine, say: Say = click.echo, watch: Watch = lambda record: None
+) -> tuple[nn.Module, list[EpochRecord]]:
+    """The network of the best epoch, and all epochs: trained without a tracker, its checkpoints removed."""
+    model, _ = ready_model(config, len(data.task.classes), machine.device)
+    tracker = NullTracker()
+    records, _ = train_model(config, tracker, data, machine, model, say, watch)
+    shutil.rmtree(checkpoints_of(config, tracker.run_id))
+    return model, records
 
 
 class Laps:

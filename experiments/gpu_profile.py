@@ -13,12 +13,10 @@ under `torch.profiler`: the time that kernels ran, kernels by step, waits of the
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -29,34 +27,25 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import AT_LEAST_1, report
+from common import AT_LEAST_1, Watch, report, trained
 from cxr.config import TrainConfig
 from cxr.data.load import Data, read_data
 from cxr.errors import UserError
 from cxr.machine import describe, memory_errors, peak_memory, ready_machine, reset_peak_memory
-from cxr.network.resnet import build_model
-from cxr.runs.resume import checkpoints_of
-from cxr.runs.train import train_model
-from cxr.tracking.tracker import NullTracker
 from cxr.training.loop import EpochRecord
 
-Watch = Callable[[EpochRecord], object]
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 def train(config: TrainConfig, data: Data, watch: Watch = lambda record: None) -> list[float]:
     """The seconds of each epoch, everything included: training, validation, proof of freezing, checkpoint."""
-    machine = ready_machine(config)
-    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
-    model.to(device=machine.device, memory_format=torch.channels_last)
-    ends, tracker = [time.perf_counter()], NullTracker()
+    ends = [time.perf_counter()]
 
     def note(record: EpochRecord) -> None:
         ends.append(time.perf_counter())  # an epoch ends with its metrics on the host
         watch(record)
 
-    train_model(config, tracker, data, machine, model, lambda line: None, note)
-    shutil.rmtree(checkpoints_of(config, tracker.run_id))
+    trained(config, data, ready_machine(config), lambda line: None, note)
     return [end - begin for begin, end in pairwise(ends)]
 
 

@@ -24,11 +24,12 @@ import click
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from common import trained
 from cxr.config import TrainConfig
 from cxr.data.load import read_data
 from cxr.data.phantoms import write_synthetic
 from cxr.machine import ready_machine
-from validation import shown, trained
+from validation import shown
 
 TOLERANCE = 0.02
 

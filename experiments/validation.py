@@ -1,12 +1,8 @@
-"""What the experiments on validation share: training without a test split, and the metrics of a split under stress."""
+"""What the experiments on validation share: the metrics of a split under stress."""
 
 from __future__ import annotations
 
-import shutil
-
-import click
 import numpy as np
-import torch
 from sklearn.metrics import balanced_accuracy_score
 from torchvision.models import ResNet
 
@@ -17,23 +13,9 @@ from cxr.data.views import PLAIN, STRESSES, View
 from cxr.evaluation.report import weighted_loss
 from cxr.machine import Machine
 from cxr.network.inference import infer
-from cxr.network.resnet import build_model
-from cxr.runs.resume import checkpoints_of
-from cxr.runs.train import train_model
-from cxr.tracking.tracker import NullTracker
-from cxr.training.loop import EpochRecord, class_weights
+from cxr.training.loop import class_weights
 
 EVERY_VIEW = (PLAIN, *(View(stress=name) for name in STRESSES))
-
-
-def trained(config: TrainConfig, data: Data, machine: Machine) -> tuple[ResNet, list[EpochRecord]]:
-    """The network of the best epoch, and all epochs."""
-    model, _ = build_model(config.arch, config.weights, config.seed)
-    model.to(device=machine.device, memory_format=torch.channels_last)
-    tracker = NullTracker()
-    records, _ = train_model(config, tracker, data, machine, model, click.echo)
-    shutil.rmtree(checkpoints_of(config, tracker.run_id))
-    return model, records
 
 
 def shown(config: TrainConfig, data: Data, machine: Machine, model: ResNet, split: str = "val") -> dict[str, float]:

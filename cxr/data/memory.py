@@ -13,9 +13,9 @@ import socket
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
 FRESH = 2_000_000_000  # ns; a file changed so recently may change again without a new time
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BATCH = 500  # rows asked for at once; SQLite allows 999 values
-_Row = tuple[bytes, str, str, bytes]  # the key of the path, its state, what was found, a checksum of the three
+# The key of a path, the state of the file, what was found in it, a checksum of the three.
 _TABLE = "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, state TEXT, found TEXT, checksum BLOB)"
 
 
@@ -63,11 +63,10 @@ class Facts:
 
 
 class Memory:
-    """What was found in files, by path and state. Without a `file`, it lasts as long as this object."""
+    """What was found in files. Without a `file` to keep it in, it lasts as long as this object."""
 
     def __init__(self, file: Path | None = None):
         self.file = file
-        self._known: dict[tuple[Path, str], str] = {}
         self._facts: dict[Path, Facts] = {}
 
     @classmethod
@@ -84,76 +83,70 @@ class Memory:
     def _look_at(self, files: Sequence[Path]) -> None:
         looked = time.time_ns()
         states = dict(zip(files, _states(files), strict=True))
-        self._recall([(file, state) for file, state in states.items() if state])
-        known = {file: self._known[file, state] for file, state in states.items() if (file, state) in self._known}
+        known = {file: Facts.parse(text) for file, text in self._kept(states).items()}
         new = [file for file in files if file not in known]
         with ThreadPoolExecutor() as pool:
             read = tqdm(pool.map(Facts.of, new), "reading files", len(new), unit="file", leave=False, disable=None)
             found = dict(zip(new, read, strict=True))
         readable = [file for file, each in found.items() if not each.digest.startswith(UNREADABLE)]
-        self._note([(file, states[file], found[file].text()) for file in readable if states[file]], looked)
-        self._facts |= {file: Facts.parse(text) for file, text in known.items()} | found
+        self._keep([(file, states[file], found[file].text()) for file in readable], looked)
+        self._facts |= known | found
 
     def confirms(self, file: Path, token: str) -> bool:
         """Whether `token` was noted of the file as it is now."""
-        state = state_of(file)
-        self._recall([(file, state)])
-        return bool(state) and self._known.get((file, state)) == token
+        return self._kept({file: state_of(file)}).get(file) == token
 
     def note(self, file: Path, token: str, state: str) -> None:
         """Note what was found out about the file while it had this state (`state_of`)."""
-        if state and state == state_of(file):
-            self._note([(file, state, token)], time.time_ns())
+        if state == state_of(file):
+            self._keep([(file, state, token)], time.time_ns())
 
-    def _recall(self, asked: Sequence[tuple[Path, str]]) -> None:
-        wanted = {_key(file): (file, state) for file, state in asked if (file, state) not in self._known}
-        for path, state, text, checksum in self._rows(list(wanted)):
-            if wanted[path][1] == state and checksum == _checksum(path, state, text):
-                self._known[wanted[path]] = text
+    def _kept(self, states: Mapping[Path, str]) -> dict[Path, str]:
+        """File -> what is kept of it, of those that are in these states, and whose row is not damaged."""
+        if not self.file or not self.file.exists():
+            return {}
+        files, found = {_key(file): file for file, state in states.items() if state}, {}
+        keys = list(files)
+        with _or_without(self.file), _connected(self.file) as database:
+            for part in (keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)):
+                rows = database.execute(f"SELECT * FROM files WHERE path IN ({','.join('?' * len(part))})", part)
+                for path, state, text, checksum in rows:
+                    if state == states[files[path]] and checksum == _checksum(path, state, text):
+                        found[files[path]] = text
+        return found
 
-    def _rows(self, keys: Sequence[bytes]) -> list[_Row]:
-        if not self.file or not keys or not self.file.exists():
-            return []
-
-        def ask(base: sqlite3.Connection) -> list[_Row]:
-            base.execute(_TABLE)
-            parts = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
-            questions = [f"SELECT * FROM files WHERE path IN ({','.join('?' * len(part))})" for part in parts]
-            return [row for text, part in zip(questions, parts, strict=True) for row in base.execute(text, part)]
-
-        return self._using(ask)
-
-    def _note(self, found: Sequence[tuple[Path, str, str]], looked: int) -> None:
-        """`looked` is the time before their states were asked for, ns."""
-        self._known |= {(file, state): text for file, state, text in found}
+    def _keep(self, found: Iterable[tuple[Path, str, str]], looked: int) -> None:
+        """(file, state, what was found); `looked` is the time before their states were asked for, ns."""
         old = looked - FRESH
-        rows = [(_key(file), state, text) for file, state, text in found if max(map(int, state.split()[1:])) < old]
-        if not self.file or not rows:
-            return
-        rows_with_checksums = [(*row, _checksum(*row)) for row in rows]
+        rows = [(_key(file), state, text) for file, state, text in found if state and _changed(state) < old]
+        if self.file and rows:
+            with _or_without(self.file), _connected(self.file) as database, database:
+                rows_with_checksums = [(*row, _checksum(*row)) for row in rows]
+                database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows_with_checksums)
 
-        def write(base: sqlite3.Connection) -> list[_Row]:
-            with base:
-                base.execute(_TABLE)
-                base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows_with_checksums)
-            return []
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._using(write)
+@contextmanager
+def _or_without(file: Path) -> Iterator[None]:
+    """For a block that is given up, with a warning, where the database cannot be used; a damaged one is set aside."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked for long, full, or not to be written
+        warnings.warn(f"{file}: cannot be used ({error}); files are read again", stacklevel=2)
+    except sqlite3.DatabaseError as error:
+        warnings.warn(f"{file}: damaged ({error}); it is made anew, and files are read again", stacklevel=2)
+        with suppress(OSError):  # not removed: another process may have it open
+            file.rename(file.with_name(f"{file.name}.damaged-{time.time_ns()}"))
 
-    def _using(self, act: Callable[[sqlite3.Connection], list[_Row]]) -> list[_Row]:
-        """What `act` returns; nothing, with a warning, where the file cannot be used. A damaged one is removed."""
-        assert self.file
-        try:
-            with closing(sqlite3.connect(self.file, timeout=60)) as base:
-                return act(base)
-        except sqlite3.OperationalError as error:  # locked for long, full, or not to be written
-            warnings.warn(f"{self.file}: cannot be used ({error}); files are read again", stacklevel=2)
-        except sqlite3.DatabaseError as error:
-            warnings.warn(f"{self.file}: damaged ({error}); it is made anew, and files are read again", stacklevel=2)
-            with suppress(OSError):  # not removed: another process may have it open
-                self.file.rename(self.file.with_name(f"{self.file.name}.damaged-{time.time_ns()}"))
-        return []
+
+def _connected(file: Path) -> closing[sqlite3.Connection]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(file, timeout=60)
+    try:
+        database.execute(_TABLE)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return closing(database)
 
 
 def files_in(root: Path, paths: Iterable[str]) -> list[Path]:
@@ -175,6 +168,11 @@ def state_of(file: Path) -> str:
     except OSError:
         return ""
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _changed(state: str) -> int:
+    """The time of the last change, ns."""
+    return max(map(int, state.split()[1:]))
 
 
 def _key(file: Path) -> bytes:

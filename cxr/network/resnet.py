@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from cxr.config import TrainConfig
 from cxr.families import FAMILIES, VIT
 from cxr.network.weights import InitialWeights, WeightsKind, fit_weights, load_imagenet, read_weights
 
@@ -38,3 +39,9 @@ def build_model(
     fit_weights(model, read_weights(path), str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return model, InitialWeights(WeightsKind.FILE, f"{path.name} (sha256 {digest})")
+
+
+def ready_model(config: TrainConfig, classes: int, device: torch.device) -> tuple[nn.Module, InitialWeights]:
+    """`build_model` as configured, on the device, in the memory format used in training."""
+    model, weights = build_model(config.arch, config.weights, config.seed, classes, config.image_size)
+    return model.to(device).to(memory_format=torch.channels_last), weights

@@ -22,7 +22,7 @@ from cxr.errors import UserError
 from cxr.evaluation.report import stressed_metrics
 from cxr.machine import Machine, cpu_has_bf16, describe, memory_errors, peak_memory, ready_machine, reset_peak_memory
 from cxr.network.inference import infer
-from cxr.network.resnet import build_model
+from cxr.network.resnet import ready_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, source_lines, summary
 from cxr.runs.record import log_end, log_start, views_figure
@@ -46,8 +46,7 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     machine = ready_machine(config)
     reset_peak_memory(machine.device)
     data = read_data(config)
-    model, weights = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
-    model.to(machine.device).to(memory_format=torch.channels_last)
+    model, weights = ready_model(config, len(data.task.classes), machine.device)
     findings = audited(config, data, model, machine.precision)
     log_start(config, tracker, data, machine, weights, findings)
     before = before_training(config, data, model, machine.precision)
@@ -111,8 +110,7 @@ def _follow(config: TrainConfig) -> None:
     config, run_id = parallel.agreed((config, ""))
     machine = ready_machine(config)
     data = read_data(config)
-    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
-    model.to(machine.device).to(memory_format=torch.channels_last)
+    model, _ = ready_model(config, len(data.task.classes), machine.device)
     with memory_errors():
         train_model(config, NullTracker(run_id), data, machine, model, lambda line: None)
 

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from cxr.config import FamilyConfig, TrainConfig, flatten, own_parameters, result_parameters
 from cxr.data.load import Data, read_data
 from cxr.machine import Machine, cores, ready_machine
-from cxr.network.resnet import build_model
+from cxr.network.resnet import build_model, ready_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
 from cxr.runs.resume import can_continue, checkpoints_of, has_parameters
@@ -25,7 +23,6 @@ from cxr.studies.side_by_side import at_once, train_side_by_side
 from cxr.tracking.nested import (
     children,
     ending,
-    is_finished,
     join_parent,
     make_child,
     open_parent,
@@ -59,22 +56,26 @@ def run_family(
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})
-        family = [*_children(run_id, members, has_parameters if config.engine == "ray" else can_continue)]
-        finished = [child for child in family if is_finished(child.run_id)]
-        for child in finished:
-            say(f"{child.name}: already finished, run {child.run_id}")
-        _train(config, data, machine, [child for child in family if child not in finished], say)
+        existing = {run.tags.get(Tag.MEMBER, ""): run for run in children(run_id)}
+        finished = [run for run in existing.values() if run.finished]
+        for run in finished:
+            say(f"{run.name}: already finished, run {run.run_id}")
+        # Whether a checkpoint is there, only the node of a Ray cluster knows that is to continue from it.
+        continues = has_parameters if config.engine == "ray" else can_continue
+        family = [*_children(run_id, members, existing, continues)]
+        done = {run.run_id for run in finished}
+        _train(config, data, machine, [child for child in family if child.run_id not in done], say)
         yield parent, [child.run_id for child in family]
 
 
 def _children(
-    parent: str, members: Mapping[str, TrainConfig], continues: Callable[[LoggedRun, TrainConfig], bool]
+    parent: str,
+    members: Mapping[str, TrainConfig],
+    existing: Mapping[str, LoggedRun],
+    continues: Callable[[LoggedRun, TrainConfig], bool],
 ) -> Iterator[Child]:
-    """All children, in order: those that are there and can be continued, else new ones, SCHEDULED until they begin.
-
-    Whether a checkpoint is there, only the node of a Ray cluster knows that is to continue from it.
-    """
-    existing = {child.tags.get(Tag.MEMBER, ""): child for child in children(parent)}
+    """All children, in order: the `existing` ones (by name) that are finished or continue, else new ones, SCHEDULED
+    until they begin."""
     # Not by how many are at work side by side, which must not change a number.
     share = max(1, cores() // len(members))
     for name, member in members.items():
@@ -109,8 +110,7 @@ def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[
 
 def _audit(config: TrainConfig, data: Data, machine: Machine) -> None:
     """Made here once, and kept for all runs, which would each make it."""
-    model, _ = build_model(config.arch, config.weights, config.seed, len(data.task.classes), config.image_size)
-    model.to(machine.device).to(memory_format=torch.channels_last)
+    model, _ = ready_model(config, len(data.task.classes), machine.device)
     audited(config, data, model, machine.precision)
 
 

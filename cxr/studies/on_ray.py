@@ -112,8 +112,8 @@ def _connected() -> Any:
 
 def _require_reachable(ray: Any, stores: tuple[str, str]) -> None:
     own = {socket.gethostname(), ray.util.get_node_ip_address()}
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    others = [node["NodeManagerHostname"] for node in nodes if not own & set(_names_of(node))]
+    names = [(node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in _alive(ray)]
+    others = [host for host, address in names if not own & {host, address}]
     local = [uri for uri in stores if uri.startswith(("sqlite:", "file:", "/", "./"))]
     if others and local:
         raise UserError(
@@ -124,15 +124,16 @@ def _require_reachable(ray: Any, stores: tuple[str, str]) -> None:
 def _require_room(ray: Any, family: Iterable[Child]) -> None:
     """Ray would wait for ever for a node with more CPUs than any has."""
     threads = max((child.config.threads for child in family), default=1)
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    largest = max(node["Resources"].get("CPU", 0) for node in _alive(ray))
     if threads > largest:
         raise UserError(
             f"--engine ray: a run takes {threads} threads, and no node has more than {largest:g}; use --threads"
         )
 
 
-def _names_of(node: Mapping[str, Any]) -> tuple[str, str]:
-    return node["NodeManagerHostname"], node["NodeManagerAddress"]
+def _alive(ray: Any) -> list[Mapping[str, Any]]:
+    """The nodes that are there."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 class _Tasks:

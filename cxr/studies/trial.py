@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
@@ -17,7 +16,7 @@ from cxr.config import TrainConfig, TuneConfig, flatten
 from cxr.data.load import Data
 from cxr.errors import Pruned, Stopped
 from cxr.machine import Machine, memory_errors, seed_everything
-from cxr.network.resnet import build_model
+from cxr.network.resnet import ready_model
 from cxr.network.weights import InitialWeights
 from cxr.runs.record import card_of
 from cxr.runs.resume import checkpoints_of
@@ -99,9 +98,7 @@ class TrialRunner:
     def _train_seed(self, trial: Trial, config: TrainConfig, tracker: MlflowTracker, number: int) -> float:
         search, objective = self.search, self.search.config.objective
         seed_everything(config.seed, search.machine.device)
-        classes = len(search.data.task.classes)
-        model, _ = build_model(config.arch, config.weights, config.seed, classes, config.image_size)
-        model.to(search.machine.device).to(memory_format=torch.channels_last)
+        model, _ = ready_model(config, len(search.data.task.classes), search.machine.device)
 
         def report_epoch(record: EpochRecord) -> None:
             if search.config.seeds == 1:

@@ -68,11 +68,13 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
 def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups of about `PART` bytes, as a transfer needs a copy of a group on the GPU."""
     part: list[Tensor] = []
+    size = 0
     for tensor in tensors:
         part.append(tensor)
-        if sum(each.numel() * each.element_size() for each in part) >= PART:
+        size += tensor.numel() * tensor.element_size()
+        if size >= PART:
             yield part
-            part = []
+            part, size = [], 0
     if part:
         yield part
 

@@ -8,6 +8,7 @@ import mlflow
 import pandas as pd
 import pytest
 from narrow import ARCH
+from newest import newest_parent
 from placeholder import leave_plots_out
 from small import quiet, small
 
@@ -32,17 +33,7 @@ def compared(store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactor
         leave_plots_out(patch, studies_too=False)
         config = small(CompareConfig, phantoms, **options, cache_dir=str(tmp_path_factory.mktemp("cache")))
         lines = sentences(compare_tracked(config, quiet))
-    return newest_comparison(), lines
-
-
-def newest_comparison() -> LoggedRun:
-    found = mlflow.search_runs(
-        experiment_names=["cxr"],
-        filter_string="tags.`cxr.kind` = 'comparison'",
-        order_by=["start_time DESC"],
-        output_format="list",
-    )
-    return LoggedRun.of(found[0])
+    return newest_parent(), lines
 
 
 def test_there_is_a_child_for_each_backbone_and_seed(compared: Compared, in_store: str) -> None:

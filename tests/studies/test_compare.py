@@ -15,6 +15,7 @@ import pytest
 from command import run_main
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from newest import newest_parent
 from placeholder import leave_plots_out
 from small import quiet, small
 
@@ -51,16 +52,6 @@ def compared(store: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactor
         leave_plots_out(patch, studies_too=False)
         lines = sentences(compare_tracked(small(CompareConfig, phantoms, **options), said.append))
     return newest_parent("comparison"), lines, said
-
-
-def newest_parent(kind: str) -> LoggedRun:
-    found: list[Run] = mlflow.search_runs(
-        experiment_names=["cxr"],
-        filter_string=f"tags.`cxr.kind` = '{kind}'",
-        order_by=["start_time DESC"],
-        output_format="list",
-    )
-    return LoggedRun.of(found[0])
 
 
 def test_a_comparison_has_children_tables_figures_report_and_verdict(compared: Compared, in_store: str) -> None:

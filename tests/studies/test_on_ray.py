@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
+from newest import newest_parent
 from ray_workers import ERROR, RUNTIME
 from small import quiet, small
 
@@ -49,8 +50,7 @@ def config(cluster: None, in_store: str, phantoms: Path) -> CompareConfig:
 
 def newest() -> tuple[LoggedRun, dict[str, LoggedRun]]:
     """The newest comparison, and its runs by name."""
-    chosen = {"filter_string": "tags.`cxr.kind` = 'comparison'", "order_by": ["start_time DESC"]}
-    parent = LoggedRun.of(mlflow.search_runs(experiment_names=["cxr"], output_format="list", **chosen)[0])
+    parent = newest_parent()
     return parent, {run.name: run for run in children(parent.run_id)}
 
 

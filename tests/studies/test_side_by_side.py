@@ -7,11 +7,11 @@ import signal
 from collections import deque
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import psutil
 import pytest
 import torch
+from newest import newest_parent
 from small import quiet, small
 from workers import fork_workers
 
@@ -33,11 +33,6 @@ def config(in_store: str, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> Co
     """A comparison of four runs, two at once."""
     fork_workers(monkeypatch)
     return small(CompareConfig, phantoms, register="none", strategies="frozen,partial", seeds=2, jobs="2")
-
-
-def newest_parent() -> LoggedRun:
-    chosen = {"filter_string": "tags.`cxr.kind` = 'comparison'", "order_by": ["start_time DESC"]}
-    return LoggedRun.of(mlflow.search_runs(experiment_names=["cxr"], output_format="list", **chosen)[0])
 
 
 def results(parent: LoggedRun) -> dict[str, tuple[dict[int, float], pd.DataFrame]]:

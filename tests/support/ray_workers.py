@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -15,23 +14,10 @@ RUNTIME = {
 
 
 def prepare() -> None:
-    """Let runs use the narrow network, save no plots, and fail where a test wants it."""
-    import pytest
-    from narrow import allow
-    from placeholder import leave_plots_out
-    from unsynced import write_behind
+    """As other processes of tests, and runs fail where a test wants it."""
+    from as_tests_run import fail_where, run_as_tests_do
 
     from cxr.errors import UserError
-    from cxr.studies.child import Child
 
-    train = Child.train
-
-    def fail(child: Child, say: Callable[[str], object]) -> None:
-        if reason := os.environ.get(ERROR):
-            raise UserError(reason)
-        train(child, say)
-
-    Child.train = fail  # type: ignore[method-assign]
-    allow()
-    leave_plots_out(pytest.MonkeyPatch())
-    write_behind()
+    fail_where(lambda child: UserError(os.environ[ERROR]) if ERROR in os.environ else None)
+    run_as_tests_do()

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from narrow import allow
-from placeholder import leave_plots_out
-from unsynced import write_behind
+from as_tests_run import run_as_tests_do
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -43,9 +41,7 @@ def _become(arguments: tuple[str, ...], environment: dict[str, str], out: Connec
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = ["cxr", *arguments]
-    allow()
-    leave_plots_out(pytest.MonkeyPatch())
-    write_behind()
+    run_as_tests_do()
     runpy.run_module("cxr", run_name="__main__", alter_sys=True)
 
 

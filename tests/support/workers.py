@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 
 import pytest
-from narrow import allow
-from placeholder import leave_plots_out
+from as_tests_run import fail_where, run_as_tests_do
 from started import CONTEXT, one_thread
-from unsynced import write_behind
 
 from cxr.studies import side_by_side
-from cxr.studies.child import Child
 
 _serve = side_by_side._serve
 
@@ -22,19 +18,10 @@ _serve = side_by_side._serve
 def _serve_narrow(
     environment: dict[str, str], errors: dict[str, Exception], connection: Connection, stores: tuple[str, str]
 ) -> None:
-    train = Child.train
-
-    def fail(child: Child, say: Callable[[str], object]) -> None:
-        if error := errors.get(child.config.strategy):
-            raise error
-        train(child, say)
-
-    Child.train = fail  # type: ignore[method-assign]
+    fail_where(lambda child: errors.get(child.config.strategy))
     os.environ.clear()
     os.environ.update(environment)
-    allow()
-    leave_plots_out(pytest.MonkeyPatch())
-    write_behind()
+    run_as_tests_do()
     _serve(connection, stores)
 
 
