@@ -13,11 +13,10 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-import psutil
 import pytest
 from mlflow import MlflowClient
 from newest import newest_parent
-from ray_workers import ERROR, RUNTIME
+from ray_workers import DEATH, ERROR, RUNTIME
 from small import quiet, small
 
 from cxr.config import CompareConfig, TrainConfig
@@ -55,16 +54,12 @@ def newest() -> tuple[LoggedRun, dict[str, LoggedRun]]:
 
 
 @pytest.mark.slow
-def test_a_lost_process_changes_nothing_in_the_end(config: CompareConfig, tmp_path: Path) -> None:
+def test_a_lost_process_changes_nothing_in_the_end(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
-
-    def kill_one(line: str) -> None:
-        said.append(line)
-        if ": val_loss" in line and not any("lost" in each for each in said):
-            working = [each for each in psutil.process_iter() if "ray::_train" in " ".join(each.cmdline())]
-            working[0].kill()
-
-    compare_tracked(config, kill_one)
+    monkeypatch.setenv(DEATH, str(tmp_path / "died"))
+    compare_tracked(config, said.append)
     parent, runs = newest()
     assert any("lost (WorkerCrashedError)" in line and "is tried again" in line for line in said)
     assert [run.status for run in runs.values()] == ["FINISHED", "FINISHED"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,3 +36,23 @@ def fail_where(error_of: Callable[[Child], Exception | None]) -> None:
         train(child, say)
 
     Child.train = fail  # type: ignore[method-assign]
+
+
+def die_in_first_epoch(variable: str) -> None:
+    """From now on, a run kills this process after an epoch if the variable names a file that does not exist yet."""
+    from cxr.studies.child import Child
+
+    train = Child.train
+
+    def die(child: Child, say: Callable[[str], object]) -> None:
+        mark = Path(os.environ.get(variable, os.devnull))
+
+        def heard(line: str) -> None:
+            say(line)
+            if line.startswith("epoch  0") and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train(child, heard)
+
+    Child.train = die  # type: ignore[method-assign]
