@@ -38,6 +38,7 @@ from cxr.studies.search_report import best_trial, count_states, publish, summary
 from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
 from cxr.tracking.nested import children, end, ending, is_finished, join_parent, make_child, open_parent
+from cxr.tracking.outage import OUTAGE
 from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.signals import handlers
 
@@ -89,6 +90,7 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     study, parent = worker.study, worker.search.parent
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
     with ending(parent.run_id):
+        OUTAGE.allow(config.train.tracking_patience, say)
         with storage_errors(config.storage):
             try:
                 worker.work()

@@ -23,7 +23,13 @@ _SETTINGS = {
     # A model needs far less than the project's lock file, and must not be restored from it.
     "MLFLOW_LOG_UV_FILES": "false",
 }
-_LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ERROR, "alembic": logging.WARNING}
+_LOG_LEVELS = {
+    "mlflow": logging.WARNING,
+    "mlflow.utils.environment": logging.ERROR,
+    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for each call that is not answered
+    "urllib3.connectionpool": logging.ERROR,  # a line for each of its retries
+    "alembic": logging.WARNING,
+}
 
 
 def prepare() -> None:
