@@ -138,5 +138,6 @@ def store_address() -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error of the store."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error of the store; of a failed request, the innermost cause."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text.rpartition(": ")[2].rstrip("')>\"")[:200] if "API request to" in text else text[:200]
