@@ -216,8 +216,8 @@ def _compared(work: Path, server: Server, seconds: float) -> bool:
         )
         steps, files = sum(len(each) for each in found["metrics"].values()), len(found["artifacts"])
         click.echo(
-            f"  exit code {code}, {found['status']}, {steps} points of {len(found['metrics'])} metrics, {files} artifacts, "
-            f"{time.monotonic() - began:.0f} s"
+            f"  exit code {code}, {found['status']}, {steps} points of {len(found['metrics'])} metrics, "
+            f"{files} artifacts, {time.monotonic() - began:.0f} s"
         )
         click.echo(f"  {'equal' if not wrong else '; '.join(wrong)}")
         failed |= code != 0 or bool(wrong)
