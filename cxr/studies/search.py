@@ -34,6 +34,7 @@ from cxr.studies.optuna_study import (
     storage_errors,
     trial_config,
 )
+from cxr.studies.patient_storage import STORAGE
 from cxr.studies.search_report import best_trial, count_states, publish, summary, trial_line
 from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
@@ -89,8 +90,9 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     worker = open_worker(config, say)
     study, parent = worker.study, worker.search.parent
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
-    with ending(parent.run_id):
-        OUTAGE.allow(config.train.tracking_patience, say)
+    with ending(parent.run_id), STORAGE.restored():
+        for outage in (OUTAGE, STORAGE):
+            outage.allow(config.train.tracking_patience, say)
         with storage_errors(config.storage):
             try:
                 worker.work()

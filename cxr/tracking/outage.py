@@ -6,6 +6,7 @@ same few retries, and loses it with the process; so waiting is done here, and `o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,14 +55,22 @@ def _is_outage(error: BaseException) -> bool:
 class Outage:
     """Whether the store answers, as this process last saw it. One line says when that ends, one when it answers again.
 
-    `patience` is how long a call waits, in seconds: none before training, so that a wrong address is said at once.
+    `name` gives the store in these lines. `patience` is how long a call waits, in seconds: none before training, so
+    that a wrong address is said at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: Callable[[], str]) -> None:
+        self.name = name
         self.patience = 0.0
         self.say: Callable[[str], object] = print
         self._since: float | None = None
+        self._ended = -math.inf
         self._lock = Lock()
+
+    @property
+    def ended_ago(self) -> float:
+        """Seconds since the last outage ended; infinite if there was none."""
+        return time.monotonic() - self._ended
 
     @property
     def lasts(self) -> bool:
@@ -87,8 +96,8 @@ class Outage:
             first, self._since = self._since is None, self._since or time.monotonic()
         if first:
             self.say(
-                f"MLflow at {store_address()} does not answer ({reason_of(error)}); the run goes on, "
-                f"and waits for it up to {self.patience / 60:g} minutes where it has to (--tracking-patience)"
+                f"{self.name()} does not answer ({reason_of(error)}); the run goes on, and waits for it up to "
+                f"{self.patience / 60:g} minutes where it has to (--tracking-patience)"
             )
 
     def ended(self) -> None:
@@ -96,7 +105,8 @@ class Outage:
         with self._lock:
             since, self._since = self._since, None
         if since is not None:
-            self.say(f"MLflow answers again, after {time.monotonic() - since:.0f} s")
+            self._ended = time.monotonic()
+            self.say(f"{self.name()} answers again, after {time.monotonic() - since:.0f} s")
 
     def ride_out(self, call: Callable[[], T]) -> T:
         """The result of a call that may safely be repeated, which waits up to `patience` seconds for the store.
@@ -117,7 +127,7 @@ class Outage:
             time.sleep(RETRY)
 
 
-OUTAGE = Outage()  # of this process: all that it does goes to one store
+OUTAGE = Outage(lambda: f"MLflow at {store_address()}")  # of this process: all that it does goes to one store
 
 
 def waits(function: Callable[P, T]) -> Callable[P, T]:

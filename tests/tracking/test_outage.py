@@ -84,18 +84,18 @@ def failing(errors: list[Exception]) -> Callable[[], str]:
 
 def test_a_call_waits_and_one_line_says_so_at_each_end(no_pauses: None) -> None:
     said: list[str] = []
-    state = Outage()
+    state = Outage(lambda: "MLflow at URI")
     state.allow(30, said.append)
     assert state.ride_out(failing([AWAY, AWAY, AWAY])) == "answer"
     assert state.ride_out(failing([])) == "answer"
     assert len(said) == 2
     assert "does not answer ([Errno 111] Connection refused)" in said[0]
     assert "up to 30 minutes" in said[0]
-    assert said[1].startswith("MLflow answers again, after 0 s")
+    assert said[1].startswith("MLflow at URI answers again, after 0 s")
 
 
 def test_without_patience_or_hope_a_call_fails_at_once() -> None:
-    state = Outage()
+    state = Outage(lambda: "MLflow at URI")
     with pytest.raises(MlflowException, match="refused"):
         state.ride_out(failing([AWAY]))
     state.allow(30, print)
