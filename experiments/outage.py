@@ -33,9 +33,10 @@ EPOCHS = 8
 
 
 class Server:
-    """An MLflow server on SQLite that can be killed and started again."""
+    """An MLflow server, on SQLite if no other database is given, that can be killed and started again."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, database: str = ""):
+        self.database = database or f"sqlite:///{folder}/mlflow.db"
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -44,7 +45,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        store = ["--backend-store-uri", self.database]
         store += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
         command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(self.port)]
         log = (self.folder / "server.txt").open("a")

@@ -7,6 +7,7 @@ same few retries, and loses it with the process; so waiting is done here, and `o
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,4 +151,6 @@ def store_address() -> str:
 def reason_of(error: BaseException) -> str:
     """The first line of an error of the store; of a failed request, the innermost cause."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text.rpartition(": ")[2].rstrip("')>\"")[:200] if "API request to" in text else text[:200]
+    if cause := re.search(r"Caused by \w+\((.*)", text):
+        text = cause[1].rpartition(": ")[2].strip("'\")>")
+    return text[:200]

@@ -18,7 +18,7 @@ from cxr.errors import MachineError
 from cxr.tracking import outage, outbox, tracker
 from cxr.tracking.delivery import Entry, deliver
 from cxr.tracking.lifecycle import open_run
-from cxr.tracking.outage import OUTAGE, Outage, is_outage, waits
+from cxr.tracking.outage import OUTAGE, Outage, is_outage, reason_of, waits
 from cxr.tracking.outbox import Outbox
 from cxr.tracking.store import store_errors
 
@@ -62,6 +62,16 @@ def test_what_may_be_answered_later_is_an_outage(error: Exception, expected: boo
     wrapped = MachineError("in one line")
     wrapped.__cause__ = error
     assert is_outage(wrapped) is expected
+
+
+def test_the_reason_is_the_innermost_cause() -> None:
+    assert reason_of(AWAY) == "[Errno 111] Connection refused"
+    busy = "API request to http://s/a failed with exception HTTPConnectionPool(host='s'): Max retries exceeded with url: /a"
+    assert reason_of(MlflowException(f"{busy} (Caused by ResponseError('too many 503 error responses'))")) == (
+        "too many 503 error responses"
+    )
+    assert reason_of(ValueError("one\ntwo")) == "one"
+    assert reason_of(ValueError()) == "ValueError"
 
 
 @pytest.fixture
