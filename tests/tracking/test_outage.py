@@ -66,7 +66,7 @@ def test_what_may_be_answered_later_is_an_outage(error: Exception, expected: boo
 
 def test_the_reason_is_the_innermost_cause() -> None:
     assert reason_of(AWAY) == "[Errno 111] Connection refused"
-    busy = "API request to http://s/a failed with exception HTTPConnectionPool(host='s'): Max retries exceeded with url: /a"
+    busy = "API request to http://s/a failed with exception HTTPConnectionPool(host='s'): Max retries with url: /a"
     assert reason_of(MlflowException(f"{busy} (Caused by ResponseError('too many 503 error responses'))")) == (
         "too many 503 error responses"
     )
