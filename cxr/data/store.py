@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from tqdm import tqdm
 
@@ -42,6 +43,33 @@ class Store:
     bad: dict[str, str]
     shapes: dict[str, tuple[int, int, str]]
     key: str
+
+    def of(self, digests: Iterable[str]) -> Gathered:
+        """The images of these digests, in their order; each must be in the store."""
+        return Gathered(self.images, np.array([self.rows[digest] for digest in digests], np.int64))
+
+
+class Images(Protocol):
+    """Images [n, s, s], of which one [s, s] can be had at a time: an array, or `Gathered`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> UInt8: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Some rows [n] of decoded images, read when they are asked for: a copy of all of them may not fit into memory."""
+
+    images: UInt8
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int, /) -> UInt8:
+        image: UInt8 = self.images[self.rows[row]]
+        return image
 
 
 @dataclass(frozen=True, slots=True)
