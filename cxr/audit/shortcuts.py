@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from cxr.data import dicom
+from cxr.data.memory import files_in
 from cxr.data.store import Images
 from cxr.task import KAGGLE, Task
 
@@ -44,9 +45,9 @@ def cue_table(root: Path, manifest: pd.DataFrame, images: Images | None = None) 
     (uint8 [n, s, s], in the manifest's order) brightness (their mean, 0 to 255). A file that cannot be read has
     missing values. Files are those in the column `file` of the manifest, if there is one, else `path` below `root`.
     """
-    files = manifest["file"] if "file" in manifest else (root / path for path in manifest["path"])
+    files = manifest["file"] if "file" in manifest else files_in(root, manifest["path"])
     with dicom.quiet(), ThreadPoolExecutor() as pool:
-        rows = list(pool.map(_read_header, files))
+        rows = list(pool.map(_read_header, map(Path, files)))
     table = pd.DataFrame(rows, columns=HEADER)
     table["colour mode"] = pd.factorize(table["colour mode"], sort=True)[0]
     if images is not None:

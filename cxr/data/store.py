@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, decode_gray
 from cxr.data.depth import FULL
 from cxr.data.kaggle import is_unreadable
-from cxr.data.memory import Memory, state_of
+from cxr.data.memory import Memory, StrPath, state_of
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
 
@@ -89,7 +89,7 @@ class Reading:
 
 
 def open_store(
-    paths: list[Path], digests: list[str], size: int, resize: str, cache: Cache, reading: Reading = Reading()
+    paths: Sequence[StrPath], digests: list[str], size: int, resize: str, cache: Cache, reading: Reading = Reading()
 ) -> Store:
     """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
 
@@ -159,7 +159,7 @@ def _checksum(images: Path, meta: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _build(folder: Path, files: dict[str, Path], size: int, resize: str, reading: Reading, memory: Memory) -> None:
+def _build(folder: Path, files: dict[str, StrPath], size: int, resize: str, reading: Reading, memory: Memory) -> None:
     """Decode `files` into a new `folder`."""
     known = _nearest(folder.parent, reading, set(files), memory)
     with new_folder(folder) as work:
@@ -173,10 +173,10 @@ _Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
 
 
 def _decode_all(
-    files: dict[str, Path], size: int, resize: str, reading: Reading, known: Store | None
+    files: dict[str, StrPath], size: int, resize: str, reading: Reading, known: Store | None
 ) -> Iterator[_Row]:
-    def one(item: tuple[str, Path]) -> _Row:
-        digest, path = item
+    def one(item: tuple[str, StrPath]) -> _Row:
+        digest, path = item[0], Path(item[1])
         if known and digest in known.rows:
             return digest, known.images[known.rows[digest]], known.shapes[digest]
         try:
