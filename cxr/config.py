@@ -230,6 +230,13 @@ class TrainConfig:
         high=1e6,
     )
     bootstrap: int = param(1000, "bootstrap resamples for each 95% interval; 0 for none", low=0, high=100000)
+    figures: str = param(
+        "all",
+        "figures of a run: all, or few, for many runs (learning curves, Grad-CAM, and of the held-out split the "
+        "confusion matrix and the ROC curve)",
+        choices=("all", "few"),
+        before="all",
+    )
     register: str = param(
         "cxr-pneumonia",
         "registered model to which the best checkpoint is added as a new version, or none. Folds are never registered",
@@ -503,7 +510,7 @@ def search_range(name: str) -> Spec:
 # (Data and weights are identified by other means.) Runs of earlier versions also recorded `resume`.
 NEUTRAL = {
     *("data_dir", "paths", "depth", "weights", "device", "threads", "reuse_gb", "cache_dir", "resume", "register"),
-    *("bootstrap", "abstain", "tracking_patience"),
+    *("bootstrap", "abstain", "figures", "tracking_patience"),
 }
 
 

@@ -14,6 +14,7 @@ from cxr.audit.duplicates import Groups, exact_duplicates, mixed, near_duplicate
 from cxr.audit.shortcuts import cue_table, separabilities, shift
 from cxr.data.load import list_bad
 from cxr.data.splits import patients_across
+from cxr.data.store import Images
 from cxr.task import KAGGLE, Task
 
 PATIENTS_ACROSS = "patients in more than one split"
@@ -43,7 +44,7 @@ class Finding:
 def audit(
     manifest: pd.DataFrame,
     bad: dict[str, str],
-    images: npt.NDArray[np.uint8] | None = None,
+    images: Images | None = None,
     root: Path | None = None,
     features: npt.NDArray[np.float32] | None = None,
     task: Task = KAGGLE,
@@ -113,7 +114,7 @@ def _crossing(manifest: pd.DataFrame) -> Finding:
     return Finding(PATIENTS_ACROSS, not crossing, text)
 
 
-def _duplicates(manifest: pd.DataFrame, images: npt.NDArray[np.uint8] | None) -> list[Finding]:
+def _duplicates(manifest: pd.DataFrame, images: Images | None) -> list[Finding]:
     if "digest" not in manifest:
         return []
     groups = exact_duplicates(manifest)
@@ -126,7 +127,7 @@ def _duplicates(manifest: pd.DataFrame, images: npt.NDArray[np.uint8] | None) ->
     return [*findings, _conflicts(manifest, groups), _renamed(manifest, groups)]
 
 
-def _copies(manifest: pd.DataFrame, images: npt.NDArray[np.uint8]) -> pd.DataFrame:
+def _copies(manifest: pd.DataFrame, images: Images) -> pd.DataFrame:
     """Near duplicates, and different files that decode to the same pixels (column `how`: `same pixels`)."""
     digests = manifest["digest"].to_numpy()
     same = [pair for pair in pairs_of(pixel_duplicates(images)) if digests[pair[0]] != digests[pair[1]]]

@@ -24,6 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from cxr.data import dicom
+from cxr.data.memory import files_in
+from cxr.data.store import Images
 from cxr.task import KAGGLE, Task
 
 Floats = npt.NDArray[np.floating]
@@ -35,7 +37,7 @@ MAX_IMAGES = 1000  # of a class sampled from each split; more would only take lo
 HEADER = ["bytes per pixel", "width", "height", "aspect ratio", "colour mode", "JPEG quantisation", "ICC profile"]
 
 
-def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] | None = None) -> pd.DataFrame:
+def cue_table(root: Path, manifest: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
     """Acquisition cues of each image, in the order of the manifest; only the headers of the files are read.
 
     Columns: bytes per pixel, width and height (pixels), aspect ratio, colour mode (as an integer code), JPEG
@@ -43,13 +45,13 @@ def cue_table(root: Path, manifest: pd.DataFrame, images: npt.NDArray[np.uint8] 
     (uint8 [n, s, s], in the manifest's order) brightness (their mean, 0 to 255). A file that cannot be read has
     missing values. Files are those in the column `file` of the manifest, if there is one, else `path` below `root`.
     """
-    files = manifest["file"] if "file" in manifest else (root / path for path in manifest["path"])
+    files = manifest["file"] if "file" in manifest else files_in(root, manifest["path"])
     with dicom.quiet(), ThreadPoolExecutor() as pool:
-        rows = list(pool.map(_read_header, files))
+        rows = list(pool.map(_read_header, map(Path, files)))
     table = pd.DataFrame(rows, columns=HEADER)
     table["colour mode"] = pd.factorize(table["colour mode"], sort=True)[0]
     if images is not None:
-        table["brightness"] = images.mean(axis=(1, 2), dtype=np.float64)
+        table["brightness"] = [images[row].mean(dtype=np.float64) for row in range(len(images))]
     return table.astype(np.float64)
 
 

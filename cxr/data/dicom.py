@@ -11,6 +11,7 @@ import hmac
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,9 @@ def is_dicom(head: bytes) -> bool:
     return head[128:HEAD] == b"DICM"
 
 
-def has_dicom_name(path: Path) -> bool:
+def has_dicom_name(path: str | Path) -> bool:
     """Whether a file is DICOM by its name, which old files without a preamble need."""
-    return path.suffix.lower() in SUFFIXES
+    return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 def head_of(path: Path) -> bytes:

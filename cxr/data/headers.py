@@ -44,7 +44,7 @@ class Headers:
     """
 
     table: pd.DataFrame
-    files: Mapping[str, Path]
+    files: Mapping[str, str]
     groups: Mapping[str, str]
     reading: Reading
 
@@ -85,9 +85,9 @@ def read_headers(
     if radiographs and "patient" not in table:
         table = with_patients(root, table, cache.patient_key, memory)
     hidden = paths == HASHED or (paths == AUTO and radiographs)
-    deep = {d: file for d, file, each in zip(table["digest"], files, facts, strict=True) if each.deep}
+    deep = {d: file for d, file, each in zip(table["digest"].tolist(), files, facts, strict=True) if each.deep}
     reading = Reading(_depth(deep, cache) if depth == AUTO else int(depth), radiographs, hidden)
-    names = _hidden_names(table["digest"]) if hidden else list(table["path"])
+    names = _hidden_names(table["digest"]) if hidden else table["path"].tolist()
     groups = _groups(table, names, cache.patient_key() if hidden else None)
     return Headers(
         table.assign(path=names).drop(columns="patient", errors="ignore"),
@@ -97,17 +97,17 @@ def read_headers(
     )
 
 
-def _radiographs(files: Sequence[Path], facts: Sequence[Facts]) -> list[bool]:
+def _radiographs(files: Sequence[str], facts: Sequence[Facts]) -> list[bool]:
     """Which files are DICOM."""
     return [each.dicom or dicom.has_dicom_name(file) for file, each in zip(files, facts, strict=True)]
 
 
-def _in_threads(read: Callable[[Path], T], files: Sequence[Path], title: str) -> list[T]:
+def _in_threads(read: Callable[[Path], T], files: Sequence[str], title: str) -> list[T]:
     with dicom.quiet(), ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(read, files), title, len(files), unit="file", leave=False, disable=None))
+        return list(tqdm(pool.map(read, map(Path, files)), title, len(files), unit="file", leave=False, disable=None))
 
 
-def _patients(files: Sequence[Path], asked: Sequence[bool], key: bytes) -> list[str]:
+def _patients(files: Sequence[str], asked: Sequence[bool], key: bytes) -> list[str]:
     """The patient of each DICOM file that is asked for; empty for others, and where the header tells none."""
     chosen = [file for file, is_asked in zip(files, asked, strict=True) if is_asked]
     found = iter(_in_threads(partial(dicom.patient_of, key=key), chosen, "reading patients"))
@@ -116,8 +116,8 @@ def _patients(files: Sequence[Path], asked: Sequence[bool], key: bytes) -> list[
 
 def _groups(table: pd.DataFrame, names: Sequence[str], key: bytes | None) -> list[str]:
     """The groups to log. Those that file names tell are hidden if there is a `key`."""
-    patients = table["patient"] if "patient" in table else [""] * len(table)
-    rows = zip(patients, table["group"], table["path"], names, strict=True)
+    patients = table["patient"].tolist() if "patient" in table else [""] * len(table)
+    rows = zip(patients, table["group"].tolist(), table["path"].tolist(), names, strict=True)
     return [patient or _group(group, path, name, key) for patient, group, path, name in rows]
 
 
@@ -139,7 +139,7 @@ def _hidden_names(digests: Iterable[str]) -> list[str]:
     return names
 
 
-def _depth(deep: Mapping[str, Path], cache: Cache) -> int:
+def _depth(deep: Mapping[str, str], cache: Cache) -> int:
     """The fewest bits that hold every 16-bit image, by digest; 16 if there is none. Found once for a data set."""
     if not deep:
         return FULL

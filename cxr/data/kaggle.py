@@ -6,6 +6,7 @@ Patients are known only from file names: `person12_bacteria_34` and `person12_vi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from cxr.data import dicom
-from cxr.data.memory import UNREADABLE, Memory, files_in
+from cxr.data.memory import UNREADABLE, Memory, StrPath, files_in
 from cxr.data.splits import OFFICIAL
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
 
 SUFFIXES = {".jpeg", ".jpg", ".png"} | dicom.SUFFIXES
+_ENDINGS = tuple(SUFFIXES)
 UNLABELLED = "unlabelled"
 COLUMNS = ["path", "label", "official", "group", "subtype"]
 _PNEUMONIA = re.compile(r"(person\d+)_(bacteria|virus)_\d+", re.IGNORECASE)
@@ -47,10 +49,10 @@ def find_root(data_dir: str | Path) -> Path:
 
 def parse_name(path: str) -> tuple[str, str]:
     """(group, subtype) from a file name; a name of unknown pattern is a separate group with subtype `unknown`."""
-    stem = Path(path).stem
-    if match := _PNEUMONIA.match(stem):
+    name = path.rpartition("/")[2]
+    if match := _PNEUMONIA.match(name):
         return f"{match[1]}_{match[2]}".lower(), match[2].lower()
-    if match := _NORMAL.match(stem):
+    if match := _NORMAL.match(name):
         return match[1].upper(), "normal"
     return path, "unknown"
 
@@ -107,7 +109,7 @@ def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str
 
     Raises `UserError` for a folder that is none of the task's classes.
     """
-    rows = []
+    rows, above = [], "" if split == "." else f"{split}/"
     for folder in _visible(root / split):
         label = _label(folder.name, task)
         if label is None:
@@ -118,9 +120,9 @@ def list_classes(root: Path, split: str, task: Task) -> list[tuple[str, int, str
                 f"{folder}: not a class folder; {split}/ may contain only {known}; for other classes, name all of them "
                 "by --classes"
             )
-        for file in _visible(folder):
-            if is_image(file):
-                path = file.relative_to(root).as_posix()
+        for name in _visible_names(folder):
+            if name.lower().endswith(_ENDINGS) or is_image(folder / name):
+                path = f"{above}{folder.name}/{name}"
                 rows.append((path, label, split, *parse_name(path)))
     return rows
 
@@ -148,8 +150,12 @@ def folder_names(folder: Path) -> list[str]:
 
 def _visible(folder: Path) -> list[Path]:
     """The sorted entries of a folder, without hidden files and `__MACOSX`; none if it does not exist."""
+    return [folder / name for name in _visible_names(folder)]
+
+
+def _visible_names(folder: Path) -> list[str]:
     try:
-        return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+        return sorted(name for name in os.listdir(folder) if not name.startswith((".", "__MACOSX")))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -161,6 +167,6 @@ def is_unreadable(digest: str) -> bool:
     return digest.startswith(UNREADABLE)
 
 
-def digest_files(paths: Iterable[Path], memory: Memory | None = None) -> list[str]:
+def digest_files(paths: Iterable[StrPath], memory: Memory | None = None) -> list[str]:
     """The sha256 of each file's bytes, in order; `unreadable:` and the path for one that cannot be read."""
     return [facts.digest for facts in (memory or Memory()).facts(paths)]

@@ -42,7 +42,7 @@ class Data:
     task: Task = KAGGLE
     remarks: tuple[str, ...] = ()  # about the source, for people
     held_out: str = "test"  # the split that reports: `fold` in a cross-validation
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     depth: int = FULL
 
     def part(self, split: str) -> pd.DataFrame:
@@ -63,13 +63,13 @@ def read_data(config: TrainConfig) -> Data:
     found = read_headers(source.root, source.table, cache, config.paths, config.depth, memory)
     table, reading = found.table, found.reading
     store = open_store(
-        list(found.files.values()), list(table["digest"]), config.image_size, config.resize, cache, reading
+        list(found.files.values()), table["digest"].tolist(), config.image_size, config.resize, cache, reading
     )
     bad = bad_paths(table, store)
     table = reject_bad(table, bad, config.on_bad_image, reading.hidden)
     require_splits(table, config.splits)
     manifest = _split(config, table, found, source.task)
-    shapes = [store.shapes[digest] for digest in manifest["digest"]]
+    shapes = [store.shapes[digest] for digest in manifest["digest"].tolist()]
     manifest[["width", "height", "mode"]] = pd.DataFrame(shapes, index=manifest.index)
     identity, held_out = fingerprint(manifest, reading.depth), "fold" if config.fold_numbers() else "test"
     origin = (source.root, identity, synthetic, source.task, source.remarks)
@@ -103,7 +103,8 @@ def source_of(config: TrainConfig, memory: Memory | None = None) -> Source:
 
 def bad_paths(table: pd.DataFrame, store: Store) -> dict[str, str]:
     """Path -> reason, of the images that the store could not decode."""
-    return {p: store.bad[d] for p, d in zip(table["path"], table["digest"], strict=True) if d in store.bad}
+    rows = zip(table["path"].tolist(), table["digest"].tolist(), strict=True)
+    return {path: store.bad[digest] for path, digest in rows if digest in store.bad}
 
 
 def list_bad(bad: dict[str, str]) -> str:

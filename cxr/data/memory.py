@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
 from cxr.data import dicom
@@ -26,6 +27,7 @@ from cxr.storage import Cache
 
 UNREADABLE = "unreadable:"  # prefix of the digest of a file that cannot be read
 FRESH = 2_000_000_000  # ns; a file changed so recently may change again without a new time
+StrPath = str | os.PathLike[str]  # a hundred thousand Path objects take seconds to make
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BATCH = 500  # rows asked for at once; SQLite allows 999 values
 # The key of a path, the state of the file, what was found in it, a checksum of the three.
@@ -67,26 +69,28 @@ class Memory:
 
     def __init__(self, file: Path | None = None):
         self.file = file
-        self._facts: dict[Path, Facts] = {}
+        self._facts: dict[str, Facts] = {}
 
     @classmethod
     def of(cls, cache: Cache) -> Memory:
         """That of a cache folder and this machine: others see other times, and SQLite is not for shared folders."""
         return cls(cache.root / f"files-{socket.gethostname()}.sqlite")
 
-    def facts(self, paths: Iterable[Path]) -> list[Facts]:
+    def facts(self, paths: Iterable[StrPath]) -> list[Facts]:
         """Of each file, in order; those that are not known are read. This object looks at each file once."""
-        files = list(paths)
+        files = [os.fspath(path) for path in paths]
         self._look_at(list(dict.fromkeys(file for file in files if file not in self._facts)))
         return [self._facts[file] for file in files]
 
-    def _look_at(self, files: Sequence[Path]) -> None:
+    def _look_at(self, files: Sequence[str]) -> None:
         looked = time.time_ns()
         states = dict(zip(files, _states(files), strict=True))
         known = {file: Facts.parse(text) for file, text in self._kept(states).items()}
         new = [file for file in files if file not in known]
         with ThreadPoolExecutor() as pool:
-            read = tqdm(pool.map(Facts.of, new), "reading files", len(new), unit="file", leave=False, disable=None)
+            read = tqdm(
+                pool.map(Facts.of, map(Path, new)), "reading files", len(new), unit="file", leave=False, disable=None
+            )
             found = dict(zip(new, read, strict=True))
         readable = [file for file, each in found.items() if not each.digest.startswith(UNREADABLE)]
         self._keep([(file, states[file], found[file].text()) for file in readable], looked)
@@ -94,14 +98,15 @@ class Memory:
 
     def confirms(self, file: Path, token: str) -> bool:
         """Whether `token` was noted of the file as it is now."""
-        return self._kept({file: state_of(file)}).get(file) == token
+        path = os.fspath(file)
+        return self._kept({path: state_of(path)}).get(path) == token
 
     def note(self, file: Path, token: str, state: str) -> None:
         """Note what was found out about the file while it had this state (`state_of`)."""
         if state == state_of(file):
-            self._keep([(file, state, token)], time.time_ns())
+            self._keep([(os.fspath(file), state, token)], time.time_ns())
 
-    def _kept(self, states: Mapping[Path, str]) -> dict[Path, str]:
+    def _kept(self, states: Mapping[str, str]) -> dict[str, str]:
         """File -> what is kept of it, of those that are in these states, and whose row is not damaged."""
         if not self.file or not self.file.exists():
             return {}
@@ -115,7 +120,7 @@ class Memory:
                         found[files[path]] = text
         return found
 
-    def _keep(self, found: Iterable[tuple[Path, str, str]], looked: int) -> None:
+    def _keep(self, found: Iterable[tuple[str, str, str]], looked: int) -> None:
         """(file, state, what was found); `looked` is the time before their states were asked for, ns."""
         old = looked - FRESH
         rows = [(_key(file), state, text) for file, state, text in found if state and _changed(state) < old]
@@ -149,19 +154,22 @@ def _connected(file: Path) -> closing[sqlite3.Connection]:
     return closing(database)
 
 
-def files_in(root: Path, paths: Iterable[str]) -> list[Path]:
-    """`root / path` of each, in half the time."""
-    return [Path(os.path.join(root, path)) for path in paths]
+def files_in(root: Path, paths: pd.Series) -> list[str]:
+    """`root / path` of each."""
+    top = os.fspath(root)
+    return [
+        os.path.join(top, path) for path in paths.tolist()
+    ]  # thirty times as fast as iterating over Arrow's strings
 
 
-def _states(files: Sequence[Path]) -> list[str]:
+def _states(files: Sequence[str]) -> list[str]:
     """The state of each; in threads, as a network may lie between."""
     parts = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     with ThreadPoolExecutor() as pool:
         return [state for part in pool.map(lambda part: [state_of(file) for file in part], parts) for state in part]
 
 
-def state_of(file: Path) -> str:
+def state_of(file: StrPath) -> str:
     """Size and times of the last change; nothing for a file that is not there."""
     try:
         status = os.stat(file)
@@ -175,8 +183,9 @@ def _changed(state: str) -> int:
     return max(map(int, state.split()[1:]))
 
 
-def _key(file: Path) -> bytes:
-    return hashlib.sha256(os.fsencode(file.absolute())).digest()[:16]
+def _key(file: str) -> bytes:
+    whole = file if os.path.isabs(file) else os.path.join(os.getcwd(), file)
+    return hashlib.sha256(os.fsencode(whole)).digest()[:16]
 
 
 def _checksum(path: bytes, state: str, text: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -146,7 +146,7 @@ def _labelled(file: Path, table: pd.DataFrame, task: Task, memory: Memory) -> pd
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
     order = {name: index for index, name in enumerate(OFFICIAL)}
     rows = zip(table["official"], table["path"], strict=True)
-    keys = [(order.get(split, -1), PurePosixPath(path)) for split, path in rows]
+    keys = [(order.get(split, -1), path.split("/")) for split, path in rows]
     return table.iloc[sorted(range(len(table)), key=keys.__getitem__)].reset_index(drop=True)
 
 

@@ -18,7 +18,8 @@ OFFICIAL = ("train", "val", "test")
 def fingerprint(manifest: pd.DataFrame, depth: int = FULL) -> str:
     """Twelve hex digits that identify a data set and its split: images, labels and splits, independent of the order,
     and the `depth` of 16-bit images if it is not 16 bits."""
-    lines = sorted(f"{d} {y} {s}" for d, y, s in manifest[["digest", "label", "split"]].itertuples(index=False))
+    rows = zip(*(manifest[name].tolist() for name in ("digest", "label", "split")), strict=True)
+    lines = sorted(f"{digest} {label} {split}" for digest, label, split in rows)
     lines += [f"depth {depth}"] * (depth != FULL)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 

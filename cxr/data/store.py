@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from cxr.data import dicom
 from cxr.data.decode import ImageError, UInt8, decode_gray
 from cxr.data.depth import FULL
 from cxr.data.kaggle import is_unreadable
-from cxr.data.memory import Memory, state_of
+from cxr.data.memory import Memory, StrPath, state_of
 from cxr.errors import UserError
 from cxr.storage import Cache, new_folder, remove_folder
 
@@ -42,6 +43,33 @@ class Store:
     bad: dict[str, str]
     shapes: dict[str, tuple[int, int, str]]
     key: str
+
+    def of(self, digests: Iterable[str]) -> Gathered:
+        """The images of these digests, in their order; each must be in the store."""
+        return Gathered(self.images, np.array([self.rows[digest] for digest in digests], np.int64))
+
+
+class Images(Protocol):
+    """Images [n, s, s], of which one [s, s] can be had at a time: an array, or `Gathered`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> UInt8: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Some rows [n] of decoded images, read when they are asked for: a copy of all of them may not fit into memory."""
+
+    images: UInt8
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int, /) -> UInt8:
+        image: UInt8 = self.images[self.rows[row]]
+        return image
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +89,7 @@ class Reading:
 
 
 def open_store(
-    paths: list[Path], digests: list[str], size: int, resize: str, cache: Cache, reading: Reading = Reading()
+    paths: Sequence[StrPath], digests: list[str], size: int, resize: str, cache: Cache, reading: Reading = Reading()
 ) -> Store:
     """The store of these files, built if it is not there or not intact. `digests` is in the order of `paths`.
 
@@ -131,7 +159,7 @@ def _checksum(images: Path, meta: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _build(folder: Path, files: dict[str, Path], size: int, resize: str, reading: Reading, memory: Memory) -> None:
+def _build(folder: Path, files: dict[str, StrPath], size: int, resize: str, reading: Reading, memory: Memory) -> None:
     """Decode `files` into a new `folder`."""
     known = _nearest(folder.parent, reading, set(files), memory)
     with new_folder(folder) as work:
@@ -145,10 +173,10 @@ _Row = tuple[str, UInt8, tuple[int, int, str]] | tuple[str, str]
 
 
 def _decode_all(
-    files: dict[str, Path], size: int, resize: str, reading: Reading, known: Store | None
+    files: dict[str, StrPath], size: int, resize: str, reading: Reading, known: Store | None
 ) -> Iterator[_Row]:
-    def one(item: tuple[str, Path]) -> _Row:
-        digest, path = item
+    def one(item: tuple[str, StrPath]) -> _Row:
+        digest, path = item[0], Path(item[1])
         if known and digest in known.rows:
             return digest, known.images[known.rows[digest]], known.shapes[digest]
         try:

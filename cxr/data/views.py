@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cxr.data.philox import uniform
+
 Floats = npt.NDArray[np.float64]
 # Column of the parameters -> its value if nothing is to be done. zoom_x, zoom_y: factors; flip: -1 mirrors left and
 # right; angle: degrees; shift_x, shift_y: share of the side; marker: grey level, 0 to 1, of a letter in the corner;
@@ -55,13 +57,7 @@ class Recipe:
         Philox is counter-based: the draws of an image depend only on (seed, key, view), so neither order nor batch size
         nor a resumed run changes them.
         """
-        table = np.empty((len(keys), len(self.ranges)), np.float64)
-        for row, key in zip(table, keys, strict=True):
-            both = np.array(
-                [seed, key], np.uint64
-            )  # a list of the two goes through float64, which loses bits of the key
-            generator = np.random.Generator(np.random.Philox(key=both, counter=[0, 0, 0, view]))
-            generator.random(out=row)
+        table = uniform(seed, keys, view, len(self.ranges))
         return {name: self._scaled(name, column) for name, column in zip(self.ranges, table.T, strict=True)}
 
     def _scaled(self, name: str, uniform: Floats) -> Floats:

@@ -34,7 +34,7 @@ def audited(config: TrainConfig, data: Data, model: nn.Module | None, precision:
     file = Cache.open(config.cache_dir).audit(hashlib.sha256(text.encode()).hexdigest()[:24])
     findings = _kept(file)
     if findings is None:
-        images = data.store.images[[data.store.rows[digest] for digest in data.manifest["digest"]]]
+        images = data.store.of(data.manifest["digest"])
         features = pooled_features(config, data, model, precision) if model else None
         manifest = data.manifest.assign(file=data.manifest["path"].map(data.files))
         findings = audit(manifest, data.bad, images, data.root, features, data.task)

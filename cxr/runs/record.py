@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 
 import numpy as np
@@ -41,6 +41,7 @@ from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, rep
 from cxr.tracking.tracker import MlflowTracker, Tracker
 
 STRESSED = "stressed_val_loss"
+FEW = {"confusion_matrix", "roc"}  # of the held-out split; with `figures=few`, validation has none
 SELECTIVE_RESAMPLES = 500  # a band in a figure needs fewer than an interval in a table
 
 
@@ -113,8 +114,9 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
     tracker.table(result.history, Artifact.HISTORY)
     tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), Artifact.LEARNING_CURVES)
     tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", Artifact.FREEZE_PROOFS)
-    for report in (result.val, result.test):
-        log_report(tracker, report, name)
+    few = config.figures == "few"
+    log_report(tracker, result.val, name, set() if few else None)
+    log_report(tracker, result.test, name, FEW if few else None)
     tracker.figure(_gradcam_panel(model, result, name), Artifact.GRADCAM)
     sizes = {
         "parameters_total": count_parameters(model),
@@ -226,38 +228,58 @@ def _card(config: TrainConfig, result: RunResult) -> ModelCard:
     return card_of(config, result.weights, result.data, result.test.threshold, result.calibration, limit)
 
 
-def log_report(tracker: Tracker, report: Report, name: str) -> None:
-    """Log the predictions, the report and the figures of one split; `name` goes into their titles."""
+def log_report(tracker: Tracker, report: Report, name: str, kinds: Set[str] | None = None) -> None:
+    """Log the predictions, the report and the figures of one split (of these `kinds`, if given); `name` goes into their
+    titles."""
     split, title = report.split, f"{SPLIT_NAMES[report.split]}: {name}"
     tracker.table(report.table, predictions_path(split))
     tracker.text(report.text(), report_path(split))
-    figures = report_figures(report, title)
-    if "abstain" in report.table:
-        figures["selective"] = _selective_figure(report, title)
-    for kind, figure in figures.items():
+    for kind, figure in report_figures(report, title, kinds).items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
 
 
-def report_figures(report: Report, title: str) -> dict[str, Figure]:
-    """Name -> figure, of one split."""
-    classes, labels, probabilities = report.task.classes, report.labels, report.probabilities
-    figures = {
-        "confusion_matrix": plots.confusion_matrix(report.counts(), classes, title),
-        "metrics": plots.metric_bars({m: report.interval(m) for m in report.values if range_of(m) == (0, 1)}, title),
+def report_figures(report: Report, title: str, kinds: Set[str] | None = None) -> dict[str, Figure]:
+    """Name -> figure, of one split; only those of `kinds` are drawn, if given."""
+    ways = _ways_to_draw(report, title) | (
+        _binary_only(report, title) if report.binary else _classes_only(report, title)
+    )
+    return {kind: draw() for kind, draw in ways.items() if kinds is None or kind in kinds}
+
+
+_Ways = dict[str, Callable[[], Figure]]
+
+
+def _ways_to_draw(report: Report, title: str) -> _Ways:
+    """Name -> what draws the figure, of those that every report has."""
+    shown = {metric: report.interval(metric) for metric in report.values if range_of(metric) == (0, 1)}
+    ways: _Ways = {
+        "confusion_matrix": lambda: plots.confusion_matrix(report.counts(), report.task.classes, title),
+        "metrics": lambda: plots.metric_bars(shown, title),
     }
-    if not report.binary:
-        areas = [report.interval(f"roc_auc_of_{slug}") for slug in report.task.slugs]
-        named, event = list(zip(classes, areas, strict=True)), "the decision being right"
-        return figures | {
-            "roc": roc_curves(labels, matrix_of(report.table), named, title),
-            "reliability": calibration_pair(report.correct, report.uncalibrated, probabilities, title, event=event),
-        }
-    chosen = f"{title}, threshold {report.threshold:.3f}"
-    return figures | {
-        "roc": plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, report.threshold),
-        "pr": plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, report.threshold),
-        "confusion_matrix_chosen": plots.confusion_matrix(report.counts(report.threshold), classes, chosen),
-        "reliability": calibration_pair(labels, report.uncalibrated, probabilities, title),
+    return ways | ({"selective": lambda: _selective_figure(report, title)} if "abstain" in report.table else {})
+
+
+def _classes_only(report: Report, title: str) -> _Ways:
+    areas = [report.interval(f"roc_auc_of_{slug}") for slug in report.task.slugs]
+    named, event = list(zip(report.task.classes, areas, strict=True)), "the decision being right"
+    return {
+        "roc": lambda: roc_curves(report.labels, matrix_of(report.table), named, title),
+        "reliability": lambda: calibration_pair(
+            report.correct, report.uncalibrated, report.probabilities, title, event=event
+        ),
+    }
+
+
+def _binary_only(report: Report, title: str) -> _Ways:
+    labels, probabilities, threshold = report.labels, report.probabilities, report.threshold
+    chosen = f"{title}, threshold {threshold:.3f}"
+    return {
+        "roc": lambda: plots.roc_curve(labels, probabilities, report.interval("roc_auc"), title, threshold),
+        "pr": lambda: plots.pr_curve(labels, probabilities, report.interval("pr_auc"), title, threshold),
+        "confusion_matrix_chosen": lambda: plots.confusion_matrix(
+            report.counts(threshold), report.task.classes, chosen
+        ),
+        "reliability": lambda: calibration_pair(labels, report.uncalibrated, probabilities, title),
     }
 
 

@@ -44,11 +44,11 @@ def has_checkpoint(run: LoggedRun, config: TrainConfig) -> bool:
 
 
 def has_parameters(run: LoggedRun, config: TrainConfig) -> bool:
-    """Whether a run was recorded with these parameters, or such as give the same bits; it keeps its own threads
-    and patience."""
+    """Whether a run was recorded with these parameters, or such as give the same bits; it keeps its own threads,
+    figures and patience."""
     recorded = before_they_existed() | dict(run.params)
     wanted = {key: value for key, value in flatten(config).items() if not _is_new_and_neutral(key, run)}
-    for free in ("train.threads", "train.tracking_patience"):
+    for free in ("train.threads", "train.figures", "train.tracking_patience"):
         wanted.pop(free, None)
     return all(same_result(key, recorded.get(key, "")) == same_result(key, value) for key, value in wanted.items())
 

@@ -55,7 +55,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     for line in source_lines(data):
         say(line)
     say(f"data: {data_words(data)}\nstart: {config.arch}, weights {weights}, on {describe(machine.device)}")
-    tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), Artifact.TRAIN_VIEWS)
+    if config.figures == "all":
+        tracker.figure(views_figure(config, make_split(data.manifest, data.store, "train")), Artifact.TRAIN_VIEWS)
     parallel.agreed((config, tracker.run_id))  # the other processes begin here
     records, source = train_model(config, tracker, data, machine, model, say)
     stressed = _stressed(config, machine, model, source, data)

@@ -81,8 +81,7 @@ def _pooled_figures(pooled: Report, title: str) -> dict[str, Figure]:
     """Those of a report, at one half and without calibration of the whole."""
     labels, probabilities = pooled.labels, pooled.probabilities
     if not pooled.binary:
-        chosen = report_figures(pooled, title)
-        return {name: chosen[name] for name in ("roc", "confusion_matrix", "metrics")}
+        return report_figures(pooled, title, {"roc", "confusion_matrix", "metrics"})
     return {
         "roc": plots.roc_curve(labels, probabilities, pooled.interval("roc_auc"), title),
         "pr": plots.pr_curve(labels, probabilities, pooled.interval("pr_auc"), title),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -225,6 +225,7 @@ def pooled_features(
         part = make_split(data.manifest, data.store, name)
         with torch.no_grad():
             outputs = _plain_outputs(config, model, part, head, precision, fold=True)
-            rows = [features.float().flatten(1).cpu() for features, _ in outputs]
-        found[(manifest["split"] == name).to_numpy()] = torch.cat(rows).numpy()
+            places = iter(np.flatnonzero(manifest["split"] == name))
+            for features, _ in outputs:
+                found[list(islice(places, len(features)))] = features.float().flatten(1).cpu().numpy()
     return found

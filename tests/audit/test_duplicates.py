@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cxr.audit import duplicates as module
 from cxr.audit.duplicates import SAME, UInt8, exact_duplicates, mixed, near_duplicates, pairs_of, pixel_duplicates
 from cxr.data.phantoms import draw_anatomy, phantom
+from cxr.data.store import Gathered
 
 FILMS = 24
 
@@ -86,6 +88,24 @@ def test_identical_pixels_form_a_group_represented_by_its_first_image(films: UIn
     images = np.stack([films[0], films[1], films[0], saved_again(films[0]), films[0]])
     assert pixel_duplicates(images) == [[0, 2, 4]]
     assert near_duplicates(images)[["a", "b"]].to_numpy().tolist() == [[0, 3]]
+
+
+def test_images_may_be_gathered_one_by_one(films: UInt8) -> None:
+    store = np.concatenate([films[:4], np.stack([saved_again(film) for film in films[:4]])])
+    gathered = Gathered(store, np.array([5, 0, 2, 1]))
+    assert near_duplicates(gathered)[["a", "b"]].to_numpy().tolist() == [[0, 3]]
+    assert pixel_duplicates(Gathered(store, np.array([3, 0, 3]))) == [[0, 2]]
+
+
+@pytest.mark.parametrize("most", [1, 4, 9])
+def test_of_many_candidates_the_most_similar_are_kept(films: UInt8, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """In whatever blocks they are found: here each block is larger than what is kept."""
+    changed = [change(film) for film in films[:6] for change in (brighter, mirrored, cropped)]
+    small = np.stack([module._shrink(film) for film in [*films, *changed]])
+    whole = module._candidates(small)
+    assert len(whole) > 12
+    monkeypatch.setattr(module, "MAX_FITTED", most)
+    pd.testing.assert_frame_equal(module._candidates(small), whole[:most])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -81,7 +81,7 @@ def test_dicom_files_are_named_by_their_digest_and_patients_by_a_keyed_hash(radi
     found = read_headers(radiographs, table, Cache.open())
     assert found.reading.hidden
     for name, file in found.files.items():
-        assert hashlib.sha256(file.read_bytes()).hexdigest().startswith(name)
+        assert hashlib.sha256(Path(file).read_bytes()).hexdigest().startswith(name)
     text = found.table.to_csv() + repr(found.groups)
     assert [secret for secret in SECRETS if secret in text] == []
     assert 10 < len(set(found.groups.values())) == found.table["group"].nunique() < len(table)

@@ -156,7 +156,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
 
         return guarded
 
-    monkeypatch.setattr(Path, "iterdir", guard(Path.iterdir))
+    monkeypatch.setattr(os, "listdir", guard(os.listdir))
     monkeypatch.setattr(Path, "read_bytes", guard(Path.read_bytes))
     return paths
 

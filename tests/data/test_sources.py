@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from cxr.config import TrainConfig
 from cxr.data.kaggle import index_folder
 from cxr.data.load import read_data
-from cxr.data.sources import Source, read_source, with_test
+from cxr.data.sources import Source, _in_order, read_source, with_test
 from cxr.data.splits import assign_splits, fingerprint
 from cxr.errors import UserError
 from cxr.task import KAGGLE, Task
@@ -395,3 +395,16 @@ def test_metadata_beside_splits_is_not_read_as_a_list(phantoms: Path, tmp_path: 
 
 def test_columns_are_refused_for_a_folder(phantoms: Path, refused: Refused) -> None:
     assert "is for lists" in refused(phantoms, columns="path=file")
+
+
+NAMES = st.text("ab.-_0A é", min_size=1, max_size=6).filter(lambda name: name.strip(".") and not name.startswith("."))
+
+
+@given(st.sets(st.tuples(st.sampled_from(["train", "val", "test", ""]), NAMES, NAMES), max_size=20))
+def test_rows_are_in_the_order_of_the_splits_then_of_the_paths(rows: set[tuple[str, str, str]]) -> None:
+    table = pd.DataFrame([(split, f"{one}/{two}") for split, one, two in rows], columns=["official", "path"])
+    found = _in_order(table)
+    order = ["", "train", "val", "test"]
+    pairs = [(order.index(split), PurePosixPath(path)) for split, path in table.itertuples(index=False)]
+    expected = [(order[split], str(path)) for split, path in sorted(pairs)]
+    assert list(found.itertuples(index=False, name=None)) == expected

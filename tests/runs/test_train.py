@@ -45,6 +45,14 @@ def test_every_strategy_runs_and_logs_everything(tiny: TrainConfig, strategy: st
     assert any("test, threshold 0.5" in line for line in summary(config, tracker, result))
 
 
+def test_few_figures_are_those_that_one_looks_at_first(tiny: TrainConfig) -> None:
+    tracker = NullTracker()
+    run(replace(tiny, strategy="frozen", epochs=1, figures="few"), tracker, say=lambda line: None)
+    found = {Path(name).stem for name in tracker.artifacts if name.startswith("plots/")}
+    assert found == {"learning_curves", "test_gradcam", "test_confusion_matrix", "test_roc"}
+    assert {"tables/val_predictions.csv", "reports/val.txt"} <= set(tracker.artifacts)
+
+
 def test_the_same_seed_gives_the_same_result(tiny: TrainConfig) -> None:
     first, second, other = (
         run(config, NullTracker(), say=lambda line: None) for config in (tiny, tiny, replace(tiny, seed=1))
