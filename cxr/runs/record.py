@@ -28,11 +28,13 @@ from cxr.evaluation.report import Report, certainties_of
 from cxr.evaluation.selective import COVERAGES, selective_accuracy
 from cxr.figures import single as plots
 from cxr.figures.classes import roc_curves
+from cxr.figures.html import html_page
 from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
 from cxr.network.freezing import count_parameters
 from cxr.network.weights import InitialWeights
 from cxr.runs.messages import SPLIT_NAMES, _proof_words, summary
+from cxr.runs.page import training_page
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
@@ -111,11 +113,13 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
     """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
     tracker.table(result.history, Artifact.HISTORY)
-    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), Artifact.LEARNING_CURVES)
+    figures = {"learning_curves": plots.learning_curves(result.history, best, f"Learning curves: {name}")}
+    tracker.figure(figures["learning_curves"], Artifact.LEARNING_CURVES)
     tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", Artifact.FREEZE_PROOFS)
     for report in (result.val, result.test):
-        log_report(tracker, report, name)
-    tracker.figure(_gradcam_panel(model, result, name), Artifact.GRADCAM)
+        figures |= log_report(tracker, report, name)
+    figures["gradcam"] = _gradcam_panel(model, result, name)
+    tracker.figure(figures["gradcam"], Artifact.GRADCAM)
     sizes = {
         "parameters_total": count_parameters(model),
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
@@ -130,6 +134,9 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)
+    if isinstance(tracker, MlflowTracker):
+        page = training_page(config, result, figures, model_id, registration)
+        tracker.text(html_page(page), Artifact.REPORT)
     tracker.tags(
         {
             Tag.FREEZING: "; ".join(_proof_words(proof) for proof in result.proofs),
@@ -226,8 +233,11 @@ def _card(config: TrainConfig, result: RunResult) -> ModelCard:
     return card_of(config, result.weights, result.data, result.test.threshold, result.calibration, limit)
 
 
-def log_report(tracker: Tracker, report: Report, name: str) -> None:
-    """Log the predictions, the report and the figures of one split; `name` goes into their titles."""
+def log_report(tracker: Tracker, report: Report, name: str) -> dict[str, Figure]:
+    """Log the predictions, the report and the figures of one split; `name` goes into their titles.
+
+    Returns the figures by the names of their files, without the split.
+    """
     split, title = report.split, f"{SPLIT_NAMES[report.split]}: {name}"
     tracker.table(report.table, predictions_path(split))
     tracker.text(report.text(), report_path(split))
@@ -236,6 +246,7 @@ def log_report(tracker: Tracker, report: Report, name: str) -> None:
         figures["selective"] = _selective_figure(report, title)
     for kind, figure in figures.items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
+    return figures
 
 
 def report_figures(report: Report, title: str) -> dict[str, Figure]:

@@ -83,6 +83,7 @@ class RunKind(StrEnum):
 class Artifact(StrEnum):
     """The artifacts of a run, as paths."""
 
+    REPORT = "REPORT.html"  # in capitals, to be the first file in MLflow's list
     CONFIG = "config.json"
     AUDIT = "data/audit.txt"
     MANIFEST = "data/manifest.csv"
@@ -101,6 +102,7 @@ class Artifact(StrEnum):
     FOLDS = "crossval/folds.csv"
     OUT_OF_FOLD = "crossval/out_of_fold_predictions.csv"
     CROSSVAL_REPORT = "crossval/report.txt"
+    CROSSVAL_PAGE = "crossval/report.html"
 
 
 def predictions_path(split: str) -> str:
