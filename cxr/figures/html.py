@@ -65,6 +65,10 @@ class Section:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
 
+    def sorted_findings(self) -> list[Finding]:
+        """Warnings first, then what is unclear."""
+        return sorted(self.findings, key=lambda finding: (finding.ok, finding.conclusive))
+
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show."""

@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 from cxr.config import TrainConfig
 from cxr.evaluation.metrics import Interval
+from cxr.evaluation.multiclass import PER_CLASS
+from cxr.evaluation.predictions import HALF
 from cxr.evaluation.report import Report, format_interval
 from cxr.figures.html import Matrix, Number, Page, Section
+from cxr.figures.strategies import NAMES
 from cxr.parameters import option_name, text_of
 from cxr.runs.messages import SPLIT_NAMES, _saturation_lines, data_words
 from cxr.runs.result import RunResult
@@ -21,6 +24,7 @@ from cxr.tracking.lifecycle import git_commit
 
 CAPTIONS = {
     "learning_curves": "Loss, accuracy and ROC-AUC on training and validation, and the learning rate, by epoch",
+    "folds": "The metrics of each fold, their mean and standard deviation",
     "roc": "ROC curve: how many of the ill are found at each rate of false alarms",
     "pr": "Precision against recall; dashed: the precision of calling every image positive",
     "reliability": "Reliability: how often what is predicted with a probability is so, before and after calibration",
@@ -93,16 +97,16 @@ def report_sections(report: Report, figures: Mapping[str, Figure]) -> list[Secti
 
 def _tables(report: Report) -> dict[str, pd.DataFrame]:
     """Metrics as text with their intervals: a column for each threshold, or a row for each class."""
-    first = "at 0.5" if report.binary else "all classes"
-    rows = {name: {first: format_interval(report.interval(name))} for name in report.values if "_of_" not in name}
-    for name in report.chosen_values:
-        rows[name][f"at {report.threshold:.3f}, {report.origin}"] = format_interval(report.chosen_interval(name))
-    for name, value in report.before.items():
-        rows[name]["without calibration"] = f"{value:.4f}"
-    for name, value in report.prior.items():
-        if name.startswith("corrected_"):
-            rows[name.removeprefix("corrected_")]["corrected for the prevalence here"] = f"{value:.4f}"
-    found = {"Metrics with 95% intervals, patients resampled": pd.DataFrame.from_dict(rows, orient="index")}
+    columns = {"at 0.5" if report.binary else "all classes": _texts(report.values, report.bounds)}
+    if _has_threshold(report):
+        chosen = f"at {report.threshold:.3f}, {report.origin}"
+        columns[chosen] = _texts(report.chosen_values, report.chosen_bounds)
+    corrected = {name: value for name, value in report.prior.items() if name.startswith("corrected_")}
+    columns["corrected for the prevalence here"] = _texts(corrected)
+    columns["without calibration"] = _texts(report.before)
+    whole = pd.DataFrame({column: cells for column, cells in columns.items() if cells})
+    names = [_name(name) for name in report.values if name in whole.index]
+    found = {"Metrics with their 95% intervals": whole.rename(_name).loc[names].fillna("")}
     if not report.binary:
         found["Each class against the rest"] = _each_class(report)
     if report.subtypes:
@@ -111,32 +115,44 @@ def _tables(report: Report) -> dict[str, pd.DataFrame]:
     return found
 
 
+def _has_threshold(report: Report) -> bool:
+    """Whether the model decides at another threshold than one half."""
+    return report.binary and report.threshold != HALF
+
+
+def _texts(values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]] | None = None) -> dict[str, str]:
+    """Metric -> value and interval, of those that are not of one class."""
+    unknown = (float("nan"), float("nan"))
+    return {
+        name.removeprefix("corrected_"): format_interval((value, *(bounds or {}).get(name, unknown)))
+        for name, value in values.items()
+        if "_of_" not in name
+    }
+
+
+def _name(metric: str) -> str:
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
 def _each_class(report: Report) -> pd.DataFrame:
-    names = [name.removesuffix(f"_of_{report.task.slugs[0]}") for name in report.values if "_of_" in name]
-    every = zip(report.task.classes, report.task.slugs, strict=True)
-    return pd.DataFrame.from_dict(
-        {
-            shown: {
-                name: format_interval(report.interval(f"{name}_of_{slug}"))
-                for name in names
-                if f"{name}_of_{slug}" in report.values
-            }
-            for shown, slug in every
-        },
-        orient="index",
-    )
+    """A row for each class, its metrics as text."""
+    rows = {
+        name: {_name(metric): format_interval(report.interval(f"{metric}_of_{slug}")) for metric in PER_CLASS}
+        for name, slug in zip(report.task.classes, report.task.slugs, strict=True)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _matrices(report: Report) -> dict[str, Matrix]:
-    classes = report.task.classes
-    if not report.binary:
-        return {"The most probable class decides": Matrix(report.counts(), classes)}
-    return {
-        f"At the model's threshold of {report.threshold:.3f}, {report.origin}": Matrix(
-            report.counts(report.threshold), classes
-        ),
-        "At a threshold of 0.5, by which models are compared": Matrix(report.counts(), classes),
-    }
+    """Confusion matrices: at both thresholds of two classes."""
+    classes, caption = report.task.classes, "The most probable class decides"
+    if report.binary:
+        caption = "At a threshold of 0.5, by which models are compared"
+    found = {caption: Matrix(report.counts(), classes)}
+    if not _has_threshold(report):
+        return found
+    own = f"At the model's threshold of {report.threshold:.3f}, {report.origin}"
+    return {own: Matrix(report.counts(report.threshold), classes), **found}
 
 
 def training_page(
@@ -163,14 +179,39 @@ def training_page(
 
 
 def evaluation_page(
-    title: str, report: Report, figures: Mapping[str, Figure], lines: Sequence[str], model: str
+    title: str,
+    report: Report,
+    figures: Mapping[str, Figure],
+    lines: Sequence[str],
+    model: str,
+    model_id: str | None = None,
 ) -> Page:
     """The page of an evaluation of `model` on other images, or of an ensemble; `lines` are what was said of it."""
     doubts = [line.removeprefix(DOUBTS) for line in lines if line.startswith(DOUBTS)]
     notes = [line for line in lines if not line.startswith(DOUBTS)]
-    sections = [*report_sections(report, figures), Section("What else was found", notes=notes)]
-    verdict = verdict_of(report, model)
-    return Page(title, verdict, sections, warnings=doubts, numbers=numbers_of(report))
+    sections = [
+        *report_sections(report, figures),
+        Section("What else was found", notes=notes),
+        Section("Use the model", commands=_use(model_id)),
+    ]
+    return Page(title, verdict_of(report, model), sections, warnings=doubts, numbers=numbers_of(report))
+
+
+def crossval_page(name: str, table: pd.DataFrame, pooled: Report, figures: Mapping[str, Figure]) -> Page:
+    """The page of a cross-validation: its folds (a row of `table` each), and their predictions pooled."""
+    auc, spread = table["roc_auc"].mean(), table["roc_auc"].std(ddof=1)
+    verdict = (
+        f"Over {len(table)} folds by patient, without the test split, {name} reaches a ROC-AUC of {auc:.3f} "
+        f"± {spread:.3f} (mean and standard deviation); pooled {_words(pooled.interval('roc_auc'))}."
+    )
+    about = "The pooled predictions are those of all the models, each on its own fold; intervals cover patients only."
+    folds = Section("Folds", tables={"Metrics of each fold at 0.5": table}, figures=_chosen(figures, "folds"))
+    return Page(
+        f"Cross-validation: {name}",
+        verdict,
+        [folds, Section("Pooled", [about]), *report_sections(pooled, figures)],
+        numbers=numbers_of(pooled),
+    )
 
 
 def _chosen(figures: Mapping[str, Figure], name: str) -> dict[str, Figure]:

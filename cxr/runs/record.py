@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -24,7 +24,7 @@ from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.metrics import range_of
 from cxr.evaluation.predictions import HALF, matrix_of
-from cxr.evaluation.report import Report, certainties_of
+from cxr.evaluation.report import Report, at_first_sight, certainties_of
 from cxr.evaluation.selective import COVERAGES, selective_accuracy
 from cxr.figures import single as plots
 from cxr.figures.classes import roc_curves
@@ -39,7 +39,7 @@ from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
-from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, report_path
+from cxr.tracking.reading import Artifact, Tag, metrics_table, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
 
 STRESSED = "stressed_val_loss"
@@ -129,11 +129,10 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
-        final = {**result.val.metrics(), **result.test.metrics(), **result.stressed, **gap, **sizes}
-        final |= {"test_uses_before": result.uses_before}
+        final = {**result.stressed, **gap, **sizes, "test_uses_before": result.uses_before}
         final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
-        tracker.metrics(final, step=len(result.records), model_id=model_id)
+        log_metrics(tracker, (result.val, result.test), final, len(result.records), model_id)
     if isinstance(tracker, MlflowTracker):
         page = training_page(config, result, figures, model_id, registration)
         tracker.text(html_page(page), Artifact.REPORT)
@@ -147,6 +146,20 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         }
     )
     return registration
+
+
+def log_metrics(
+    tracker: Tracker,
+    reports: Sequence[Report],
+    others: Mapping[str, float],
+    step: int | None = None,
+    model_id: str | None = None,
+) -> None:
+    """Log the metrics of reports and `others`: all in a table, and those that are looked for first as metrics."""
+    own = {name: value for report in reports for name, value in report.metrics().items()}
+    every = {**own, **others}
+    tracker.table(metrics_table(every), Artifact.METRICS)
+    tracker.metrics(at_first_sight(every, reports), step=step, model_id=model_id)
 
 
 def _gradcam_panel(model: nn.Module, result: RunResult, name: str) -> Figure:

@@ -206,7 +206,8 @@ def _page(
 ) -> str:
     """The HTML report: the first and last sentence of the verdict on top, the others before the notes."""
     head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    return html_report(heading, head, [*lines[1:-1], *remarks], tables, figures)
+    captioned = {figure.get_suptitle() or name: figure for name, figure in figures.items()}
+    return html_report(heading, head, [*lines[1:-1], *remarks], tables, captioned)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from cxr.config import without_password
 from cxr.figures.style import save_png
 from cxr.tracking.reading import RunKind, metric_history
 from cxr.tracking.store import one_at_a_time
-from cxr.tracking.views import OPENS, key_of, saved_view, state_of
+from cxr.tracking.views import OPENS, key_of, name_of, saved_view, state_of
 
 
 class Tracker(Protocol):
@@ -208,8 +208,8 @@ class MlflowTracker:
         remote = uri.startswith("http")
         base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
         experiment = f"{base}/#/experiments/{self.experiment_id}"
-        state = state_of(kind, self.run_id, rates)
-        view = f"{experiment}/{saved_view(self.experiment_id, key_of(kind, self.run_id), state)}"
+        key, name, state = key_of(kind, self.run_id), name_of(kind, self.run_id), state_of(kind, self.run_id, rates)
+        view = f"{experiment}/{saved_view(self.experiment_id, key, state, name)}"
         own = f"{experiment}/runs/{self.run_id}?{OPENS}"
         return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
 
