@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from cxr.audit.checks import Finding
-from cxr.figures.style import Counts, Interval, save_png
+from cxr.figures.style import Counts, Floats, Interval, save_png
 from cxr.figures.vector import svg_of
 
 DIGITS = 4
@@ -40,15 +40,17 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A confusion matrix: counts [k, k], rows are the true class."""
+    """A confusion matrix: counts [k, k], or means of several, rows are the true class."""
 
-    counts: Counts
+    counts: Counts | Floats
     classes: Sequence[str]
 
-    def cells(self) -> Iterator[tuple[str, list[tuple[int, float]]]]:
+    def cells(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
         """Each true class with (count, percent of that class) for every predicted class; NaN of an empty class."""
+        whole = all(float(count).is_integer() for count in self.counts.flat)
         for name, row in zip(self.classes, self.counts.tolist(), strict=True):
-            yield name, [(count, 100 * count / sum(row) if sum(row) else float("nan")) for count in row]
+            percents = [100 * count / sum(row) if sum(row) else float("nan") for count in row]
+            yield name, [(f"{n:,.{0 if whole else 1}f}", percent) for n, percent in zip(row, percents, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,15 @@ def html_report(
     notes: Sequence[str],
     tables: Mapping[str, pd.DataFrame],
     figures: Mapping[str, Figure],
+    matrices: Mapping[str, Matrix] | None = None,
 ) -> str:
-    """The page of a comparison: the verdict, notes, tables and figures, as `html_page`."""
-    sections = Section("Notes", notes=notes), Section("Tables", tables=tables), Section("Figures", figures=figures)
+    """The page of a comparison: the verdict, notes, tables, confusion matrices and figures, as `html_page`."""
+    sections = [
+        Section("Notes", notes=notes),
+        Section("Tables", tables=tables),
+        Section("Decisions", matrices=matrices or {}),
+        Section("Figures", figures=figures),
+    ]
     return html_page(Page(title, verdict, sections))
 
 
@@ -157,7 +165,7 @@ def _environment() -> Environment:
 
 def _picture(figure: Figure, caption: str) -> _Picture:
     width = round(figure.get_figwidth() * figure.dpi)
-    if svg := svg_of(figure):
+    if svg := svg_of(figure, caption):
         return _Picture(caption, svg, "", width)
     buffer = io.BytesIO()
     save_png(figure, buffer)

@@ -33,18 +33,18 @@ _STYLE = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
 _FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 
 
-def svg_of(figure: Figure) -> str | None:
+def svg_of(figure: Figure, name: str) -> str | None:
     """The figure without its title as an `<svg>` element for an HTML page; None if it shows images, or is too large.
 
-    The page defines `--ink` and the other `VARIABLES`. The figure is laid out as for its PNG, and changed: draw no
-    other picture of it afterwards.
+    The page defines `--ink` and the other `VARIABLES`, and has no other figure of that `name`. The figure is laid out
+    as for its PNG, and changed: draw no other picture of it afterwards.
     """
     if any(axes.images for axes in figure.axes):
         return None
     drawn(figure)
     figure.set_layout_engine("none")  # it is laid out; again takes half of the time
     top = _title_height(figure)
-    text = _inline(_svg(figure))
+    text = _inline(_svg(figure, name))
     if len(text) > LARGEST:
         return None
     width, height = (72 * float(side) for side in figure.get_size_inches())
@@ -52,13 +52,12 @@ def svg_of(figure: Figure) -> str | None:
     return f'<svg viewBox="{view}" width="{width * 4 / 3:.0f}">{text}</svg>'
 
 
-def _svg(figure: Figure) -> str:
-    """As matplotlib writes it, its texts as text."""
+def _svg(figure: Figure, name: str) -> str:
+    """As matplotlib writes it, its texts as text; the names of clip paths depend on `name`."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    salt = f"{figure.get_suptitle()}{len(figure.axes)}"  # else the names of clip paths change from call to call
     canvas: Any = FigureCanvasSVG(figure)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         canvas.print_svg(buffer, metadata=nothing)
     return buffer.getvalue()
 
