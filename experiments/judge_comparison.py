@@ -39,7 +39,7 @@ def row(run: LoggedRun, parent: int) -> dict[str, object]:
     """The criteria and the metrics on test of a run, or of an ensemble."""
     best = int(run.tags.get("best_epoch", -1))
     val_loss = run.history("val_loss").get(best, run.metric("val_loss"))
-    stresses = [value for name, value in run.metrics.items() if name.startswith("stressed_val_loss_")]
+    stresses = [value for name, value in run.every_metric().items() if name.startswith("stressed_val_loss_")]
     params = run.train_params()
     return {
         "comparison": parent,

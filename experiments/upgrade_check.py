@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,18 @@ class Version:
         return runs[added]
 
 
+def tabled(root: Path) -> dict[str, float]:
+    """The metrics that later versions keep only in a table, under the names that they had as metrics."""
+    file = root / "tables/metrics.csv"
+    if not file.exists():
+        return {}
+    table = pd.read_csv(file, index_col="metric", float_precision="round_trip")
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    found = {f"{name}{end}": float(table.loc[name, column]) for name in table.index for column, end in ends.items()}
+    known = {name: value for name, value in found.items() if not np.isnan(value)}
+    return {name: value for name, value in known.items() if not any(clock in name for clock in CLOCKS)}
+
+
 def result(version: Version, run: Any) -> dict[str, Any]:
     """The whole history of every metric that is not a clock, and the predictions of validation and test."""
     client = version.client()
@@ -106,6 +119,7 @@ def result(version: Version, run: Any) -> dict[str, Any]:
     histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
     numbers = {name: [(each.step, each.value) for each in history] for name, history in histories.items()}
     root = Path(str(run.info.artifact_uri).removeprefix("file://"))
+    numbers = {name: [(numbers["test_roc_auc"][-1][0], value)] for name, value in tabled(root).items()} | numbers
     tables = {split: pd.read_csv(root / f"tables/{split}_predictions.csv") for split in ("val", "test")}
     columns = {f"{split}: {name}": list(column) for split, table in tables.items() for name, column in table.items()}
     return {**numbers, **columns}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,6 +44,8 @@ from cxr.threshold_rule import RuleKind, ThresholdRule
 
 SUBTYPE_NAMES = ("bacteria", "virus", "unknown", "normal")  # as file names of the Kaggle set tell them
 UNFAMILIAR = 5.0  # the percentage of validation images that would be called unfamiliar
+MAIN = ("roc_auc", "accuracy", "recall", "specificity")  # what models are compared by at first sight
+STRESS = "stressed_val_loss_"  # how the names of the losses under each stress begin
 CALIBRATED = ("brier", "log_loss", "ece")  # the metrics that calibration can improve
 
 
@@ -125,6 +127,22 @@ class Report:
         named |= {f"{self.split}_{name}": value for name, value in self.selective.items()}
         return named | {f"{self.split}_prior_{name}": value for name, value in self.prior.items()}
 
+    def headline(self) -> dict[str, float]:
+        """Those of `metrics` that a chart, a column or a query of runs needs.
+
+        Every metric at 0.5; of a split that nothing was fitted on also the intervals of `MAIN`, the decisions at the
+        chosen threshold, the recall of each subtype and class, and what is left of images that are abstained from.
+        """
+        every, split = self.metrics(), self.split
+        names = [name for name in self.values if "_of_" not in name]
+        if split != "val":
+            names += [f"{name}{end}" for name in MAIN for end in ("_low", "_high")]
+            names += [f"chosen_{name}" for name in MAIN[1:]] + [
+                f"recall_{_subtype_key(name)}" for name in self.subtypes
+            ]
+            names += [f"recall_of_{slug}" for slug in self.task.slugs] + ["abstained", "kept_accuracy", "unfamiliar"]
+        return {f"{split}_{name}": every[f"{split}_{name}"] for name in names if f"{split}_{name}" in every}
+
     def text(self) -> str:
         """The classification reports at both thresholds, with the metrics and their intervals."""
         lines = [f"{self.split}: {len(self.table)} images of {self.table['group'].nunique()} groups", ""]
@@ -174,6 +192,13 @@ def _named(prefix: str, values: dict[str, float], bounds: dict[str, tuple[float,
         if np.isfinite(low):
             named |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
     return named
+
+
+def at_first_sight(metrics: Mapping[str, float], reports: Sequence[Report]) -> dict[str, float]:
+    """Those of a run's metrics that are logged as such, the headlines of its reports among them; the others are in a
+    table."""
+    hidden = {name for report in reports for name in report.metrics().keys() - report.headline().keys()}
+    return {name: value for name, value in metrics.items() if name not in hidden and not name.startswith(STRESS)}
 
 
 def format_interval(interval: Interval) -> str:
@@ -272,7 +297,7 @@ def stressed_metrics(logits: Tensor, labels: Tensor, weights: Tensor, stresses: 
     metrics, sizes = {"stressed_val_loss": weighted_loss(logits, labels, weights)}, list(stresses.values())
     parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
     for name, (part, part_labels) in zip(stresses, parts, strict=True):
-        metrics[f"stressed_val_loss_{name}"] = weighted_loss(part, part_labels, weights)
+        metrics[f"{STRESS}{name}"] = weighted_loss(part, part_labels, weights)
     points = points_of_logits(labels.numpy(), logits.numpy())
     names = ("accuracy", "recall", "specificity", "roc_auc")
     return metrics | {f"stressed_val_{name}": points[name] for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -14,12 +14,80 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from cxr.figures.style import save_png
+from cxr.audit.checks import Finding
+from cxr.figures.style import Counts, Floats, Interval, save_png
+from cxr.figures.vector import svg_of
 
 DIGITS = 4
 LONG = 40  # characters
 WARNING = "Not for clinical use"
 TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A metric from 0 to 1 that is shown large: its name, (value, low, high) with NaN for no interval, and a remark."""
+
+    name: str
+    interval: Interval
+    remark: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return bool(np.isfinite(self.interval[1:]).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A confusion matrix: counts [k, k], or means of several, rows are the true class."""
+
+    counts: Counts | Floats
+    classes: Sequence[str]
+
+    def cells(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        """Each true class with (count, percent of that class) for every predicted class; NaN of an empty class."""
+        whole = all(float(count).is_integer() for count in self.counts.flat)
+        for name, row in zip(self.classes, self.counts.tolist(), strict=True):
+            percents = [100 * count / sum(row) if sum(row) else float("nan") for count in row]
+            yield name, [(f"{n:,.{0 if whole else 1}f}", percent) for n, percent in zip(row, percents, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a page under a heading, in this order: texts, findings of an audit, notes, tables, confusion matrices,
+    figures and commands. The keys of mappings are captions."""
+
+    heading: str
+    texts: Sequence[str] = ()
+    findings: Sequence[Finding] = ()
+    notes: Sequence[str] = ()
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    def sorted_findings(self) -> list[Finding]:
+        """Warnings first, then what is unclear."""
+        return sorted(self.findings, key=lambda finding: (finding.ok, finding.conclusive))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        parts = (self.texts, self.findings, self.notes, self.tables, self.matrices, self.figures, self.commands)
+        return not any(map(len, parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a page says, from the verdict to the sections; `warnings` are what a reader must know before the numbers."""
+
+    title: str
+    verdict: str
+    sections: Sequence[Section]
+    subtitle: str = ""
+    warnings: Sequence[str] = ()
+    numbers: Sequence[Number] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +112,11 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
-    """A figure as base64 of its PNG; `width` in px."""
+class _Picture:
+    """A figure: as SVG, or as base64 of its PNG with its width in px."""
 
     caption: str
+    svg: str | None
     png: str
     width: int
 
@@ -58,28 +127,31 @@ def html_report(
     notes: Sequence[str],
     tables: Mapping[str, pd.DataFrame],
     figures: Mapping[str, Figure],
+    matrices: Mapping[str, Matrix] | None = None,
 ) -> str:
-    """One self-contained page: the verdict, notes, tables, and figures as PNG data.
+    """The page of a comparison: the verdict, notes, tables, confusion matrices and figures, as `html_page`."""
+    sections = [
+        Section("Notes", notes=notes),
+        Section("Tables", tables=tables),
+        Section("Decisions", matrices=matrices or {}),
+        Section("Figures", figures=figures),
+    ]
+    return html_page(Page(title, verdict, sections))
 
-    The keys of ``tables`` and ``figures`` are their captions. All texts are plain: markup in them is shown as text. A
-    table's index is shown unless it only counts the rows; numbers have about `DIGITS` significant digits; NaN is "n/a".
+
+def html_page(page: Page) -> str:
+    """One self-contained page, for light and dark screens of any width and for paper.
+
+    All texts are plain: markup in them is shown as text. A table's index is shown unless it only counts the rows;
+    numbers have about `DIGITS` significant digits; NaN is "n/a". Empty sections are left out. Figures are SVG in the
+    page's colours (`svg_of`), those with images PNG; they are changed.
     """
-    return (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            title=title,
-            verdict=verdict,
-            warning=WARNING,
-            notes=list(notes),
-            tables=[_table(caption, table) for caption, table in tables.items()],
-            figures=[_image(caption, figure) for caption, figure in figures.items()],
-        )
-    )
+    sections = [section for section in page.sections if not section.empty]
+    return _environment().get_template(TEMPLATE).render(page=page, sections=sections, warning=WARNING)
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("cxr.figures"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -87,16 +159,20 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"picture": _picture, "table": _table, "rounded": _rounded}
+    return environment
 
 
-def _image(caption: str, figure: Figure) -> _Image:
+def _picture(figure: Figure, caption: str) -> _Picture:
+    width = round(figure.get_figwidth() * figure.dpi)
+    if svg := svg_of(figure, caption):
+        return _Picture(caption, svg, "", width)
     buffer = io.BytesIO()
     save_png(figure, buffer)
-    png = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return _Image(caption, png, round(figure.get_figwidth() * figure.dpi))
+    return _Picture(caption, None, base64.b64encode(buffer.getvalue()).decode("ascii"), width)
 
 
-def _table(caption: str, table: pd.DataFrame) -> _Table:
+def _table(table: pd.DataFrame, caption: str) -> _Table:
     index = table.index
     only_counts = isinstance(index, pd.RangeIndex) and index.name is None
     levels = range(0 if only_counts else index.nlevels)

@@ -50,10 +50,18 @@ def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
 
 def save_png(figure: Figure, file: Path | BinaryIO) -> None:
     """At the figure's own resolution: the pixels of `savefig`, which draws every figure twice to lay it out."""
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas: Any = drawn(figure)
     image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
     image.convert("RGB").save(file, "PNG", compress_level=3)
+
+
+def drawn(figure: Figure) -> FigureCanvasAgg:
+    """The canvas on which the figure is drawn in pixels. It is drawn once, however often it is saved."""
+    if not isinstance(figure.canvas, FigureCanvasAgg):
+        FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    return canvas
 
 
 def _unit_square(title: str) -> tuple[Figure, Axes]:

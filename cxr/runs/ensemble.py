@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from cxr.config import TrainConfig, flatten, require_model_name
 from cxr.data.load import Data, read_data
@@ -17,10 +18,12 @@ from cxr.data.splits import fingerprint
 from cxr.errors import UserError
 from cxr.evaluation.predictions import logits_of
 from cxr.evaluation.report import weighted_loss
+from cxr.figures.html import html_page
 from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
 from cxr.runs.messages import Say, decision_lines
-from cxr.runs.record import example_of, log_report, version_tags
+from cxr.runs.page import evaluation_page
+from cxr.runs.record import example_of, log_metrics, log_report, version_tags
 from cxr.runs.reports import Outputs, Reports, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
@@ -177,20 +180,21 @@ def _log(
     tracker.tags(held_out | _tags(data, card))
     val, test = whole.reports.val, whole.reports.test
     tracker.table(data.manifest, Artifact.MANIFEST)
+    figures: dict[str, Figure] = {}
     for report in (val, test):
-        log_report(tracker, report, title)
+        figures |= log_report(tracker, report, title)
     example, familiar = example_of(card.image_size), whole.reports.familiar
     model_id = registry.log_model(whole.network.state_dict(), card, example, familiar)
     gap = {"val_test_gap_roc_auc": val.values["roc_auc"] - test.values["roc_auc"]}
     sizes = dict.fromkeys(("parameters_total", "parameters_trained"), float(count_parameters(whole.network)))
     sizes["parameters_trained"] = float(count_parameters(whole.network, config.phases[-1].trainable))
     once = {"test_uses_before": float(uses)} | ({"chosen_threshold": test.threshold} if test.binary else {})
-    final = {**val.metrics(), **test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
-    tracker.metrics(final, step=0, model_id=model_id)
+    log_metrics(tracker, (val, test), {**whole.stressed, **whole.losses, **gap, **sizes, **once}, 0, model_id)
     tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
     outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
     lines = _summary(runs, whole, uses, tracker, outcome)
     tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
+    tracker.text(html_page(evaluation_page(title, test, figures, lines, title, model_id)), Artifact.REPORT)
     return lines
 
 

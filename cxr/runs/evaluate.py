@@ -30,8 +30,10 @@ from cxr.evaluation.report import (
     with_selection,
 )
 from cxr.evaluation.selective import estimated_accuracy
+from cxr.figures.html import html_page
 from cxr.runs.messages import Say
-from cxr.runs.record import log_report
+from cxr.runs.page import evaluation_page
+from cxr.runs.record import log_metrics, log_report
 from cxr.serving.predictor import ModelCard
 from cxr.storage import Cache
 from cxr.task import Task
@@ -75,8 +77,8 @@ def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
         prevalence = implied_prevalence(found.card.calibration, float(own["val"]["label"].mean())) if own else None
         report = evaluate(found.predictions, found.split, found.card.threshold, bootstrap, prevalence)
         report = report.about(found.card.task)
-        drop, words = _drop(own, found.predictions, found.split, bootstrap)
-        metrics, words = report.metrics() | drop, [report.text(), *words]
+        metrics, words = _drop(own, found.predictions, found.split, bootstrap)
+        words = [report.text(), *words]
     words += _seen(own, found.predictions)
     with open_run(f"evaluate-{found.root.name}") as tracker:
         _log_start(tracker, found, bootstrap)
@@ -84,10 +86,14 @@ def evaluate_tracked(uri: str, config: TrainConfig, say: Say = print) -> None:
             words.append(f"these images were evaluated {uses} times before in this store")
         if found.split == UNLABELLED:
             tracker.table(found.predictions, predictions_path(found.split))
+            tracker.metrics(metrics)
         else:
             tracker.tags({Tag.TEST_SPLIT: found.fingerprint})
-            log_report(tracker, report, f"{uri} on {found.root.name}")
-        tracker.metrics(metrics)
+            title = f"{uri} on {found.root.name}"
+            figures = log_report(tracker, report, title)
+            page = evaluation_page(title, report, figures, words[1:], uri)
+            tracker.text(html_page(page), Artifact.REPORT)
+            log_metrics(tracker, [report], metrics)
         tracker.tags({Tag.DESCRIPTION: "\n\n".join(words)})
         say("\n".join([*words, *(f"look: {where}" for where in tracker.where())]))
 

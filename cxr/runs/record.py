@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict
 
 import numpy as np
@@ -24,20 +24,22 @@ from cxr.errors import UserError
 from cxr.evaluation.calibration import IDENTITY, Calibration
 from cxr.evaluation.metrics import range_of
 from cxr.evaluation.predictions import HALF, matrix_of
-from cxr.evaluation.report import Report, certainties_of
+from cxr.evaluation.report import Report, at_first_sight, certainties_of
 from cxr.evaluation.selective import COVERAGES, selective_accuracy
 from cxr.figures import single as plots
 from cxr.figures.classes import roc_curves
+from cxr.figures.html import html_page
 from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
 from cxr.network.freezing import count_parameters
 from cxr.network.weights import InitialWeights
 from cxr.runs.messages import SPLIT_NAMES, _proof_words, summary
+from cxr.runs.page import training_page
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
 from cxr.tracking.lifecycle import git_commit
-from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, report_path
+from cxr.tracking.reading import Artifact, Tag, metrics_table, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
 
 STRESSED = "stressed_val_loss"
@@ -112,12 +114,14 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
     """Reports, figures, proofs, the model, and what a person should know. Returns what the registry made of it."""
     name, best = f"{config.strategy}, seed {config.seed}", result.best.epoch
     tracker.table(result.history, Artifact.HISTORY)
-    tracker.figure(plots.learning_curves(result.history, best, f"Learning curves: {name}"), Artifact.LEARNING_CURVES)
+    figures = {"learning_curves": plots.learning_curves(result.history, best, f"Learning curves: {name}")}
+    tracker.figure(figures["learning_curves"], Artifact.LEARNING_CURVES)
     tracker.text(json.dumps([asdict(proof) for proof in result.proofs], indent=2) + "\n", Artifact.FREEZE_PROOFS)
     few = config.figures == "few"
     log_report(tracker, result.val, name, set() if few else None)
-    log_report(tracker, result.test, name, FEW if few else None)
-    tracker.figure(_gradcam_panel(model, result, name), Artifact.GRADCAM)
+    figures |= log_report(tracker, result.test, name, FEW if few else None)
+    figures["gradcam"] = _gradcam_panel(model, result, name)
+    tracker.figure(figures["gradcam"], Artifact.GRADCAM)
     sizes = {
         "parameters_total": count_parameters(model),
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
@@ -127,11 +131,13 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
-        final = {**result.val.metrics(), **result.test.metrics(), **result.stressed, **gap, **sizes}
-        final |= {"test_uses_before": result.uses_before}
+        final = {**result.stressed, **gap, **sizes, "test_uses_before": result.uses_before}
         final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
-        tracker.metrics(final, step=len(result.records), model_id=model_id)
+        log_metrics(tracker, (result.val, result.test), final, len(result.records), model_id)
+    if isinstance(tracker, MlflowTracker):
+        page = training_page(config, result, figures, model_id, registration)
+        tracker.text(html_page(page), Artifact.REPORT)
     tracker.tags(
         {
             Tag.FREEZING: "; ".join(_proof_words(proof) for proof in result.proofs),
@@ -142,6 +148,20 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         }
     )
     return registration
+
+
+def log_metrics(
+    tracker: Tracker,
+    reports: Sequence[Report],
+    others: Mapping[str, float],
+    step: int | None = None,
+    model_id: str | None = None,
+) -> None:
+    """Log the metrics of reports and `others`: all in a table, and those that are looked for first as metrics."""
+    own = {name: value for report in reports for name, value in report.metrics().items()}
+    every = {**own, **others}
+    tracker.table(metrics_table(every), Artifact.METRICS)
+    tracker.metrics(at_first_sight(every, reports), step=step, model_id=model_id)
 
 
 def _gradcam_panel(model: nn.Module, result: RunResult, name: str) -> Figure:
@@ -228,14 +248,19 @@ def _card(config: TrainConfig, result: RunResult) -> ModelCard:
     return card_of(config, result.weights, result.data, result.test.threshold, result.calibration, limit)
 
 
-def log_report(tracker: Tracker, report: Report, name: str, kinds: Set[str] | None = None) -> None:
+def log_report(tracker: Tracker, report: Report, name: str, kinds: Set[str] | None = None) -> dict[str, Figure]:
     """Log the predictions, the report and the figures of one split (of these `kinds`, if given); `name` goes into their
-    titles."""
+    titles.
+
+    Returns the figures by the names of their files, without the split.
+    """
     split, title = report.split, f"{SPLIT_NAMES[report.split]}: {name}"
     tracker.table(report.table, predictions_path(split))
     tracker.text(report.text(), report_path(split))
-    for kind, figure in report_figures(report, title, kinds).items():
+    figures = report_figures(report, title, kinds)
+    for kind, figure in figures.items():
         tracker.figure(figure, plot_path(f"{split}_{kind}"))
+    return figures
 
 
 def report_figures(report: Report, title: str, kinds: Set[str] | None = None) -> dict[str, Figure]:

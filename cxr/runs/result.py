@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from cxr.audit.checks import Finding
 from cxr.data.load import Data
 from cxr.evaluation.calibration import Calibration
 from cxr.evaluation.report import Report
@@ -20,7 +21,7 @@ class RunResult:
     """The initial weights that were used, the epochs, the reports on validation and test, and the cost of a run.
 
     `stressed` has the metrics of the stressed validation; `uses_before` is how often this test split was already
-    evaluated in the tracking store; `seconds` is the wall time, `peak_memory` in GB.
+    evaluated in the tracking store; `seconds` is the wall time, `peak_memory` in MB; `findings` are the audit's.
     """
 
     run_id: str
@@ -33,6 +34,7 @@ class RunResult:
     stressed: dict[str, float]
     uses_before: int = 0
     registered: str = "not registered"
+    findings: tuple[Finding, ...] = ()
 
     @property
     def val(self) -> Report:

@@ -67,7 +67,8 @@ def run(config: TrainConfig, tracker: Tracker, say: Say = print) -> RunResult:
     earlier = sum(each.metrics["epoch_seconds"] + each.metrics["eval_seconds"] for each in records if each.restored)
     seconds = time.perf_counter() - started + earlier
     memory = peak_memory(machine.device)
-    result = RunResult(tracker.run_id, weights, records, done, data, seconds, memory, stressed, uses)
+    known = (weights, records, done, data, seconds, memory, stressed, uses)
+    result = RunResult(tracker.run_id, *known, findings=tuple(findings))
     return replace(result, registered=log_end(config, tracker, model, result))
 
 

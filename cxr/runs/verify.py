@@ -89,7 +89,9 @@ def _metrics(
     again = evaluate(val, "val", threshold, config.bootstrap).metrics()
     again |= evaluate(test, held, threshold, config.bootstrap, share).metrics()
     again |= {"val_test_gap_roc_auc": again["val_roc_auc"] - again[f"{held}_roc_auc"], **sizes}
-    wrong = _differences(run.metrics, again)
+    tabled = run.tabled_metrics()
+    wrong = _differences(run.every_metric(), again)
+    wrong += _differences(tabled, {name: value for name, value in again.items() if name in tabled})
     made, here = run.commit, git_commit()
     if wrong and made != here:  # whose definitions of metrics may differ
         wrong.insert(0, f"the run was made by commit {made}, and this is {here}")
@@ -214,6 +216,6 @@ def _stressed(run: LoggedRun, config: TrainConfig, data: Data, predictor: Predic
     step = len(classes) / int(np.min(shown))
     counted = {name for name in again if name.endswith(("accuracy", "recall", "specificity"))}
     for names, tolerance in ((again.keys() - counted, _tolerance(run)), (counted, max(_tolerance(run), step))):
-        wrong += _differences(run.metrics, {name: again[name] for name in sorted(names)}, tolerance)
+        wrong += _differences(run.every_metric(), {name: again[name] for name in sorted(names)}, tolerance)
     gap = max(abs(run.metric(name) - value) for name, value in again.items())
     return _finding("stressed validation from model and data", wrong, f"{len(again)} metrics within {gap:.1e}")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from cxr.config import NEUTRAL, CompareConfig, TrainConfig
 from cxr.errors import UserError
-from cxr.evaluation.metrics import Ints, counts_of
+from cxr.evaluation.metrics import Floats, Ints, counts_of
 from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.paired import (
     PRIMARY,
@@ -30,7 +30,7 @@ from cxr.evaluation.report import format_interval
 from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
-from cxr.figures.html import html_report
+from cxr.figures.html import Matrix, html_report
 from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
@@ -55,6 +55,7 @@ SHOWN = (
 )
 BARS = ("roc_auc", "accuracy", "recall", "specificity")
 RESAMPLES = 2000
+SIDE_BY_SIDE = 4  # columns of text that fit on a page
 
 
 def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
@@ -184,14 +185,15 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
     for name, figure in figures.items():
         parent.figure(figure, plot_path(name, "comparison"))
     tables = {
-        "Test metrics (mean over seeds)": _readable(table),
+        "Test metrics (mean over seeds)": _upright(_readable(table)),
         **({} if runs[0].task.binary else {"Test metrics of each class": _of_each_class(table, runs[0].task)}),
         "Pairs (test ROC-AUC)": pairs,
-        "Cost and stability": stability,
+        "Cost and stability": _upright(stability),
     }
     lines, remarks = sentences(verdict), notes(runs, margin)
     heading = "Fine-tuning strategies compared" if subject is Subject.STRATEGY else "Backbones compared"
-    parent.text(_page(heading, lines, remarks, tables, figures), Artifact.COMPARISON_REPORT)
+    decisions = {name: Matrix(counts, runs[0].task.classes) for name, counts in _mean_counts(runs).items()}
+    parent.text(_page(heading, lines, remarks, tables, decisions, figures), Artifact.COMPARISON_REPORT)
     parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
     parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *remarks])})
     return verdict
@@ -202,11 +204,20 @@ def _page(
     lines: Sequence[str],
     remarks: Sequence[str],
     tables: Mapping[str, pd.DataFrame],
+    decisions: Mapping[str, Matrix],
     figures: Mapping[str, Figure],
 ) -> str:
     """The HTML report: the first and last sentence of the verdict on top, the others before the notes."""
     head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    return html_report(heading, head, [*lines[1:-1], *remarks], tables, figures)
+    rule = "" if any(len(each.classes) > 2 for each in decisions.values()) else " at a threshold of 0.5"
+    matrices = {f"{name}: decisions on test{rule}, mean over seeds": each for name, each in decisions.items()}
+    captioned = {figure.get_suptitle(): figure for name, figure in figures.items() if name != "confusion"}
+    return html_report(heading, head, [*lines[1:-1], *remarks], tables, captioned, matrices)
+
+
+def _upright(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of few strategies on its side, so that it is not wider than a page."""
+    return table.T if len(table) <= SIDE_BY_SIDE else table
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -283,12 +294,11 @@ def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, 
     names = strategies_of(runs)
     own = {name: [run for run in runs if run.strategy == name] for name in names}
     labels, classes = runs[0].test["label"].to_numpy(np.int64), runs[0].task.classes
-    counts = {name: np.mean([_counts(run) for run in own[name]], axis=0) for name in names}
     rule = "threshold 0.5" if runs[0].task.binary else "the most probable class decides"
     figures = {
         "metrics": draw.metric_intervals(table, BARS, f"Test, {rule}"),
         "curves": draw.strategy_curves({n: [run.history for run in own[n]] for n in names}, "Validation"),
-        "confusion": draw.confusion_row(counts, classes, f"Test, {rule}, mean over seeds"),
+        "confusion": draw.confusion_row(_mean_counts(runs), classes, f"Test, {rule}, mean over seeds"),
         "cost": draw.quality_cost(table, PRIMARY, "training_seconds", "Quality against cost"),
     }
     if runs[0].task.binary:
@@ -300,6 +310,13 @@ def _figures(runs: Sequence[RunData], table: pd.DataFrame, pairs: pd.DataFrame, 
     if len(pairs):
         figures["differences"] = draw.paired_differences(pairs, PRIMARY, margin, "Paired differences on test")
     return figures
+
+
+def _mean_counts(runs: Sequence[RunData]) -> dict[str, Floats]:
+    """The confusion matrix [k, k] of each strategy, mean over its seeds."""
+    return {
+        name: np.mean([_counts(run) for run in runs if run.strategy == name], axis=0) for name in strategies_of(runs)
+    }
 
 
 def _counts(run: RunData) -> Ints:

@@ -12,7 +12,9 @@ from cxr.config import CrossvalConfig, TrainConfig
 from cxr.evaluation.predictions import HALF
 from cxr.evaluation.report import Report, evaluate, format_interval
 from cxr.figures import single as plots
+from cxr.figures.html import html_page
 from cxr.runs.messages import Say
+from cxr.runs.page import crossval_page
 from cxr.runs.record import report_figures
 from cxr.studies.family import run_family
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
@@ -71,6 +73,7 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     }
     for kind, figure in figures.items():
         parent.figure(figure, plot_path(kind, "crossval"))
+    parent.text(html_page(crossval_page(name, table, pooled, figures)), Artifact.CROSSVAL_PAGE)
     parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
     parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
     parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})

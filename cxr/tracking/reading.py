@@ -9,7 +9,7 @@ import json
 import math
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from io import StringIO
 from typing import Any
@@ -23,6 +23,7 @@ from cxr.tracking.outage import waits
 from cxr.tracking.store import prepare, store_errors
 
 _TEXTS = ("path", "digest", "group", "subtype")  # columns that stay text, though a patient may be called 007 or NA
+_ENDS = ("_low", "_high")
 FINISHED = "finished"  # the value of `Tag.OUTCOME`
 
 
@@ -84,10 +85,12 @@ class RunKind(StrEnum):
 class Artifact(StrEnum):
     """The artifacts of a run, as paths."""
 
+    REPORT = "REPORT.html"  # in capitals, to be the first file in MLflow's list
     CONFIG = "config.json"
     AUDIT = "data/audit.txt"
     MANIFEST = "data/manifest.csv"
     HISTORY = "tables/history.csv"
+    METRICS = "tables/metrics.csv"
     FREEZE_PROOFS = "freeze_proofs.json"
     LEARNING_CURVES = "plots/learning_curves.png"
     TRAIN_VIEWS = "plots/train_views.png"
@@ -102,6 +105,7 @@ class Artifact(StrEnum):
     FOLDS = "crossval/folds.csv"
     OUT_OF_FOLD = "crossval/out_of_fold_predictions.csv"
     CROSSVAL_REPORT = "crossval/report.txt"
+    CROSSVAL_PAGE = "crossval/report.html"
 
 
 def predictions_path(split: str) -> str:
@@ -119,9 +123,30 @@ def plot_path(name: str, folder: str = "plots") -> str:
     return f"{folder}/{name}.png"
 
 
+def metrics_table(metrics: Mapping[str, float]) -> pd.DataFrame:
+    """Metrics as a table that a person can read: one a row, with the ends of its interval in columns of their own."""
+    rows = [
+        {"metric": name, "value": value, "low": metrics.get(f"{name}_low"), "high": metrics.get(f"{name}_high")}
+        for name, value in metrics.items()
+        if not name.endswith(_ENDS)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _metrics_of(table: pd.DataFrame) -> dict[str, float]:
+    """The inverse of `metrics_table`."""
+    rows = table.to_dict("records")
+    found = {str(row["metric"]): float(row["value"]) for row in rows}
+    ends = {f"{row['metric']}{end}": float(row[end[1:]]) for row in rows for end in _ENDS}
+    return found | {name: value for name, value in ends.items() if not math.isnan(value)}
+
+
 @dataclass(frozen=True, slots=True)
 class LoggedRun:
-    """A run as the tracking store has it. `metrics` are the last values, `status` is MLflow's."""
+    """A run as the tracking store has it. `metrics` are the last values, `status` is MLflow's.
+
+    Some metrics are only in a table that the run logged: `metric` and `every_metric` know them, too.
+    """
 
     run_id: str
     experiment_id: str
@@ -131,6 +156,7 @@ class LoggedRun:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     artifact_uri: str
+    _tabled: list[dict[str, float]] = field(default_factory=list, repr=False, compare=False)  # once it is read
 
     @classmethod
     def of(cls, run: Any) -> LoggedRun:
@@ -193,8 +219,28 @@ class LoggedRun:
         return unflatten(self.params)
 
     def metric(self, name: str) -> float:
-        """The last value of a metric; NaN if it logged none."""
-        return self.metrics.get(name, math.nan)
+        """The last value of a metric; NaN if it logged none. Raises `UserError` when its table cannot be read."""
+        return self.metrics[name] if name in self.metrics else self.tabled_metrics().get(name, math.nan)
+
+    def every_metric(self) -> dict[str, float]:
+        """All that it logged, also in its table. Raises `UserError` when that cannot be read."""
+        return {**self.tabled_metrics(), **self.metrics}
+
+    def tabled_metrics(self) -> dict[str, float]:
+        """Those in its table, read once; none for runs of before there was one, which logged all as metrics.
+
+        Raises `UserError` when it cannot be read.
+        """
+        if not self._tabled:
+            self._tabled.append(_metrics_of(self.table(Artifact.METRICS)) if self._has(Artifact.METRICS) else {})
+        return self._tabled[0]
+
+    def _has(self, path: str) -> bool:
+        import mlflow
+
+        with store_errors():
+            found = mlflow.MlflowClient().list_artifacts(self.run_id, path.rpartition("/")[0])
+        return path in {each.path for each in found}
 
     def number(self, param: str) -> float:
         """A parameter as a number; NaN if it is missing or not a number."""

@@ -26,7 +26,7 @@ from cxr.tracking.delivery import (
 from cxr.tracking.outage import OUTAGE, waits
 from cxr.tracking.outbox import Outbox
 from cxr.tracking.reading import RunKind, metric_history
-from cxr.tracking.views import OPENS, key_of, saved_view, state_of
+from cxr.tracking.views import OPENS, key_of, name_of, saved_view, state_of
 
 Say = Callable[[str], object]
 
@@ -246,8 +246,8 @@ class MlflowTracker:
         remote = uri.startswith("http")
         base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
         experiment = f"{base}/#/experiments/{self.experiment_id}"
-        state = state_of(kind, self.run_id, rates)
-        view = f"{experiment}/{saved_view(self.experiment_id, key_of(kind, self.run_id), state)}"
+        key, name, state = key_of(kind, self.run_id), name_of(kind, self.run_id), state_of(kind, self.run_id, rates)
+        view = f"{experiment}/{saved_view(self.experiment_id, key, state, name)}"
         own = f"{experiment}/runs/{self.run_id}?{OPENS}"
         return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
 

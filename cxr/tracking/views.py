@@ -1,13 +1,15 @@
 """Shared views of MLflow's runs page: the columns, charts and filters with which a link opens it.
 
 A view is a tag of the experiment, `mlflow.sharedViewState.KEY`, with the state of the page as JSON, as the page's own
-"Share" writes it; a link names the key. Another version of MLflow ignores what it does not know in it.
+"Share" writes it; a link names the key. With a name, MLflow 3.17 lists it in the page's menu "Views". Another version
+of MLflow ignores what it does not know in it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cxr.errors import UserError
@@ -16,6 +18,7 @@ from cxr.tracking.store import store_errors
 
 TAG = "mlflow.sharedViewState."
 LONGEST = 5000  # characters of an experiment's tag
+MOST = 20  # views of ours in the menu, which has room for 40
 OPENS = "workflowType=machine_learning"  # else the UI shows its pages for language models
 Chart = dict[str, Any]
 
@@ -34,6 +37,11 @@ _COST: Chart = {
 def key_of(kind: RunKind | None, parent: str = "") -> str:
     """The key of the view of all runs, or of those of a parent."""
     return f"cxr-{kind}-{parent[:12]}" if kind else "cxr-runs"
+
+
+def name_of(kind: RunKind | None, parent: str = "") -> str:
+    """The name of that view in the menu."""
+    return f"cxr: {kind} {parent[:8]}" if kind else "cxr: all runs"
 
 
 def state_of(kind: RunKind | None, parent: str = "", rates: Sequence[str] = ()) -> dict[str, Any]:
@@ -110,16 +118,38 @@ def _chart(number: int, chart: Chart) -> Chart:
     return {**common, "runsCountToCompare": 10, **(line | smooth if chart["type"] == "LINE" else {}), **chart}
 
 
-def saved_view(experiment_id: str, key: str, state: dict[str, Any]) -> str:
-    """Write a view; returns the end of its link, that of the plain page where it cannot be written."""
+def saved_view(experiment_id: str, key: str, state: dict[str, Any], name: str) -> str:
+    """Write a view; returns the end of its link, that of the plain page where it cannot be written.
+
+    It is in the menu under its name, unless many are.
+    """
     import mlflow
 
-    text = json.dumps(state, separators=(",", ":"))
-    if len(text) > LONGEST:
-        raise ValueError(f"view {key}: {len(text)} characters, more than MLflow keeps in a tag")
+    client = mlflow.MlflowClient()
     try:
         with store_errors():
-            mlflow.MlflowClient().set_experiment_tag(experiment_id, f"{TAG}{key}", text)
+            tags = client.get_experiment(experiment_id).tags
+            text = _text(state, name if _has_room(tags, f"{TAG}{key}") else None)
+            if len(text) > LONGEST:
+                raise ValueError(f"view {key}: {len(text)} characters, more than MLflow keeps in a tag")
+            client.set_experiment_tag(experiment_id, f"{TAG}{key}", text)
     except UserError:  # such as no permission; the link then opens the page as MLflow does
         return f"runs?{OPENS}"
     return f"runs?viewStateShareKey={key}&{OPENS}"
+
+
+def _text(state: dict[str, Any], name: str | None) -> str:
+    """The tag. A view with a name has its state as text; versions of MLflow before that read the state's own keys."""
+    if name is None:
+        return _json(state)
+    now = int(1000 * time.time())
+    return _json({**state, "name": name, "createdAt": now, "updatedAt": now, "state": _json(state)})
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _has_room(tags: Mapping[str, str], own: str) -> bool:
+    """Whether few enough other views are in the menu."""
+    return sum(key.startswith(TAG) and key != own and '"createdAt"' in text for key, text in tags.items()) < MOST

@@ -11,7 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr.figures.html import html_report
+from cxr.audit.checks import Finding
+from cxr.figures.html import Matrix, Number, Section, html_page, html_report
+from cxr.figures.html import Page as PageContent
+from cxr.figures.vector import VARIABLES
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "wbr"}
@@ -63,6 +66,12 @@ def figure() -> Figure:
     return drawn
 
 
+def picture() -> Figure:
+    drawn = Figure(figsize=(2, 1), dpi=120)
+    drawn.subplots().imshow(np.eye(3))
+    return drawn
+
+
 def cells(table: pd.DataFrame) -> list[str]:
     return Page(html_report("title", "verdict", [], {"table": table}, {})).cells
 
@@ -78,17 +87,18 @@ def test_report_leads_with_the_verdict_then_notes_tables_and_figures() -> None:
 
 def test_report_leaves_out_empty_sections() -> None:
     page = Page(html_report("Title", "verdict", [], {}, {}))
-    assert not {"h2", "ul", "table", "img", "figure"} & set(page.tags)
+    assert not {"h2", "ul", "table", "img", "svg", "figure"} & set(page.tags)
     assert "Not for clinical use" in page.text
 
 
 def test_report_shows_markup_of_its_inputs_as_text() -> None:
     table = pd.DataFrame({HOSTILE: [HOSTILE]}, index=pd.Index([HOSTILE], name=HOSTILE))
-    html = html_report(HOSTILE, HOSTILE, [HOSTILE], {HOSTILE: table}, {HOSTILE: figure()})
-    page = Page(html)
+    drawn = figure()
+    drawn.axes[0].set_title(HOSTILE)
+    page = Page(html_report(HOSTILE, HOSTILE, [HOSTILE], {HOSTILE: table}, {HOSTILE: drawn}))
     assert "script" not in page.tags
-    assert page.text.count(HOSTILE) == 10
-    assert page.values("img", "alt") == [HOSTILE]
+    assert page.text.count(HOSTILE) == 11
+    assert page.values("div", "aria-label") == [HOSTILE]
 
 
 def test_report_does_not_treat_its_inputs_as_templates_or_entities() -> None:
@@ -106,23 +116,63 @@ def test_report_does_not_fill_placeholders_in_its_inputs() -> None:
 
 
 def test_report_needs_nothing_from_elsewhere() -> None:
-    html = html_report("Title", "verdict", ["note"], {"t": pd.DataFrame({"a": [1]})}, {"f": figure()})
+    html = html_report("Title", "verdict", ["note"], {"t": pd.DataFrame({"a": [1]})}, {"f": figure(), "p": picture()})
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
-    assert not [name for _, name, _ in page.attributes if name == "href" or name.startswith("on")]
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert all(value.startswith("#") for _, name, value in page.attributes if name == "href")
     assert all(source.startswith("data:image/png;base64,") for source in page.values("img", "src"))
-    assert not re.search(r"https?:|url\(|@import|src=\"/", html)
+    assert not re.search(r"https?:|url\([^#]|@import|src=\"/", html)
 
 
-def test_report_inlines_figures_at_their_size() -> None:
-    page = Page(html_report("Title", "verdict", [], {}, {"first": figure(), "second": figure()}))
-    sources = page.values("img", "src")
-    image = Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2], validate=True)))
+def test_figures_are_svg_and_those_of_images_png_at_their_size() -> None:
+    page = Page(html_report("Title", "verdict", [], {}, {"first": figure(), "second": picture(), "third": figure()}))
+    assert page.values("svg", "width") == ["192", "192"]
+    (source,) = page.values("img", "src")
+    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
     assert image.size == (240, 120)
     assert "Software" not in image.info
-    assert page.values("img", "width") == ["240", "240"]
-    assert sources[0] == sources[1]
-    assert "Figure 2. second" in page.text
+    assert page.values("img", "width") == ["240"]
+    assert page.values("img", "alt") == ["second"]
+    assert "Figure 3. third" in page.text
+
+
+def test_names_inside_figures_do_not_clash() -> None:
+    page = Page(html_report("Title", "verdict", [], {}, {"first": figure(), "second": figure()}))
+    names = [value for _, name, value in page.attributes if name == "id"]
+    assert len(names) == len(set(names)) > 0
+    used = {value for _, name, value in page.attributes if name == "href"}
+    assert used
+    assert used <= {f"#{name}" for name in names}
+
+
+def test_every_colour_of_a_figure_is_defined_for_light_and_for_dark() -> None:
+    html = html_report("Title", "verdict", [], {}, {})
+    light, dark = (re.findall(r"--([a-z-]+): #", part) for part in html.split("@media screen and (prefers")[:2])
+    assert set(VARIABLES.values()) <= set(light)
+    assert set(light) == set(dark)
+
+
+def test_a_page_shows_numbers_with_their_intervals_and_findings_by_weight() -> None:
+    findings = [Finding("size", True, "fine"), Finding("age", True, "unknown", False), Finding("copies", False, "two")]
+    numbers = [Number("recall", (0.9, 0.85, 0.95), "at 0.4"), Number("ece", (0.1, np.nan, np.nan))]
+    sections = [Section("Audit", findings=findings), Section("Empty"), Section("Use", commands={"Shell": "cxr <b>"})]
+    page = Page(html_page(PageContent("Title", "verdict", sections, "sub", ["not real"], numbers)))
+    order = ["sub", "verdict", "not real", "0.900", "95%: 0.850 to 0.950; at 0.4", "no interval", "warning", "copies"]
+    places = [page.text.index(part) for part in [*order, "unclear", "age", "ok", "size", "Shell", "cxr <b>"]]
+    assert places == sorted(places)
+    assert "Empty" not in page.text
+    assert page.values("span", "style") == ["left: 85.0%; width: 10.0%", "left: 90.0%", "left: 10.0%"]
+
+
+def test_confusion_matrices_are_tables_of_counts_and_percents() -> None:
+    counts = np.array([[1500, 500], [0, 0]])
+    section = Section("Decisions", matrices={"counts": Matrix(counts, "ab"), "means": Matrix(counts / 8, "ab")})
+    page = Page(html_page(PageContent("Title", "verdict", [section])))
+    assert [cell for cell in page.cells if "%" in cell or "n/a" in cell] == [
+        *("1,500 75.0%", "500 25.0%", "0 n/a", "0 n/a"),
+        *("187.5 75.0%", "62.5 25.0%", "0.0 n/a", "0.0 n/a"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from cxr.tracking import views
 from cxr.tracking.reading import RunKind
 from cxr.tracking.tracker import MlflowTracker
-from cxr.tracking.views import LONGEST, TAG, key_of, saved_view, state_of
+from cxr.tracking.views import LONGEST, MOST, TAG, key_of, name_of, saved_view, state_of
 
 RATES = [f"train.lr_{name}" for name in ("head", "top", "all")]
 KINDS = (None, RunKind.COMPARISON, RunKind.SEARCH, RunKind.CROSSVAL)
@@ -30,7 +30,7 @@ KINDS = (None, RunKind.COMPARISON, RunKind.SEARCH, RunKind.CROSSVAL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_view_fits_into_a_tag_and_shows_metrics_of_test_or_validation(kind: RunKind | None) -> None:
     state = state_of(kind, "0" * 32, RATES)
-    assert len(json.dumps(state)) < LONGEST
+    assert 2.4 * len(json.dumps(state)) < LONGEST  # the text of a view with a name
     shown = state["selectedColumns"]
     assert any("roc_auc" in column for column in shown)
     assert state["orderByKey"] in shown
@@ -52,7 +52,21 @@ def test_the_links_of_a_run_name_views_that_are_there(in_store: str) -> None:
     for link, kind in ((every, None), (children, RunKind.COMPARISON)):
         key = key_of(kind, tracker.run_id)
         assert f"/runs?viewStateShareKey={key}&" in link
-        assert json.loads(tags[f"{TAG}{key}"]) == state_of(kind, tracker.run_id)
+        found, state = json.loads(tags[f"{TAG}{key}"]), state_of(kind, tracker.run_id)
+        assert json.loads(found["state"]) == state
+        assert found.items() >= state.items()  # as MLflow read it before views had names
+        assert found["name"] == name_of(kind, tracker.run_id)
+
+
+def test_a_menu_that_is_full_gets_no_more_names(in_store: str) -> None:
+    own = mlflow.create_experiment("many views")
+    for number in range(MOST + 1):
+        saved_view(own, f"view-{number}", state_of(None), f"name {number}")
+    saved_view(own, "view-0", state_of(None), "another name")
+    found = {key: json.loads(text) for key, text in mlflow.get_experiment(own).tags.items() if key.startswith(TAG)}
+    assert len(found) == MOST + 1
+    assert found[f"{TAG}view-0"]["name"] == "another name"
+    assert [key for key, view in found.items() if "name" not in view] == [f"{TAG}view-{MOST}"]
 
 
 def test_where_a_view_cannot_be_written_the_link_opens_the_plain_page(
@@ -62,7 +76,7 @@ def test_where_a_view_cannot_be_written_the_link_opens_the_plain_page(
         raise MlflowException("PERMISSION_DENIED")
 
     monkeypatch.setattr(MlflowClient, "set_experiment_tag", forbidden)
-    assert saved_view("0", "cxr-runs", state_of(None)) == f"runs?{views.OPENS}"
+    assert saved_view("0", "cxr-runs", state_of(None), "all runs") == f"runs?{views.OPENS}"
 
 
 def free_port() -> int:
@@ -113,7 +127,8 @@ def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
 def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str], tmp_path: Path) -> None:
     address, parent = ui
-    view = saved_view("1", key_of(RunKind.COMPARISON, parent), state_of(RunKind.COMPARISON, parent))
+    kind = RunKind.COMPARISON
+    view = saved_view("1", key_of(kind, parent), state_of(kind, parent), name_of(kind, parent))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     options = ["--window-size=1800,1000", "--virtual-time-budget=20000", "--dump-dom"]
     found = subprocess.run([*command, *options, f"{address}/#/experiments/1/{view}"], capture_output=True, timeout=120)
@@ -125,3 +140,4 @@ def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str
     assert "0.5" in page  # the mean of frozen
     assert "0.75" in page  # that of full, too
     assert "compare-2x2" not in page
+    assert f"cxr: comparison {parent[:8]}" in page  # the name of the open view, on the button of the menu
