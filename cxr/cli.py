@@ -192,10 +192,15 @@ def promote_command(version: str, name: str) -> None:
 @MODEL
 @click.option("--onnx", is_flag=True, help="also write X_ray_classifier.onnx")
 def export_command(folder: Path, uri: str, onnx: bool) -> None:
-    """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
+    """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER.
+
+    MODEL_CARD.md, beside them, tells what the model is for and how well it does.
+    """
+    from cxr.tracking.cards import write_card
     from cxr.tracking.registry import load
 
-    for file in load(uri).export(folder, onnx):
+    predictor = load(uri)
+    for file in (*predictor.export(folder, onnx), write_card(uri, predictor.card, folder)):
         click.echo(file)
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr.config import without_password
+from cxr.data.splits import fingerprint
 from cxr.figures.style import save_png
 from cxr.tracking.reading import RunKind, metric_history
 from cxr.tracking.store import one_at_a_time
@@ -43,8 +44,8 @@ class Tracker(Protocol):
     def table(self, table: pd.DataFrame, path: str) -> None:
         """Keep a table as a CSV artifact, floats in full precision."""
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
-        """Note which data the run used, and for what."""
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
+        """Note which images the run used, and for what: the rows of a manifest that are one split of a source."""
 
     def recorded_tags(self) -> Mapping[str, str]:
         """The tags that the run had when it was opened; empty for a new one."""
@@ -93,7 +94,7 @@ class NullTracker:
         """Only its path is remembered."""
         self.artifacts.append(path)
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
         """Forgotten."""
 
     def recorded_tags(self) -> Mapping[str, str]:
@@ -170,15 +171,22 @@ class MlflowTracker:
         with _artifact(path, self.run_id) as file:
             table.to_csv(file, index=False)
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
-        """As an MLflow dataset with schema, digest and source."""
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
+        """As an MLflow dataset with schema, profile and source, named after folder and split (`chest_xray-train`).
+
+        Its digest is the fingerprint of its images, labels and split.
+        """
         import mlflow
+
+        name, digest = f"{source.name}-{split}", fingerprint(table)
 
         with warnings.catch_warnings():
             # The source is a folder, whichever of its two classes for that MLflow takes; no label is ever missing.
             warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
             warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
-            data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
+            data = mlflow.data.from_pandas(  # type: ignore[attr-defined]
+                table, source=str(source), name=name, digest=digest, targets="label"
+            )
             _log_input(data, context)
 
     def recorded_tags(self) -> Mapping[str, str]:
