@@ -143,6 +143,34 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
         click.echo(file)
 
 
+@cli.command("demo")
+@MODEL
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="address to listen on; the default is this machine"
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="port to listen on; 0 takes a free one",
+)
+def demo_command(uri: str, host: str, port: int) -> None:
+    """Serve a page on which to drop films and see what a model makes of them. Not for clinical use.
+
+    No film is kept or leaves this machine. Versions of the same registered model can be chosen on the page.
+    """
+    try:
+        from cxr.serving.demo import Models, serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"demo: the package {error.name} is not installed; `uv run --extra demo cxr demo` brings it"
+        ) from error
+    from cxr.tracking.registry import choices, load
+
+    serve(Models(lambda: choices(uri), load), host, port, say=click.echo)
+
+
 @cli.command("evaluate")
 @MODEL
 @click.option(

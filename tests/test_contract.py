@@ -42,6 +42,8 @@ ALLOWED_IN = {  # the only places that may import a package
     "click": ("cli", "options"),
     "jinja2": ("figures.html", "tracking.cards"),
     "ray": ("studies.on_ray",),
+    "starlette": ("serving.demo",),
+    "uvicorn": ("serving.demo",),
 }
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 import cxr
 from cxr.errors import UserError
 from cxr.network.weights import StateDict
+from cxr.serving.choice import Choice
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
 from cxr.tracking.descriptions import describe_model
@@ -271,6 +272,42 @@ def versions(name: str) -> pd.DataFrame:
     ]
     columns = ["version", "aliases", "strategy", "val_loss", BEFORE, "run"]
     return pd.DataFrame(rows, columns=columns).sort_values("version", ascending=False)
+
+
+def choices(uri: str) -> list[Choice]:
+    """The model of that URI and, if it is registered, the other versions, newest first.
+
+    Raises `UserError` when there is no such version.
+    """
+    import mlflow
+
+    named = registered_as(uri)
+    if named is None:
+        return [Choice(uri, uri)]
+    name, chosen = named
+    with _registry_errors(name):
+        client = mlflow.MlflowClient()
+        aliases = client.get_registered_model(name).aliases
+        found = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
+    first = [each for each in found if str(each.version) == chosen]
+    if not first:
+        raise UserError(f"{uri}: no such version; `cxr models list --name {name}` shows what there is")
+    return [_choice(each, aliases) for each in (*first, *(each for each in found if each not in first))]
+
+
+def _choice(version: Any, aliases: Mapping[str, Any]) -> Choice:
+    """A version as a choice, with what its tags tell."""
+    number, tags = str(version.version), version.tags
+    own = sorted(alias for alias, target in aliases.items() if str(target) == number)
+    notes = {"model": version.name, "version": number, "aliases": ", ".join(own)}
+    notes |= {
+        "trained on": tags.get("data", ""),
+        "validation loss": tags.get("val_loss", "")[:6],
+        "run": version.run_id,
+    }
+    title = f"{version.name} version {number}" + (f" ({', '.join(own)})" if own else "")
+    phantoms = DataKind.of_version(tags) is DataKind.PHANTOMS
+    return Choice(f"models:/{version.name}/{number}", title, {k: v for k, v in notes.items() if v}, phantoms)
 
 
 def load(uri: str) -> Predictor:
