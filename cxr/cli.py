@@ -143,6 +143,34 @@ def explain(images: tuple[Path, ...], uri: str, folder: Path) -> None:
         click.echo(file)
 
 
+@cli.command("demo")
+@MODEL
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="address to listen on; the default is this machine"
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="port to listen on; 0 takes a free one",
+)
+def demo_command(uri: str, host: str, port: int) -> None:
+    """Serve a page on which to drop films and see what a model makes of them. Not for clinical use.
+
+    No film is kept or leaves this machine. Versions of the same registered model can be chosen on the page.
+    """
+    try:
+        from cxr.serving.demo import Models, serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"demo: the package {error.name} is not installed; `uv run --extra demo cxr demo` brings it"
+        ) from error
+    from cxr.tracking.registry import choices, load
+
+    serve(Models(lambda: choices(uri), load), host, port, say=click.echo)
+
+
 @cli.command("evaluate")
 @MODEL
 @click.option(
@@ -192,10 +220,15 @@ def promote_command(version: str, name: str) -> None:
 @MODEL
 @click.option("--onnx", is_flag=True, help="also write X_ray_classifier.onnx")
 def export_command(folder: Path, uri: str, onnx: bool) -> None:
-    """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER."""
+    """Write X_ray_classifier.pth (a torchvision state dict), class_to_index.json and model.json into FOLDER.
+
+    MODEL_CARD.md, beside them, tells what the model is for and how well it does.
+    """
+    from cxr.tracking.cards import write_card
     from cxr.tracking.registry import load
 
-    for file in load(uri).export(folder, onnx):
+    predictor = load(uri)
+    for file in (*predictor.export(folder, onnx), write_card(uri, predictor.card, folder)):
         click.echo(file)
 
 

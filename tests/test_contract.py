@@ -43,8 +43,10 @@ ALLOWED_IN = {  # the only places that may import a package
         for name in ("search", "search_report", "trial", "trial_queue", "optuna_study", "patient_storage")
     ),
     "click": ("cli", "options"),
-    "jinja2": ("figures.html",),
+    "jinja2": ("figures.html", "tracking.cards"),
     "ray": ("studies.on_ray",),
+    "starlette": ("serving.demo",),
+    "uvicorn": ("serving.demo",),
 }
 
 

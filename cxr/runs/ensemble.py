@@ -23,10 +23,11 @@ from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
 from cxr.runs.messages import Say, decision_lines
 from cxr.runs.page import evaluation_page
-from cxr.runs.record import example_of, log_metrics, log_report, version_tags
+from cxr.runs.record import example_of, log_metrics, log_report, note_data, version_tags
 from cxr.runs.reports import Outputs, Reports, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
+from cxr.tracking.cards import described
 from cxr.tracking.lifecycle import git_commit, open_run
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
@@ -180,6 +181,7 @@ def _log(
     tracker.tags(held_out | _tags(data, card))
     val, test = whole.reports.val, whole.reports.test
     tracker.table(data.manifest, Artifact.MANIFEST)
+    note_data(tracker, data)
     figures: dict[str, Figure] = {}
     for report in (val, test):
         figures |= log_report(tracker, report, title)
@@ -191,7 +193,9 @@ def _log(
     once = {"test_uses_before": float(uses)} | ({"chosen_threshold": test.threshold} if test.binary else {})
     log_metrics(tracker, (val, test), {**whole.stressed, **whole.losses, **gap, **sizes, **once}, 0, model_id)
     tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
-    outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
+    outcome = "not registered"
+    if name != "none":
+        outcome = described(registry.register(model_id, name, tags), card, tracker.run_id, model_id).line()
     lines = _summary(runs, whole, uses, tracker, outcome)
     tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
     tracker.text(html_page(evaluation_page(title, test, figures, lines, title, model_id)), Artifact.REPORT)

@@ -124,7 +124,7 @@ def _log_start(tracker: MlflowTracker, found: Predicted, bootstrap: int) -> None
     tracker.params({f"evaluate.{name}": value for name, value in names.items()})
     tags: dict[str, str] = {Tag.STRATEGY: found.card.strategy, Tag.KIND: RunKind.EVALUATION}
     tracker.tags({**tags, Tag.DATA_FINGERPRINT: found.fingerprint})
-    tracker.dataset(found.table, str(found.root), f"{found.fingerprint}-{found.split}", "evaluation")
+    tracker.dataset(found.table, found.root, found.split, "evaluation")
 
 
 def _estimated(own: dict[str, pd.DataFrame], found: Predicted, bootstrap: int) -> tuple[dict[str, float], list[str]]:

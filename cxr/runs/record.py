@@ -38,6 +38,7 @@ from cxr.runs.page import training_page
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
+from cxr.tracking.cards import described
 from cxr.tracking.lifecycle import git_commit
 from cxr.tracking.reading import Artifact, Tag, metrics_table, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
@@ -86,8 +87,13 @@ def log_start(
     tracker.text(json.dumps(asdict(config), indent=2) + "\n", Artifact.CONFIG)
     tracker.text("\n".join(finding.line() for finding in findings) + "\n", Artifact.AUDIT)
     tracker.table(data.manifest, Artifact.MANIFEST)
+    note_data(tracker, data)
+
+
+def note_data(tracker: Tracker, data: Data) -> None:
+    """Note which images a run uses, and for what."""
     for split, context in (("train", "training"), ("val", "validation"), (data.held_out, "testing")):
-        tracker.dataset(data.part(split), str(data.root), f"{data.fingerprint}-{split}", context)
+        tracker.dataset(data.part(split), data.root, split, context)
 
 
 def _require_same(tracker: Tracker, origin: Mapping[str, str]) -> None:
@@ -127,7 +133,6 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
     }
     model_id = _log_model(config, tracker, model, result)
-    registration = _register(config, tracker, model_id, result)
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
@@ -135,6 +140,8 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         log_metrics(tracker, (result.val, result.test), final, len(result.records), model_id)
+    tracker.drain()  # the card of a registered version quotes the metrics from the store
+    registration = _register(config, tracker, model_id, result)
     if isinstance(tracker, MlflowTracker):
         page = training_page(config, result, figures, model_id, registration)
         tracker.text(html_page(page), Artifact.REPORT)
@@ -214,8 +221,10 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
     if model_id is None or config.register == "none":
         return "not registered"
     losses = {name: values[name] for name, values in (("val_loss", result.best.metrics), (STRESSED, result.stressed))}
-    tags = version_tags(tracker.run_id, config, result.data, _card(config, result), result.val, losses)
-    return registry.register(model_id, config.register, tags).line()
+    card = _card(config, result)
+    tags = version_tags(tracker.run_id, config, result.data, card, result.val, losses)
+    registration = registry.register(model_id, config.register, tags)
+    return described(registration, card, tracker.run_id, model_id).line()
 
 
 def version_tags(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from cxr.data.splits import fingerprint
 from cxr.tracking.store import one_at_a_time
 
 Entry = Mapping[str, Any]  # `kind`, and what that kind needs; JSON can hold it
@@ -42,15 +43,20 @@ def artifact_entry(file: str, folder: str) -> Entry:
     return {"kind": "artifact", "file": file, "folder": folder}
 
 
-def dataset_entry(table: pd.DataFrame, source: str, name: str, context: str) -> Entry:
-    """An MLflow dataset with schema, digest and source."""
+def dataset_entry(table: pd.DataFrame, source: Path, split: str, context: str) -> Entry:
+    """A split as an MLflow dataset with schema, profile and source, named after folder and split (`chest_xray-train`).
+
+    Its digest is the fingerprint of its images, labels and split.
+    """
     import mlflow
 
     with warnings.catch_warnings():
         # The source is a folder, whichever of its two classes for that MLflow takes; no label is ever missing.
         warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
         warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
-        data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
+        data = mlflow.data.from_pandas(  # type: ignore[attr-defined]
+            table, source=str(source), name=f"{source.name}-{split}", digest=fingerprint(table), targets="label"
+        )
         return {"kind": "dataset", "values": dict(data._to_mlflow_entity()), "context": context}
 
 

@@ -303,6 +303,28 @@ def metric_history(run_id: str, metric: str) -> dict[int, float]:
     return {each.step: each.value for each in sorted(logged, key=lambda each: (each.step, each.timestamp))}
 
 
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """The images that a run noted as used: their name, their fingerprint, and how many there are, if it is known.
+
+    Runs of version 0.1 called them `FINGERPRINT-train`, with a digest of MLflow's own.
+    """
+
+    name: str
+    digest: str
+    images: int | None
+
+
+def data_sets(run_id: str) -> dict[str, DataSet]:
+    """What the images of a run were used for (`training`, `validation`, `testing`) -> which they were."""
+    import mlflow
+
+    with store_errors():
+        inputs = mlflow.get_run(run_id).inputs
+    noted = [(each.tags[0].value, each.dataset) for each in inputs.dataset_inputs if each.tags] if inputs else []
+    return {use: DataSet(own.name, own.digest, json.loads(own.profile or "{}").get("num_rows")) for use, own in noted}
+
+
 def source_run(uri: str) -> str | None:
     """The id of the run that logged a model; None where the store does not know (a plain folder)."""
     import mlflow

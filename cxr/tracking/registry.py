@@ -6,6 +6,7 @@ Alias `candidate` is the latest version; `champion` moves only to one that is be
 from __future__ import annotations
 
 import base64
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,10 @@ from safetensors import SafetensorError
 import cxr
 from cxr.errors import UserError
 from cxr.network.weights import StateDict
+from cxr.serving.choice import Choice
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
+from cxr.tracking.descriptions import describe_model
 from cxr.tracking.outage import waits
 from cxr.tracking.reading import LoggedRun
 from cxr.tracking.store import one_at_a_time, prepare, store_errors
@@ -173,7 +176,7 @@ def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
         champion = _by_alias(name, CHAMPION)
         better, why = _is_better(tags, champion)
         if better:
-            promote(name, str(made.version))
+            _make_champion(name, str(made.version))
     return Registration(name, str(made.version), better, why)
 
 
@@ -215,17 +218,42 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
 
 
 def promote(name: str, number: str) -> str:
-    """Make a version champion; its predecessor is kept as tag `champion_before`. Returns a summary line."""
+    """Make a version champion; its predecessor is kept as tag `champion_before`. Returns a summary line.
+
+    The registered model gets the model card of the version as its description.
+    """
     import mlflow
 
-    with _registry_errors(f"{name} version {number}"):
-        client = mlflow.MlflowClient()
-        client.get_model_version(name, number)
-        before = _by_alias(name, CHAMPION)
-        if before is not None and str(before.version) != number:
-            client.set_model_version_tag(name, number, BEFORE, str(before.version))
-        client.set_registered_model_alias(name, CHAMPION, number)
+    with _registry_errors(f"{name} version {number}"), one_at_a_time():
+        mlflow.MlflowClient().get_model_version(name, number)
+        before = _make_champion(name, number)
+        describe_model(name)
     return f"{name}: champion is version {number}" + (f", previously version {before.version}" if before else "")
+
+
+def _make_champion(name: str, number: str) -> Any | None:
+    """Move the alias; returns the version that it pointed to, or None."""
+    import mlflow
+
+    client, before = mlflow.MlflowClient(), _by_alias(name, CHAMPION)
+    if before is not None and str(before.version) != number:
+        client.set_model_version_tag(name, number, BEFORE, str(before.version))
+    client.set_registered_model_alias(name, CHAMPION, number)
+    return before
+
+
+def registered_as(uri: str) -> tuple[str, str] | None:
+    """(name, version) of the registered model that a URI names by version or alias; None for other URIs.
+
+    Raises `UserError` when there is no such version.
+    """
+    import mlflow
+
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    if match is None or match[2]:
+        return (match[1], match[2]) if match else None
+    with _registry_errors(uri):
+        return match[1], str(mlflow.MlflowClient().get_model_version_by_alias(match[1], match[3]).version)
 
 
 def versions(name: str) -> pd.DataFrame:
@@ -247,6 +275,42 @@ def versions(name: str) -> pd.DataFrame:
     ]
     columns = ["version", "aliases", "strategy", "val_loss", BEFORE, "run"]
     return pd.DataFrame(rows, columns=columns).sort_values("version", ascending=False)
+
+
+def choices(uri: str) -> list[Choice]:
+    """The model of that URI and, if it is registered, the other versions, newest first.
+
+    Raises `UserError` when there is no such version.
+    """
+    import mlflow
+
+    named = registered_as(uri)
+    if named is None:
+        return [Choice(uri, uri)]
+    name, chosen = named
+    with _registry_errors(name):
+        client = mlflow.MlflowClient()
+        aliases = client.get_registered_model(name).aliases
+        found = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
+    first = [each for each in found if str(each.version) == chosen]
+    if not first:
+        raise UserError(f"{uri}: no such version; `cxr models list --name {name}` shows what there is")
+    return [_choice(each, aliases) for each in (*first, *(each for each in found if each not in first))]
+
+
+def _choice(version: Any, aliases: Mapping[str, Any]) -> Choice:
+    """A version as a choice, with what its tags tell."""
+    number, tags = str(version.version), version.tags
+    own = sorted(alias for alias, target in aliases.items() if str(target) == number)
+    notes = {"model": version.name, "version": number, "aliases": ", ".join(own)}
+    notes |= {
+        "trained on": tags.get("data", ""),
+        "validation loss": tags.get("val_loss", "")[:6],
+        "run": version.run_id,
+    }
+    title = f"{version.name} version {number}" + (f" ({', '.join(own)})" if own else "")
+    phantoms = DataKind.of_version(tags) is DataKind.PHANTOMS
+    return Choice(f"models:/{version.name}/{number}", title, {k: v for k, v in notes.items() if v}, phantoms)
 
 
 def load(uri: str) -> Predictor:

@@ -42,6 +42,9 @@ class Tracker(Protocol):
         Where it has to wait for a store that does not answer, it does so for `patience` minutes; `say` says so.
         """
 
+    def drain(self) -> None:
+        """Wait until all that was logged is in the store."""
+
     def params(self, values: Mapping[str, str]) -> None:
         """Log parameters, all at once."""
 
@@ -60,8 +63,8 @@ class Tracker(Protocol):
     def table(self, table: pd.DataFrame, path: str) -> None:
         """Keep a table as a CSV artifact, floats in full precision."""
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
-        """Note which data the run used, and for what."""
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
+        """Note which images the run used, and for what: the rows of a manifest that are one split of a source."""
 
     def recorded_tags(self) -> Mapping[str, str]:
         """The tags that the run had when it was opened; empty for a new one."""
@@ -89,6 +92,9 @@ class NullTracker:
     def write_ahead(self, patience: float, say: Say) -> None:
         """Nothing changes."""
 
+    def drain(self) -> None:
+        """There is nothing to wait for."""
+
     def params(self, values: Mapping[str, str]) -> None:
         """Remembered."""
         self.logged_params |= values
@@ -113,7 +119,7 @@ class NullTracker:
         """Only its path is remembered."""
         self.artifacts.append(path)
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
         """Forgotten."""
 
     def recorded_tags(self) -> Mapping[str, str]:
@@ -193,9 +199,12 @@ class MlflowTracker:
         with self._artifact(path) as file:
             table.to_csv(file, index=False)
 
-    def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
-        """As an MLflow dataset with schema, digest and source."""
-        self._log(dataset_entry(table, source, name, context))
+    def dataset(self, table: pd.DataFrame, source: Path, split: str, context: str) -> None:
+        """As an MLflow dataset with schema, profile and source, named after folder and split (`chest_xray-train`).
+
+        Its digest is the fingerprint of its images, labels and split.
+        """
+        self._log(dataset_entry(table, source, split, context))
 
     def _log(self, entry: Entry, folder: Path = Path()) -> None:
         """Through the outbox, or else at once, as long as the store may take."""

@@ -55,6 +55,8 @@ def test_the_classes_are_recorded_in_run_model_and_registry(run: LoggedRun, in_s
     card = registry.load(f"models:/{NAME}@champion").card
     assert (card.task.classes, card.task.positive) == (CLASSES, None)
     assert "chosen_threshold" not in run.metrics
+    assert "The most probable class decides." in version.description
+    assert all(f"\n| {name}" in version.description for name in CLASSES)
 
 
 def test_the_metrics_are_scikit_learns(run: LoggedRun, in_store: str) -> None:

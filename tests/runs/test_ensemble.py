@@ -62,6 +62,8 @@ def test_it_is_a_version_that_answers_as_it_was_evaluated(whole: LoggedRun, in_s
     version = MlflowClient().get_model_version_by_alias(NAME, "champion")
     assert (version.tags["members"], version.tags["strategy"]) == ("2", "frozen+partial")
     assert float(version.tags["val_loss"]) == pytest.approx(whole.metric("val_loss"))
+    assert "an ensemble of 2" in version.description
+    assert "chest\\_xray-train" in version.description
     table = whole.predictions("test").head(5)
     predictor = registry.load(f"models:/{NAME}@champion")
     found = predictor.predict_files([phantoms / path for path in table["path"]])
