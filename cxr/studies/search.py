@@ -39,7 +39,7 @@ from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
 from cxr.tracking.nested import children, end, ending, is_finished, join_parent, make_child, open_parent
 from cxr.tracking.reading import RunKind, Tag
-from cxr.tracking.signals import handlers
+from cxr.tracking.signals import handlers, in_transaction, send_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ class Worker:
         self.runner.keep_if_best(study, trial)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if in_transaction(frame):
+            send_again(number)
+            return
         if self.queue.stopping or number == signal.SIGTERM:
             raise KeyboardInterrupt
         self.queue.stop()

@@ -1,0 +1,40 @@
+"""Signals that arrive in the middle of a database transaction."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import mlflow
+import pytest
+from sqlalchemy.engine.default import DefaultDialect
+
+from cxr.errors import Stopped
+from cxr.tracking.lifecycle import open_run
+
+
+@pytest.mark.parametrize("moment", ["do_commit", "do_execute", "do_close", "do_rollback"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_a_transaction(
+    in_store: str, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
+) -> None:
+    original = getattr(DefaultDialect, moment)
+    sent: list[int] = []
+
+    def interrupted(*arguments: object) -> object:
+        if not sent and ("metrics" in str(arguments[2:]) or moment != "do_execute"):
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    with pytest.raises((KeyboardInterrupt, Stopped)), open_run("stopped") as tracker:
+        if moment == "do_close":
+            mlflow.tracking._tracking_service.utils._get_store().engine.dispose()  # connections are closed with it
+        monkeypatch.setattr(DefaultDialect, moment, interrupted)
+        tracker.metrics({"val_loss": 0.5}, step=0)
+        mlflow.tracking._tracking_service.utils._get_store().engine.dispose()
+        time.sleep(5)  # the signal comes before
+    assert sent
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics["val_loss"]) == ("KILLED", 0.5)
