@@ -105,6 +105,7 @@ def open_study(
     with storage_errors(config.storage), locked(config.storage):
         storage = RDBStorage(  # under the lock, as two processes cannot create the tables concurrently
             config.storage,
+            engine_kwargs=_patience(config.storage),
             heartbeat_interval=config.heartbeat,
             grace_period=MISSED_HEARTBEATS * config.heartbeat,
             heartbeat_stale_trial_callback=on_stale,
@@ -121,6 +122,11 @@ def open_study(
             study.set_user_attr(PARENT, make_parent())
         _fill_queue(study, config)
     return study
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """How long a process waits for others that write to a SQLite file; Python's own 5 s are short on a busy machine."""
+    return {"connect_args": {"timeout": 60.0}} if url.startswith("sqlite") else {}
 
 
 def _parameters(config: TuneConfig) -> dict[str, str]:
