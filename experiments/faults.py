@@ -186,7 +186,7 @@ class Outcome:
     tables: dict[str, str]
     twice: list[str]
     versions: list[str]
-    aliases: dict[str, int]
+    aliases: dict[str, str]
     trials: dict[int, float]
 
 
@@ -200,7 +200,8 @@ def outcome(folder: Path) -> Outcome:
         for run, key, step, value in store.execute("select run_uuid, key, step, value from metrics"):
             metrics[run].append((key, step, value))
         versions = [f"{n} {v}" for n, v in store.execute("select name, version from model_versions order by version")]
-        aliases = dict(store.execute("select alias, version from registered_model_aliases"))
+        query = "select alias, run_id from registered_model_aliases join model_versions using (name, version)"
+        aliases = {alias: _label(tags.get(run, {})) for alias, run in store.execute(query)}
     finished = {run: _label(tags[run]) for run, (status, _) in runs.items() if status == "FINISHED"}
     return Outcome(
         {run: status for run, (status, _) in runs.items()},
@@ -251,11 +252,11 @@ def left_over(folder: Path) -> list[str]:
 
 
 def run_to_resume(folder: Path) -> str | None:
-    """The run that was interrupted, if it has recorded its parameters."""
+    """The run that has begun, if it has recorded its parameters."""
     database = folder / "mlflow.db"
     if not database.is_file() or not database.stat().st_size:
         return None
-    query = "select run_uuid from runs join params using (run_uuid) where status != 'FINISHED' and key = 'train.seed'"
+    query = "select run_uuid from runs join params using (run_uuid) where key = 'train.seed' order by start_time desc"
     with closing(sqlite3.connect(database)) as store:
         found = store.execute(query).fetchone()
     return str(found[0]) if found else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
-from cxr.storage import Cache
+from cxr.storage import Cache, exclusive
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
 
@@ -25,6 +27,15 @@ NO_TRAINING_RUNS = {
 def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
     """The folder with the checkpoints of a run that has this configuration."""
     return Cache.open(config.cache_dir).checkpoints(run_id)
+
+
+def remove_finished(config: TrainConfig) -> None:
+    """Remove the checkpoints of finished runs, which were killed before they could do so."""
+    for folder in checkpoints_of(config, "any").parent.glob("*"):
+        with suppress(UserError):  # a run of another store, or at work
+            if LoggedRun.open(folder.name).finished:
+                with exclusive(folder):
+                    shutil.rmtree(folder)
 
 
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:

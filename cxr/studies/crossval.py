@@ -15,6 +15,7 @@ from cxr.figures import single as plots
 from cxr.runs.messages import Say
 from cxr.runs.record import report_figures
 from cxr.studies.family import run_family
+from cxr.tracking.nested import log_once
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
@@ -71,8 +72,8 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     }
     for kind, figure in figures.items():
         parent.figure(figure, plot_path(kind, "crossval"))
-    parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
-    parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
+    folds = {f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN}
+    log_once(parent, folds | {f"pooled_{m}": value for m, value in pooled.values.items()})
     parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines
 

@@ -15,7 +15,7 @@ from cxr.machine import Machine, cores, ready_machine
 from cxr.network.resnet import build_model, ready_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
-from cxr.runs.resume import can_continue, checkpoints_of, has_parameters
+from cxr.runs.resume import can_continue, checkpoints_of, has_parameters, remove_finished
 from cxr.storage import exclusive
 from cxr.studies.child import Child
 from cxr.studies.on_ray import train_on_ray
@@ -53,6 +53,7 @@ def run_family(
     key = _family_key(members.values(), data.fingerprint, *_weights(config.train, members.values(), data))
     params = flatten(config.train) | own_parameters(config)
     run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, {**tags, kind.key_tag: key}, params)
+    remove_finished(config.train)
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})

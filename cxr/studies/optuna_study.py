@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from cxr.config import (
 from cxr.errors import UserError
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
+PARENT_KEY = "mlflow_parent_key"
 _BASE = "parameters"
 MAX_RETRIES = 3
 MISSED_HEARTBEATS = 6  # after which a worker is considered dead
@@ -94,12 +96,13 @@ def _file_lock(database: Path) -> FileLock:
 
 
 def open_study(
-    config: TuneConfig, origin: dict[str, str], make_parent: Callable[[], str], on_stale: OnStale
+    config: TuneConfig, origin: dict[str, str], make_parent: Callable[[str], str], on_stale: OnStale
 ) -> optuna.Study:
     """Create or continue the study, with all its trials in the queue.
 
-    `origin` identifies the data and the weights in use; `make_parent` creates the parent run of a new study and returns
-    its ID. Raises `UserError` for an unusable storage, and for a study that was started with other parameters.
+    `origin` identifies the data and the weights in use; `make_parent` creates the parent run of a new study, or finds
+    the one with this key that a killed worker has made, and returns its ID. Raises `UserError` for an unusable storage,
+    and for a study that was started with other parameters.
     """
     name = study_name(config)
     with storage_errors(config.storage), locked(config.storage):
@@ -119,9 +122,16 @@ def open_study(
         study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
         _require_same(study, config, origin)
         if PARENT not in study.user_attrs:
-            study.set_user_attr(PARENT, make_parent())
+            study.set_user_attr(PARENT, make_parent(_parent_key(study)))
         _fill_queue(study, config)
     return study
+
+
+def _parent_key(study: optuna.Study) -> str:
+    """What the parent run is found by, kept before it is made."""
+    if PARENT_KEY not in study.user_attrs:
+        study.set_user_attr(PARENT_KEY, uuid.uuid4().hex)
+    return str(study.user_attrs[PARENT_KEY])
 
 
 def _patience(url: str) -> dict[str, Any]:

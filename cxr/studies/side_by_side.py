@@ -19,6 +19,7 @@ from cxr.config import TrainConfig
 from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
+from cxr.storage import own_temporary_files
 from cxr.studies.child import Child, end_lost, stores_in_use, use_stores
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
@@ -161,6 +162,11 @@ def _one_gpu(number: int, gpus: int) -> dict[str, str]:
 
 def _serve(connection: Connection, stores: tuple[str, str]) -> None:
     """What the process does: train what it is given, until there is no more or a run fails."""
+    with own_temporary_files():
+        _train_all(connection, stores)
+
+
+def _train_all(connection: Connection, stores: tuple[str, str]) -> None:
     use_stores(stores)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while (child := _next(connection)) is not None:

@@ -18,8 +18,9 @@ from cxr.tracking.tracker import MlflowTracker
 AGAIN = "the same command"
 
 
-def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
-    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one, SCHEDULED."""
+def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str], made: str | None = None) -> str:
+    """The id of a run that is to have children: the one that `mlflow run` opened, else `made`, which a killed process
+    may not have given its parameters, else a new one, SCHEDULED."""
     import mlflow
 
     prepare()
@@ -32,6 +33,9 @@ def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -
                 client.set_tag(opened, key, value)
             _log_params(opened, params)
             return opened
+        if made:
+            _log_params(made, params)
+            return made
         choose_experiment()
         experiment_id = mlflow.tracking.fluent._get_experiment_id()
         client.set_experiment_tag(str(experiment_id), *EXPERIMENT_KIND)
@@ -96,6 +100,12 @@ def join_parent(parent: str) -> MlflowTracker:
         if Tag.ERROR in run.data.tags:
             client.delete_tag(parent, Tag.ERROR)
     return MlflowTracker(run)
+
+
+def log_once(parent: MlflowTracker, values: Mapping[str, float]) -> None:
+    """Log metrics that the same command, killed after it had logged them, would log again."""
+    if new := {name: value for name, value in values.items() if not parent.logged(name)}:
+        parent.metrics(new)
 
 
 @contextmanager

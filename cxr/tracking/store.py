@@ -12,7 +12,7 @@ import psutil
 from filelock import FileLock
 
 from cxr.config import without_password
-from cxr.errors import MachineError
+from cxr.errors import MachineError, disk_full
 
 EXPERIMENT = "cxr"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
@@ -25,6 +25,8 @@ _SETTINGS = {
     "MLFLOW_LOG_UV_FILES": "false",
 }
 _LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ERROR, "alembic": logging.WARNING}
+# It shows the traceback of each error of a database, beside the line that we make of it.
+_LOG_LEVELS["mlflow.store.db.utils"] = logging.CRITICAL
 # Write-ahead logging needs memory that all users of the file share, which files of other machines do not give.
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.")
 
@@ -135,7 +137,7 @@ def store_errors() -> Iterator[None]:
 
 @contextmanager
 def store_loss_errors(run_id: str, again: str = "") -> Iterator[None]:
-    """Turn the loss of the tracking store during a run into one line; the run's own errors pass."""
+    """Turn the loss of the tracking store, or a full disk, during a run into one line; the run's own errors pass."""
     import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -148,4 +150,10 @@ def store_loss_errors(run_id: str, again: str = "") -> Iterator[None]:
         raise MachineError(
             f"MLflow at {without_password(mlflow.get_tracking_uri())} failed during run {run_id}: {reason}; "
             f"when it answers again, continue with: {again or f'cxr train --resume {run_id}'}"
+        ) from error
+    except OSError as error:
+        if (full := disk_full(error)) is None:
+            raise
+        raise MachineError(
+            f"{full}; free space there, then continue with: {again or f'cxr train --resume {run_id}'}"
         ) from error
