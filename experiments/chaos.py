@@ -291,6 +291,7 @@ def planned(count: int, seed: int, only: str | None, known: dict[str, Undisturbe
             number = 0 if fills else list(SIGNALS)[(index + index // 3) % 3]
             fresh = moment == "store made" or rng.random() < 0.2
             attempts.append(Attempt(len(attempts), command, moment, number, fresh, rng.randrange(2**31)))
+    rng.shuffle(attempts)  # so that a part of them is a fair sample
     return attempts
 
 
