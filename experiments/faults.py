@@ -216,7 +216,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def _label(tags: dict[str, str]) -> str:
-    names = ("cxr.kind", "cxr.member", "strategy", "seed", "trial")
+    names = ("cxr.kind", "cxr.comparison", "cxr.member", "strategy", "seed", "trial")
     return " ".join(tags.get(name, "-") for name in names)
 
 

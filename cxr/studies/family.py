@@ -30,6 +30,7 @@ from cxr.tracking.nested import (
     unfinished_parent,
 )
 from cxr.tracking.reading import LoggedRun, RunKind, Tag
+from cxr.tracking.store import one_at_a_time
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -52,7 +53,9 @@ def run_family(
     kind = RunKind(tags[Tag.KIND])
     key = _family_key(members.values(), data.fingerprint, *_weights(config.train, members.values(), data))
     params = flatten(config.train) | own_parameters(config)
-    run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, {**tags, kind.key_tag: key}, params)
+    with one_at_a_time():  # or the same command, given twice, could make two
+        made = unfinished_parent(kind.key_tag, key)
+        run_id = open_parent(name, {**tags, kind.key_tag: key}, params, made)
     remove_finished(config.train)
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)

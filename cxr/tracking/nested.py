@@ -19,13 +19,17 @@ AGAIN = "the same command"
 
 
 def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str], made: str | None = None) -> str:
-    """The id of a run that is to have children: the one that `mlflow run` opened, else `made`, which a killed process
-    may not have given its parameters, else a new one, SCHEDULED."""
+    """The id of a run that is to have children: `made` by an earlier process, which may have been killed before it
+    logged the parameters, else the one that `mlflow run` opened, else a new one, SCHEDULED."""
     import mlflow
 
     prepare()
     with store_errors():
         client = mlflow.MlflowClient()
+        if made:
+            if not client.get_run(made).data.params:
+                _log_params(made, params)
+            return made
         if opened := os.environ.get("MLFLOW_RUN_ID"):
             generated = is_generated(client.get_run(opened).info.run_name or "")
             named: dict[str, str] = {Tag.RUN_NAME: name} if generated else {}
@@ -33,9 +37,6 @@ def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str], m
                 client.set_tag(opened, key, value)
             _log_params(opened, params)
             return opened
-        if made:
-            _log_params(made, params)
-            return made
         choose_experiment()
         experiment_id = mlflow.tracking.fluent._get_experiment_id()
         client.set_experiment_tag(str(experiment_id), *EXPERIMENT_KIND)

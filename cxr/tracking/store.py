@@ -112,7 +112,7 @@ def one_at_a_time() -> Iterator[None]:
     if database is None:
         yield
         return
-    with FileLock(database.with_name(f".{database.name}.lock")):
+    with FileLock(database.with_name(f".{database.name}.lock"), is_singleton=True):  # which may be held already
         yield
 
 
