@@ -168,7 +168,8 @@ class Laboratory:
             what = f"{'after' if fault.after else 'before'} call {fault.call} of {fault.target}"
         code = process.wait()
         reasons = [] if code in (0, *codes) else [f"exit code {code}"]
-        return self._row(attempt, what, code in codes or None, [*reasons, *self.continued(folder, whole)], folder)
+        reasons += self.continued(folder, whole) if code else judged(folder, whole)  # it may have been ending already
+        return self._row(attempt, what, code in codes or None, reasons, folder)
 
     def _fault(self, attempt: Attempt, whole: Undisturbed, rng: random.Random) -> Fault:
         """At one of the calls that the undisturbed command made."""

@@ -112,16 +112,17 @@ def log_once(parent: MlflowTracker, values: Mapping[str, float]) -> None:
 @contextmanager
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
-    try:
-        with stops_once(), store_loss_errors(parent, AGAIN):
-            yield
-        end(parent, "FINISHED")
-    except (KeyboardInterrupt, Stopped):
-        end(parent, "KILLED", "stopped by the user")
-        raise
-    except BaseException as error:
-        end(parent, "FAILED", f"{type(error).__name__}: {error}")
-        raise
+    with stops_once():  # to the last: SIGTERM would otherwise leave it RUNNING
+        try:
+            with store_loss_errors(parent, AGAIN):
+                yield
+            end(parent, "FINISHED")
+        except (KeyboardInterrupt, Stopped):
+            end(parent, "KILLED", "stopped by the user")
+            raise
+        except BaseException as error:
+            end(parent, "FAILED", f"{type(error).__name__}: {error}")
+            raise
 
 
 def end(run_id: str, status: str, reason: str = "") -> None:

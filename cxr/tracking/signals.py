@@ -20,6 +20,8 @@ _TRANSACTIONS = (
     "mlflow.store.model_registry.sqlalchemy_store",
     "optuna.storages._rdb",
 )
+# Between the store's answer and MLflow's memory of it, a run would be left RUNNING that nobody knows.
+_WHOLE = (("mlflow.tracking.fluent", "start_run"), ("mlflow.tracking.fluent", "end_run"))
 _AGAIN = 0.02  # seconds
 
 
@@ -56,9 +58,10 @@ def stops_once() -> AbstractContextManager[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether the interrupted code may be in the middle of a database transaction."""
+    """Whether the interrupted code may be in the middle of a database transaction, or of opening or ending a run."""
     while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith(_TRANSACTIONS):
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(_TRANSACTIONS) or (module, frame.f_code.co_name) in _WHOLE:
             return True
         frame = frame.f_back
     return False
