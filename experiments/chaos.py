@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +236,16 @@ def judged(folder: Path, whole: Undisturbed) -> list[str]:
     reasons = [f"{run} is {status}" for run, status in found.statuses.items() if status in ("RUNNING", "SCHEDULED")]
     reasons += [f"twice: {each}" for each in found.twice]
     side_by_side = "2" in whole.arguments[-3:-1]  # which of the two is registered last is not fixed
-    alias = {name: run for name, run in found.aliases.items() if not (side_by_side and name == "candidate")}
-    if found.versions != expected.versions or not alias.items() <= expected.aliases.items():
+    search = whole.arguments[0] == "tune"  # of which another trial may be the best
+    alias = {name: run for name, run in found.aliases.items() if not (search or (side_by_side and name == "candidate"))}
+    if (
+        found.versions != expected.versions
+        or found.aliases.keys() != expected.aliases.keys()
+        or not alias.items() <= expected.aliases.items()
+    ):
         reasons.append(f"versions {found.versions} {found.aliases}")
     reasons += [f"left over: {name}" for name in left_over(folder)]
-    if whole.arguments[0] == "tune":
+    if search:
         return reasons + _judged_search(found, expected)
     if found.numbers != expected.numbers:
         reasons.append("other numbers")
@@ -325,7 +330,7 @@ def main(
             for each in planned(fills, seed, only, laboratory.known, True)
             if number is None or each.number == number
         ]
-        for job in jobs:
+        for job in as_completed(jobs):
             rows.append(job.result())
             click.echo(json.dumps(rows[-1]))
     table = pd.DataFrame(rows)
