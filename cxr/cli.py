@@ -8,16 +8,17 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 import cxr
 from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainCommand, TrainConfig, TuneConfig, configure
-from cxr.errors import Stopped, UserError
+from cxr.errors import Stopped, UserError, disk_full
 from cxr.machine import processes
 from cxr.options import options
 from cxr.parameters import option_name
+from cxr.storage import own_temporary_files
 from cxr.warning_lines import show_warnings_as_lines
 
 BAD_INPUT, STOPPED = 2, 130
@@ -370,20 +371,29 @@ def main() -> None:
     """Run the command line. Invalid input prints one line and exits with code 2; Ctrl-C and SIGTERM exit with 130."""
     show_warnings_as_lines()
     try:
-        cli.main(standalone_mode=False)
+        with own_temporary_files():
+            cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.ClickException, UserError) as error:
-        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        number = os.environ["RANK"] if processes() > 1 else "0"
-        if number != "0":
-            _wait_for_process_zero()
-        click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)
-        _record_on_run(reason)
-        sys.exit(BAD_INPUT)
+        _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
+    except OSError as error:
+        if (full := disk_full(error)) is None:
+            raise
+        _fail(f"{full}; free space there, and give the command again")
     except (click.Abort, KeyboardInterrupt, Stopped):
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
+
+
+def _fail(reason: str) -> NoReturn:
+    """Print the reason as one line, record it on the run that `mlflow run` opened, and exit."""
+    number = os.environ["RANK"] if processes() > 1 else "0"
+    if number != "0":
+        _wait_for_process_zero()
+    click.echo(f"error: {reason}" if number == "0" else f"process {number}: {reason}", err=True)
+    _record_on_run(reason)
+    sys.exit(BAD_INPUT)
 
 
 def _wait_for_process_zero() -> None:

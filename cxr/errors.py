@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Invalid input. The message says what is wrong, where, and how to fix it."""
@@ -29,3 +31,15 @@ class ChildError(Exception):
 
 class FreezeError(Exception):
     """A frozen parameter or buffer changed: a bug in the program, never caused by the input."""
+
+
+def disk_full(error: BaseException) -> str | None:
+    """What a full disk said, with the file if it is known; None for any other error.
+
+    `shutil` gathers the errors of a folder's files in one that has no number.
+    """
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return "No space left on device" if "No space left on device" in str(error) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import secrets
 import shutil
@@ -220,19 +221,43 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(work)
 
 
-def _building() -> str:
-    return f".building-{socket.gethostname()}"
+@contextmanager
+def own_temporary_files() -> Iterator[None]:
+    """Temporary files of this process, those of libraries too, are in a folder of its own, removed at the end.
+
+    Those of killed processes of this machine are removed. Raises `UserError` when it cannot be made.
+    """
+    before, parent = tempfile.tempdir, Path(tempfile.gettempdir())
+    # Compiled kernels are kept there for later processes.
+    user = getpass.getuser() if "USER" in os.environ else str(os.getuid())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / f"torchinductor_{user}"))
+    _remove_abandoned(parent, "cxr")
+    try:
+        work = _work_folder(parent, "cxr")
+    except OSError as error:
+        raise MachineError(f"{parent}: {error.strerror}; free space there, or have TMPDIR name another") from error
+    tempfile.tempdir = str(work)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _work_folder(parent: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{_building()}-{os.getpid()}-", dir=parent))
+def _owned(kind: str) -> str:
+    return f"{kind}-{socket.gethostname()}"
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Remove the half-made folders of processes of this machine that have ended."""
-    for work in parent.glob(f"{_building()}-*"):
-        start, pid, _ = work.name.rsplit("-", 2)
-        if start == _building() and not _alive(int(pid)):  # not a host whose name merely starts like this one's
+def _work_folder(parent: Path, kind: str = ".building") -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{_owned(kind)}-{os.getpid()}-", dir=parent))
+
+
+def _remove_abandoned(parent: Path, kind: str = ".building") -> None:
+    """Remove the folders of this kind whose processes were of this machine and have ended."""
+    for work in parent.glob(f"{_owned(kind)}-*"):
+        start, _, pid = work.name.rpartition("-")[0].rpartition("-")
+        # Not a host whose name merely starts like this one's.
+        if start == _owned(kind) and pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from cxr import storage
-from cxr.errors import InUseError, MachineError, UserError
-from cxr.storage import Cache, exclusive, new_folder, remove_folder, write_atomically
+from cxr.errors import InUseError, MachineError, UserError, disk_full
+from cxr.storage import Cache, exclusive, new_folder, own_temporary_files, remove_folder, write_atomically
 
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -142,3 +146,39 @@ def test_a_key_that_another_process_made_meanwhile_stays(tmp_path: Path) -> None
     key = Cache(tmp_path).patient_key()
     storage._make_key(tmp_path / "patients.key")
     assert Cache(tmp_path).patient_key() == key
+
+
+def test_temporary_files_are_in_a_folder_that_goes_with_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    host, dead = socket.gethostname(), 2**22 + 1  # more than Linux counts to
+    (tmp_path / f"cxr-{host}-{dead}-a").mkdir()
+    for name in (f"cxr-{host}-{os.getppid()}-b", f"cxr-{host}-x-{dead}-c", f"cxr-{host}-other"):
+        (tmp_path / name).mkdir()
+    with own_temporary_files():
+        (folder,) = tmp_path.glob(f"cxr-{host}-{os.getpid()}-*")
+        assert Path(tempfile.mkdtemp()).parent == folder
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path
+    kept = {f"cxr-{host}-{os.getppid()}-b", f"cxr-{host}-x-{dead}-c", f"cxr-{host}-other"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert tempfile.gettempdir() == str(tmp_path)
+
+
+def test_a_full_disk_for_temporary_files_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(MachineError, match=r"No space left on device.*TMPDIR"), own_temporary_files():
+        raise AssertionError("there is no folder")
+
+
+def test_the_error_of_a_full_disk_is_known_by_number_and_in_a_copied_folder() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/a/file")
+    assert disk_full(full) == "/a/file: No space left on device"
+    assert disk_full(shutil.Error([("/a", "/b", str(full))])) == "No space left on device"
+    assert disk_full(OSError(errno.EACCES, "Permission denied")) is None
+    assert disk_full(ValueError("No space left on device")) is None

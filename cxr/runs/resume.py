@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
-from cxr.storage import Cache
+from cxr.storage import Cache, exclusive
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
 
@@ -31,6 +33,15 @@ def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
 def outbox_of(config: TrainConfig) -> Callable[[str], Path]:
     """The folder, for a run ID, of what a run with this configuration has logged and not delivered."""
     return Cache.open(config.cache_dir).outbox
+
+
+def remove_finished(config: TrainConfig) -> None:
+    """Remove the checkpoints of finished runs, which were killed before they could do so."""
+    for folder in checkpoints_of(config, "any").parent.glob("*"):
+        with suppress(UserError):  # a run of another store, or at work
+            if LoggedRun.open(folder.name).finished:
+                with exclusive(folder):
+                    shutil.rmtree(folder)
 
 
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:

@@ -28,7 +28,7 @@ from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, source_l
 from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
-from cxr.runs.resume import checkpoints_of, outbox_of, recorded_config
+from cxr.runs.resume import checkpoints_of, outbox_of, recorded_config, remove_finished
 from cxr.storage import Cache, exclusive
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.reading import Artifact, Tag
@@ -82,6 +82,7 @@ def run_tracked(
     Raises `UserError` also when the run is unknown, finished, or in use by another process.
     """
     existing = existing_run(run_id, child=parent is not None)
+    remove_finished(config)
     if existing:
         config = recorded_config(existing, config, resumed=run_id is not None)
     with ExitStack() as stack:

@@ -36,7 +36,7 @@ from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
 from cxr.studies.family import run_family
 from cxr.task import Task
-from cxr.tracking.nested import children, ending, join_parent, open_parent
+from cxr.tracking.nested import children, ending, join_parent, log_once, open_parent
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.store import prepare
 from cxr.tracking.tracker import MlflowTracker
@@ -194,7 +194,7 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
     heading = "Fine-tuning strategies compared" if subject is Subject.STRATEGY else "Backbones compared"
     decisions = {name: Matrix(counts, runs[0].task.classes) for name, counts in _mean_counts(runs).items()}
     parent.text(_page(heading, lines, remarks, tables, decisions, figures), Artifact.COMPARISON_REPORT)
-    parent.metrics({f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
+    log_once(parent, {f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
     parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *remarks])})
     return verdict
 

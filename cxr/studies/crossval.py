@@ -17,6 +17,7 @@ from cxr.runs.messages import Say
 from cxr.runs.page import crossval_page
 from cxr.runs.record import report_figures
 from cxr.studies.family import run_family
+from cxr.tracking.nested import log_once
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
@@ -74,8 +75,8 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     for kind, figure in figures.items():
         parent.figure(figure, plot_path(kind, "crossval"))
     parent.text(html_page(crossval_page(name, table, pooled, figures)), Artifact.CROSSVAL_PAGE)
-    parent.metrics({f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN})
-    parent.metrics({f"pooled_{m}": value for m, value in pooled.values.items()})
+    folds = {f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN}
+    log_once(parent, folds | {f"pooled_{m}": value for m, value in pooled.values.items()})
     parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines
 

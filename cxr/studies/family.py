@@ -15,7 +15,7 @@ from cxr.machine import Machine, cores, ready_machine
 from cxr.network.resnet import build_model, ready_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
-from cxr.runs.resume import can_continue, checkpoints_of, has_parameters
+from cxr.runs.resume import can_continue, checkpoints_of, has_parameters, remove_finished
 from cxr.storage import exclusive
 from cxr.studies.child import Child
 from cxr.studies.on_ray import train_on_ray
@@ -31,6 +31,7 @@ from cxr.tracking.nested import (
 )
 from cxr.tracking.outage import OUTAGE
 from cxr.tracking.reading import LoggedRun, RunKind, Tag
+from cxr.tracking.store import one_at_a_time
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -53,7 +54,10 @@ def run_family(
     kind = RunKind(tags[Tag.KIND])
     key = _family_key(members.values(), data.fingerprint, *_weights(config.train, members.values(), data))
     params = flatten(config.train) | own_parameters(config)
-    run_id = unfinished_parent(kind.key_tag, key) or open_parent(name, {**tags, kind.key_tag: key}, params)
+    with one_at_a_time():  # or the same command, given twice, could make two
+        made = unfinished_parent(kind.key_tag, key)
+        run_id = open_parent(name, {**tags, kind.key_tag: key}, params, made)
+    remove_finished(config.train)
     with exclusive(checkpoints_of(config.train, run_id)), ending(run_id):
         parent = join_parent(run_id)
         parent.tags({Tag.HOST: socket.gethostname()})

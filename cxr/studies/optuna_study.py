@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from cxr.errors import UserError
 from cxr.studies.patient_storage import STORAGE, PatientStorage
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
+PARENT_KEY = "mlflow_parent_key"
 _BASE = "parameters"
 MAX_RETRIES = 3
 MISSED_HEARTBEATS = 6  # after which a worker is considered dead
@@ -95,17 +97,19 @@ def _file_lock(database: Path) -> FileLock:
 
 
 def open_study(
-    config: TuneConfig, origin: dict[str, str], make_parent: Callable[[], str], on_stale: OnStale
+    config: TuneConfig, origin: dict[str, str], make_parent: Callable[[str], str], on_stale: OnStale
 ) -> optuna.Study:
     """Create or continue the study, with all its trials in the queue.
 
-    `origin` identifies the data and the weights in use; `make_parent` creates the parent run of a new study and returns
-    its ID. Raises `UserError` for an unusable storage, and for a study that was started with other parameters.
+    `origin` identifies the data and the weights in use; `make_parent` creates the parent run of a new study, or finds
+    the one with this key that a killed worker has made, and returns its ID. Raises `UserError` for an unusable storage,
+    and for a study that was started with other parameters.
     """
     name = study_name(config)
     with storage_errors(config.storage), locked(config.storage):
         storage = PatientStorage(  # under the lock, as two processes cannot create the tables concurrently
             config.storage,
+            engine_kwargs=_patience(config.storage),
             heartbeat_interval=config.heartbeat,
             grace_period=MISSED_HEARTBEATS * config.heartbeat,
             heartbeat_stale_trial_callback=on_stale,
@@ -119,9 +123,21 @@ def open_study(
         study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
         _require_same(study, config, origin)
         if PARENT not in study.user_attrs:
-            study.set_user_attr(PARENT, make_parent())
+            study.set_user_attr(PARENT, make_parent(_parent_key(study)))
         _fill_queue(study, config)
     return study
+
+
+def _parent_key(study: optuna.Study) -> str:
+    """What the parent run is found by, kept before it is made."""
+    if PARENT_KEY not in study.user_attrs:
+        study.set_user_attr(PARENT_KEY, uuid.uuid4().hex)
+    return str(study.user_attrs[PARENT_KEY])
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """How long a process waits for others that write to a SQLite file; Python's own 5 s are short on a busy machine."""
+    return {"connect_args": {"timeout": 60.0}} if url.startswith("sqlite") else {}
 
 
 def _parameters(config: TuneConfig) -> dict[str, str]:

@@ -22,7 +22,7 @@ from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
 from cxr.runs.result import RunResult
-from cxr.runs.resume import is_lost
+from cxr.runs.resume import is_lost, remove_finished
 from cxr.runs.train import run_tracked
 from cxr.studies.optuna_study import (
     MAX_RETRIES,
@@ -38,10 +38,19 @@ from cxr.studies.patient_storage import STORAGE
 from cxr.studies.search_report import best_trial, count_states, publish, summary, trial_line
 from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
-from cxr.tracking.nested import children, end, ending, is_finished, join_parent, make_child, open_parent
+from cxr.tracking.nested import (
+    children,
+    end,
+    ending,
+    is_finished,
+    join_parent,
+    make_child,
+    open_parent,
+    unfinished_parent,
+)
 from cxr.tracking.outage import OUTAGE
 from cxr.tracking.reading import RunKind, Tag
-from cxr.tracking.signals import handlers
+from cxr.tracking.signals import handlers, in_transaction, send_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,9 @@ class Worker:
         self.runner.keep_if_best(study, trial)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if in_transaction(frame):
+            send_again(number)
+            return
         if self.queue.stopping or number == signal.SIGTERM:
             raise KeyboardInterrupt
         self.queue.stop()
@@ -89,6 +101,7 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the search prints its own lines
     worker = open_worker(config, say)
     study, parent = worker.study, worker.search.parent
+    remove_finished(config.train)
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
     with ending(parent.run_id), STORAGE.restored():
         for outage in (OUTAGE, STORAGE):
@@ -113,20 +126,22 @@ def open_worker(config: TuneConfig, say: Say) -> Worker:
     _, weights = build_model(train.arch, train.weights, train.seed, len(data.task.classes), train.image_size)
     machine = ready_machine(train)
     origin = {"data": data.without("test").fingerprint, "weights": str(weights)}
-    study = open_study(config, origin, lambda: _make_parent(config, origin), _on_stale)
+    study = open_study(config, origin, lambda key: _make_parent(config, origin, key), _on_stale)
     search = Search(config, data.without("test"), weights, machine, join_parent(str(study.user_attrs[PARENT])))
     return Worker(search, study, TrialQueue(study, config.storage, config.heartbeat, say), TrialRunner(search), say)
 
 
-def _make_parent(config: TuneConfig, origin: dict[str, str]) -> str:
+def _make_parent(config: TuneConfig, origin: dict[str, str], key: str) -> str:
     train = config.train
     tags: dict[str, str] = {
         Tag.STRATEGY: train.strategy,
         Tag.DATA_FINGERPRINT: origin["data"],
         Tag.KIND: RunKind.SEARCH,
+        RunKind.SEARCH.key_tag: key,
     }
     name = f"tune-{train.strategy}-s{train.seed}"
-    return open_parent(name, tags, {**flatten(train), **own_parameters(config)})
+    made = unfinished_parent(RunKind.SEARCH.key_tag, key)
+    return open_parent(name, tags, {**flatten(train), **own_parameters(config)}, made)
 
 
 def _on_stale(study: optuna.Study, trial: FrozenTrial) -> None:

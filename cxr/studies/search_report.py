@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from cxr.config import TuneConfig, without_password
 from cxr.evaluation.report import format_interval
 from cxr.runs.result import RunResult
-from cxr.studies.optuna_study import ERROR, OPEN, slots, study_figures, trials_table
-from cxr.tracking.reading import Artifact, RunKind, Tag, plot_path
+from cxr.studies.optuna_study import ERROR, OPEN, locked, slots, study_figures, trials_table
+from cxr.tracking.reading import Artifact, RunKind, Tag, metric_history, plot_path
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -46,12 +46,16 @@ def publish(study: optuna.Study, parent: MlflowTracker, config: TuneConfig) -> N
     parent.table(trials_table(study), Artifact.TRIALS)
     for kind, figure in study_figures(study, config.objective).items():
         parent.figure(figure, plot_path(kind, "search"))
-    parent.metrics({f"trials_{s.name.lower()}": sum(t.state == s for t in slots(study)) for s in TrialState})
+    counts = {f"trials_{state.name.lower()}": 0.0 for state in TrialState}
+    for trial in slots(study):
+        counts[f"trials_{trial.state.name.lower()}"] += 1
     if best := best_trial(study):
         content = {"trial": best.number, "value": best.value, **best.params}
         parent.text(json.dumps(content, indent=2), Artifact.BEST_PARAMETERS)
-        parent.metrics({f"best_{config.objective}": best.value or 0.0})
+        counts[f"best_{config.objective}"] = best.value or 0.0
         parent.tags({Tag.BEST_TRIAL: str(best.number), **{f"best.{k}": repr(v) for k, v in best.params.items()}})
+    with locked(config.storage):  # each worker adds a step, and so does one that goes on with the study
+        parent.metrics(counts, step=len(metric_history(parent.run_id, "trials_complete")))
     parent.tags({Tag.DESCRIPTION: "\n\n".join(_outcome(study, config))})
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 
 from cxr.config import TrainConfig
-from cxr.errors import MachineError
+from cxr.errors import MachineError, Stopped
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
+from cxr.storage import own_temporary_files
 from cxr.studies.child import Child, end_lost, stores_in_use, use_stores
+from cxr.tracking.signals import stops_once
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
 PATIENCE = 60.0  # seconds that a run has to end when it is stopped
@@ -161,6 +163,11 @@ def _one_gpu(number: int, gpus: int) -> dict[str, str]:
 
 def _serve(connection: Connection, stores: tuple[str, str]) -> None:
     """What the process does: train what it is given, until there is no more or a run fails."""
+    with suppress(KeyboardInterrupt, Stopped), stops_once(), own_temporary_files():
+        _train_all(connection, stores)
+
+
+def _train_all(connection: Connection, stores: tuple[str, str]) -> None:
     use_stores(stores)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while (child := _next(connection)) is not None:

@@ -11,6 +11,8 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cxr.errors import Pruned, Stopped, UserError
 from cxr.tracking.outage import OUTAGE, is_outage
 from cxr.tracking.reading import FINISHED, LoggedRun, Tag
@@ -107,17 +109,57 @@ def _start(name: str, run_id: str | None, parent: str | None) -> Any:
         mlflow.set_experiment(experiment_id=LoggedRun.open(parent).experiment_id)
     elif not run_id:
         choose_experiment()
+        end_killed(str(mlflow.tracking.fluent._get_experiment_id()))
+    at_work: dict[str, str] = {Tag.HOST: socket.gethostname(), Tag.PROCESS: this_process()}
     with _without_opened_run(parent):
         run = mlflow.start_run(
-            run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=False
+            run_id=run_id,
+            run_name=None if run_id else name,
+            parent_run_id=parent,
+            log_system_metrics=False,
+            tags=at_work,  # in the same call: a run that is killed in the next moment can be told
         )
-    mlflow.set_tag(Tag.HOST, socket.gethostname())
     if Tag.ERROR in run.data.tags:  # of the attempt that is resumed
         mlflow.delete_tag(Tag.ERROR)
     if is_generated(run.info.run_name or ""):
         mlflow.set_tag(Tag.RUN_NAME, name)
     mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
     return run
+
+
+def this_process() -> str:
+    """`PID SECONDS SPACE` of this process, which tell it from all others of this machine: when it started, and the
+    space in which process IDs are counted, as containers have their own.
+    """
+    space = Path("/proc/self/ns/pid")
+    own = os.readlink(space) if space.is_symlink() else "machine"
+    return f"{os.getpid()} {psutil.Process().create_time():.0f} {own}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process of this machine has ended; of other containers, and of earlier versions, this is not known."""
+    match process.split(), this_process().split()[2]:
+        case (pid, started, space), own if space == own:
+            try:
+                return bool(psutil.Process(int(pid)).create_time() > float(started) + 60)  # the clock may have been set
+            except psutil.NoSuchProcess:
+                return True
+    return False
+
+
+def end_killed(experiment_id: str) -> None:
+    """End the runs of the experiment that the store shows RUNNING though their process on this machine was killed.
+
+    They can be resumed as before.
+    """
+    import mlflow
+
+    chosen = f"attributes.status = 'RUNNING' and tags.`{Tag.HOST}` = '{socket.gethostname()}'"
+    client = mlflow.MlflowClient()
+    for run in client.search_runs([experiment_id], chosen):
+        if _is_gone(run.data.tags.get(Tag.PROCESS, "")):
+            client.set_tag(run.info.run_id, Tag.ERROR, "its process was killed")
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def choose_experiment() -> None:

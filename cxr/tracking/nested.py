@@ -19,13 +19,18 @@ from cxr.tracking.tracker import MlflowTracker
 AGAIN = "the same command"
 
 
-def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
-    """The id of a run that is to have children: the one that `mlflow run` opened, else a new one, SCHEDULED."""
+def open_parent(name: str, tags: Mapping[str, str], params: Mapping[str, str], made: str | None = None) -> str:
+    """The id of a run that is to have children: `made` by an earlier process, which may have been killed before it
+    logged the parameters, else the one that `mlflow run` opened, else a new one, SCHEDULED."""
     import mlflow
 
     prepare()
     with store_errors():
         client = mlflow.MlflowClient()
+        if made:
+            if not client.get_run(made).data.params:
+                _log_params(made, params)
+            return made
         if opened := os.environ.get("MLFLOW_RUN_ID"):
             generated = is_generated(client.get_run(opened).info.run_name or "")
             named: dict[str, str] = {Tag.RUN_NAME: name} if generated else {}
@@ -99,20 +104,26 @@ def join_parent(parent: str) -> MlflowTracker:
     return MlflowTracker(run)
 
 
+def log_once(parent: MlflowTracker, values: Mapping[str, float]) -> None:
+    """Log metrics that the same command, killed after it had logged them, would log again."""
+    if new := {name: value for name, value in values.items() if not parent.logged(name)}:
+        parent.metrics(new)
+
+
 @contextmanager
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
-    try:
-        with OUTAGE.restored():
-            with stops_once(), store_loss_errors(parent, AGAIN):
+    with OUTAGE.restored(), stops_once():  # to the last: SIGTERM would otherwise leave it RUNNING
+        try:
+            with store_loss_errors(parent, AGAIN):
                 yield
             OUTAGE.ride_out(lambda: end(parent, "FINISHED"))
-    except (KeyboardInterrupt, Stopped):
-        end(parent, "KILLED", "stopped by the user")
-        raise
-    except BaseException as error:
-        end(parent, "FAILED", f"{type(error).__name__}: {error}")
-        raise
+        except (KeyboardInterrupt, Stopped):
+            end(parent, "KILLED", "stopped by the user")
+            raise
+        except BaseException as error:
+            end(parent, "FAILED", f"{type(error).__name__}: {error}")
+            raise
 
 
 def end(run_id: str, status: str, reason: str = "") -> None:

@@ -35,6 +35,7 @@ class Tag(StrEnum):
     ERROR = "cxr.error"
     OUTCOME = "cxr.outcome"
     HOST = "cxr.host"
+    PROCESS = "cxr.process"  # of a run at work, so that one that was killed can be told
     PACKAGE = "cxr.weights"
     STRATEGY = "strategy"
     ARCH = "arch"

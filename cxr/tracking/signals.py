@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,18 @@ from types import FrameType
 from typing import Any
 
 from cxr.errors import Stopped
+
+# What is at work while a transaction may be open. Broken off in the middle, it leaves the database locked for all.
+_TRANSACTIONS = (
+    "sqlalchemy.",
+    "mlflow.store.db.",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "optuna.storages._rdb",
+)
+# Between the store's answer and MLflow's memory of it, a run would be left RUNNING that nobody knows.
+_WHOLE = (("mlflow.tracking.fluent", "start_run"), ("mlflow.tracking.fluent", "end_run"))
+_AGAIN = 0.02  # seconds
 
 
 @contextmanager
@@ -29,15 +42,36 @@ def handlers(chosen: Mapping[int, Any]) -> Iterator[None]:
 def stops_once() -> AbstractContextManager[None]:
     """Within the block, SIGTERM unwinds the stack like Ctrl-C, and what follows the first of either is ignored.
 
-    On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending.
+    On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending. Neither
+    breaks off a transaction: it is heard when that is over.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if in_transaction(frame):
+            send_again(number)
+            return
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped("SIGTERM")
 
     return handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
+
+
+def in_transaction(frame: FrameType | None) -> bool:
+    """Whether the interrupted code may be in the middle of a database transaction, or of opening or ending a run."""
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(_TRANSACTIONS) or (module, frame.f_code.co_name) in _WHOLE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def send_again(number: int) -> None:
+    """Have this process receive the signal again in a moment."""
+    timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def _signals_ignored() -> AbstractContextManager[None]:

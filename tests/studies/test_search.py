@@ -31,6 +31,7 @@ from cxr.studies import search
 from cxr.studies import trial as trial_module
 from cxr.studies.optuna_study import slots
 from cxr.studies.search import open_worker, tune_tracked
+from cxr.tracking import nested
 from cxr.tracking.nested import children, make_child
 from cxr.tracking.reading import LoggedRun, Tag
 
@@ -146,6 +147,30 @@ def test_more_trials_continue_the_same_study_and_parent(config: TuneConfig) -> N
     assert len({trial.params["lr_head"] for trial in load(config).trials}) == 5
     tune_tracked(config.replace(trials=5), quiet)
     assert len(family(config)[1]) == 5
+
+
+def test_each_call_adds_a_step_to_the_counts_of_the_search(config: TuneConfig) -> None:
+    for trials in (1, 2):
+        tune_tracked(config.replace(trials=trials), quiet)
+    history = mlflow.MlflowClient().get_metric_history(family(config)[0].run_id, "trials_complete")
+    assert [(each.step, each.value) for each in history] == [(0, 1), (1, 2)]
+
+
+def test_the_parent_of_a_worker_that_was_killed_is_the_parent_of_the_study(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    schedule = nested._schedule
+
+    def stopped(*arguments: Any) -> str:
+        made.append(schedule(*arguments))
+        raise KeyboardInterrupt  # before the study knows it
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nested, "_schedule", stopped)
+        tune_tracked(config, quiet)
+    tune_tracked(config, quiet)
+    assert [family(config)[0].run_id] == made
 
 
 def test_a_study_with_other_parameters_is_not_continued(config: TuneConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import time
@@ -17,12 +18,14 @@ from narrow import ARCH
 from started import Started
 
 from cxr.config import TrainConfig, flatten, unflatten
-from cxr.errors import InUseError, UserError
+from cxr.errors import InUseError, MachineError, UserError
 from cxr.runs.result import RunResult
+from cxr.runs.resume import remove_finished
 from cxr.runs.train import run_tracked
 from cxr.storage import exclusive
 from cxr.tracking import registry
-from cxr.tracking.lifecycle import existing_run, open_run
+from cxr.tracking.lifecycle import existing_run, open_run, this_process
+from cxr.tracking.store import one_at_a_time
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -189,6 +192,74 @@ def test_a_run_in_use_on_another_machine_is_not_touched(store: str, phantoms: Pa
         tracker.tags({"cxr.host": "elsewhere"})
         with pytest.raises(InUseError, match="is running on elsewhere"):
             run_tracked(TrainConfig(), run_id=tracker.run_id)
+
+
+def test_a_run_whose_process_was_killed_is_ended_by_the_next(store: str) -> None:
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("cxr")
+    pid, started, space = this_process().split()
+    client, host = mlflow.MlflowClient(), socket.gethostname()
+    processes = {
+        "2147483646 0 " + space: "KILLED",  # such a process cannot be
+        f"{pid} {float(started) - 1000} {space}": "KILLED",  # an earlier one of this number
+        this_process(): "RUNNING",
+        "2147483646 0 pid:[1]": "RUNNING",  # in another container
+        "": "RUNNING",  # of an earlier version
+    }
+    experiment = mlflow.get_experiment_by_name("cxr").experiment_id
+    runs = [client.create_run(experiment, tags={"cxr.host": host, "cxr.process": name}) for name in processes]
+    elsewhere = client.create_run(experiment, tags={"cxr.host": "elsewhere", "cxr.process": "2147483646 0 " + space})
+    try:
+        with open_run("next"):
+            pass
+        assert [client.get_run(run.info.run_id).info.status for run in runs] == [*processes.values()]
+        assert client.get_run(runs[0].info.run_id).data.tags["cxr.error"] == "its process was killed"
+        assert client.get_run(elsewhere.info.run_id).info.status == "RUNNING"
+    finally:
+        for run in [*runs, elsewhere]:
+            client.delete_run(run.info.run_id)
+
+
+def test_a_run_is_known_by_its_process_from_its_first_moment(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.set_tracking_uri(store)
+    create, tags = mlflow.MlflowClient.create_run, list[dict[str, str]]()
+
+    def created(self: mlflow.MlflowClient, *arguments: object, **options: object) -> Run:
+        run = create(self, *arguments, **options)
+        tags.append(mlflow.get_run(run.info.run_id).data.tags)
+        return run
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", created)
+    with open_run("partial-s0"):
+        pass
+    assert (tags[0]["cxr.host"], tags[0]["cxr.process"]) == (socket.gethostname(), this_process())
+
+
+def test_a_full_disk_during_a_run_is_one_line(store: str) -> None:
+    mlflow.set_tracking_uri(store)
+    with pytest.raises(MachineError, match=r"/a/file: No space left.*--resume"), open_run("partial-s0"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/file")
+    with pytest.raises(OSError, match="denied"), open_run("partial-s0"):
+        raise OSError(errno.EACCES, "denied")
+
+
+def test_checkpoints_of_a_finished_run_that_was_killed_too_early_to_remove_them_are_removed_by_the_next(
+    store: str, own_cache: Path
+) -> None:
+    mlflow.set_tracking_uri(store)
+    with open_run("finished") as finished:
+        pass
+    with open_run("stopped") as unfinished:
+        for name in (finished.run_id, unfinished.run_id, "unknown"):
+            (own_cache / "runs" / name).mkdir(parents=True)
+        remove_finished(TrainConfig())
+    assert {path.name for path in (own_cache / "runs").iterdir()} == {unfinished.run_id, "unknown"}
+
+
+def test_the_lock_of_a_store_may_be_held_already(store: str) -> None:
+    mlflow.set_tracking_uri(store)
+    with one_at_a_time(), one_at_a_time():
+        pass
 
 
 def test_a_resume_without_a_checkpoint_is_rejected(store: str, phantoms: Path) -> None:
