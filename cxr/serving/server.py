@@ -43,6 +43,41 @@ class _GoneError(Exception):
     """The client has closed the connection."""
 
 
+class Body:
+    """The body of a request as it arrives."""
+
+    def __init__(self, receive: Receive):
+        self._receive, self.ended = receive, False
+
+    async def part(self) -> bytes:
+        """The next part. Raises `_GoneError` if the client has closed the connection."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise _GoneError
+        self.ended = not message.get("more_body", False)
+        return bytes(message.get("body", b""))
+
+    async def whole(self, limits: Limits) -> bytes:
+        """All of it. Raises `RequestError` if it is too large or too slow."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(limits.seconds):
+                while not self.ended:
+                    parts.append(await self.part())
+                    size += len(parts[-1])
+                    limits.check_size(size)
+        except TimeoutError as error:
+            raise RequestError(f"the request took more than {limits.seconds:g} s to arrive") from error
+        return b"".join(parts)
+
+    async def discard(self, seconds: float) -> None:
+        """Read and throw away what still comes, for that long at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.ended:
+                    await self.part()
+
+
 class Room:
     """Bytes that requests may hold together. They are let in in the order in which they come."""
 
@@ -81,9 +116,10 @@ class Server:
             await _lifespan(receive, send)
         elif scope["type"] == "http":
             with suppress(_GoneError):
-                await _respond(*await self._answer(scope, receive), receive, send, self.limits.seconds)
+                body = Body(receive)
+                await _respond(*await self._answer(scope, body), body, send, self.limits.seconds)
 
-    async def _answer(self, scope: Message, receive: Receive) -> Answer:
+    async def _answer(self, scope: Message, body: Body) -> Answer:
         route = (scope["method"], scope["path"])
         if route in (("GET", "/ping"), ("GET", "/health")):
             return 200, b"\n"
@@ -92,7 +128,7 @@ class Server:
         if route != ("POST", "/invocations"):
             return 404, _error("NOT_FOUND", "unknown; POST to /invocations, or GET /ping, /health or /version")
         try:
-            return 200, await self._invoked(dict(scope["headers"]), receive)
+            return 200, await self._invoked(dict(scope["headers"]), body)
         except RequestError as error:
             return 400, _error("BAD_REQUEST", str(error))
         except _GoneError:
@@ -102,23 +138,15 @@ class Server:
             _LOG.error("%s at %s:%s", type(error).__name__, line.filename, line.lineno)
             return 500, _error("INTERNAL_ERROR", "a bug in the server; its log names the line")
 
-    async def _invoked(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _invoked(self, headers: dict[bytes, bytes], body: Body) -> bytes:
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != b"application/json":
             raise RequestError("the content type is not application/json")
         size = int(headers.get(b"content-length", self.limits.size))  # uvicorn refuses what is no number
         self.limits.check_size(size)
         async with self._room.of(size):
-            body = await self._received(receive)
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._predicted, body)
-
-    async def _received(self, receive: Receive) -> bytes:
-        """The body. Raises `RequestError` if it is too large or too slow, `_GoneError` if it breaks off."""
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                return await _body(receive, self.limits)
-        except TimeoutError as error:
-            raise RequestError(f"the request took more than {self.limits.seconds:g} s to arrive") from error
+            whole = await body.whole(self.limits)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._predicted, whole)
 
     def _predicted(self, body: bytes) -> bytes:
         images = []
@@ -136,30 +164,14 @@ def _error(code: str, message: str) -> bytes:
     return json.dumps({"error_code": code, "message": message}).encode()
 
 
-async def _body(receive: Receive, limits: Limits) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _GoneError
-        part, more = message.get("body", b""), message.get("more_body", False)
-        size += len(part)
-        limits.check_size(size)
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _respond(status: int, content: bytes, receive: Receive, send: Send, seconds: float) -> None:
-    """Send an answer. What a refused client is still sending is read and thrown away for that long: it would otherwise
-    see a broken connection in place of the reason."""
+async def _respond(status: int, content: bytes, body: Body, send: Send, seconds: float) -> None:
+    """Send an answer, and let a refused client finish what it is sending: it would otherwise see a broken connection in
+    place of the reason."""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content, "more_body": status != 200})
-    if status != 200:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while (await receive()).get("more_body", False):
-                    pass
+    await send({"type": "http.response.body", "body": content, "more_body": not body.ended})
+    if not body.ended:
+        await body.discard(seconds)
         await send({"type": "http.response.body", "body": b""})
 
 

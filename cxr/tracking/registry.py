@@ -271,7 +271,8 @@ def read_package(folder: Path, uri: str) -> Predictor:
     try:
         return Predictor.load(folder)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {uri}: is damaged ({str(error).splitlines()[0][:200]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--model {uri}: is damaged ({reason[:200]})") from error
 
 
 @contextmanager
