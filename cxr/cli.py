@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 import click
 
 import cxr
-from cxr.config import SYNTHETIC, CompareConfig, CrossvalConfig, TrainCommand, TrainConfig, TuneConfig, configure
+from cxr.config import (
+    SYNTHETIC,
+    CompareConfig,
+    CrossvalConfig,
+    ServeConfig,
+    TrainCommand,
+    TrainConfig,
+    TuneConfig,
+    configure,
+)
 from cxr.errors import Stopped, UserError, disk_full
 from cxr.machine import processes
 from cxr.options import options
@@ -243,6 +252,23 @@ def ensemble_command(runs: tuple[str, ...], name: str, data_dir: str | None, cac
     from cxr.runs.ensemble import ensemble_tracked
 
     ensemble_tracked(runs, name, data_dir, cache_dir, click.echo)
+
+
+@models.command("serve")
+@MODEL
+@options(ServeConfig)
+def serve_command(uri: str, **parameters: Any) -> None:
+    """Answer requests over HTTP, in the form of `mlflow models serve`, within limits. Not for clinical use.
+
+    SIGTERM and Ctrl-C end it once the requests that have begun are answered.
+    """
+    config = ServeConfig(**parameters)
+    from cxr.serving.server import serve
+    from cxr.tracking.registry import downloaded, read_package
+
+    package = downloaded(uri)
+    read_package(package, uri)
+    serve(package, config, click.echo)
 
 
 @models.command("verify")

@@ -501,6 +501,27 @@ class CrossvalConfig(FamilyConfig):
     folds: int = param(5, "number of folds of the training and validation images, split by patient", low=2, high=50)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The parameters of `cxr models serve`; the limits hold for each request.
+
+    Raises `UserError` as `TrainConfig` does.
+    """
+
+    command: ClassVar[str] = "serve"
+
+    host: str = param("127.0.0.1", "address to listen on; 0.0.0.0 for all of this machine")
+    port: int = param(5001, "port to listen on", low=1, high=65535)
+    workers: int = param(1, "processes that answer", low=1, high=256)
+    max_mb: float = param(64.0, "size of a request in MB; a larger one is refused before it is read", above=0, high=1e5)
+    max_images: int = param(64, "images in a request", low=1, high=100000)
+    max_megapixels: float = param(120.0, "pixels of all images of a request, in millions", above=0, high=1e5)
+    max_seconds: float = param(30.0, "seconds in which a request must have arrived", above=0, high=3600)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
 def search_range(name: str) -> Spec:
     """The `Spec` of a searchable field; its `search` is set."""
     return next(spec_of(item) for item in fields(TrainConfig) if item.name == name)
@@ -545,13 +566,14 @@ def before_they_existed(prefix: str = "train") -> dict[str, str]:
     }
 
 
-def parameters_of(cls: type[CommandConfig]) -> list[Field[Any]]:
-    """The parameters that a command accepts: those of its runs, then its own."""
+def parameters_of(cls: type[CommandConfig | ServeConfig]) -> list[Field[Any]]:
+    """The parameters that a command accepts: those of its runs, if it makes any, then its own."""
+    trains = issubclass(cls, CommandConfig)
     shared = [item for item in fields(TrainConfig) if cls.command in (spec_of(item).commands or (cls.command,))]
-    return [*shared, *own_fields(cls)]
+    return [*(shared if trains else ()), *own_fields(cls)]
 
 
-def own_fields(cls: type[CommandConfig]) -> list[Field[Any]]:
+def own_fields(cls: type[CommandConfig | ServeConfig]) -> list[Field[Any]]:
     """The parameters that a command adds to those of its runs."""
     return [item for item in fields(cls) if item.name != "train"]
 

@@ -12,6 +12,7 @@ from cxr.config import (
     CommandConfig,
     CompareConfig,
     CrossvalConfig,
+    ServeConfig,
     TrainCommand,
     TrainConfig,
     TuneConfig,
@@ -41,7 +42,7 @@ class _Boolean(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value}: unknown; choose one of true, false", param, ctx)
 
 
-def options(cls: type[CommandConfig], only: Collection[str] = ()) -> Callable[[Command], Command]:
+def options(cls: type[CommandConfig | ServeConfig], only: Collection[str] = ()) -> Callable[[Command], Command]:
     """A decorator that adds an option for each parameter, or for those in `only`.
 
     They are spelled with hyphens or (as MLflow does) underscores.

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cxr.data import dicom
 from cxr.data.depth import FULL
+from cxr.data.jpeg import has_too_many_scans
 
 UInt8 = npt.NDArray[np.uint8]
 MAX_PIXELS = 60_000_000  # a 1300x900 X-ray has 1.2 million; the largest detectors have about 20 million
@@ -37,6 +38,7 @@ def decode_gray(
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             shape = (image.width, image.height, image.mode)
             check_shape(*shape)
+            _check_scans(data, image)
             return square_gray(ImageOps.exif_transpose(image), size, resize, depth), shape
     except (ImageError, MemoryError):  # running out of memory does not make the image bad
         raise
@@ -52,6 +54,23 @@ def _decode_dicom(data: bytes, size: int, resize: str) -> tuple[UInt8, tuple[int
         return _square(Image.fromarray(dicom.decode(data, header)), size, resize), shape
     except dicom.DicomError as error:
         raise ImageError(str(error) if data else "zero bytes") from error
+
+
+def pixels_of(data: bytes) -> int:
+    """Width times height of an encoded image, from its header. Raises `ImageError` as `decode_gray`."""
+    try:
+        if dicom.is_dicom(data):
+            header = dicom.read_header(data)
+            width, height, mode = header.width, header.height, header.mode
+        else:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height, mode = image.width, image.height, image.mode
+        check_shape(width, height, mode)
+        return width * height
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(_reason(data, error)) from error
 
 
 def largest_value(data: bytes) -> int:
@@ -87,6 +106,11 @@ def check_shape(width: int, height: int, mode: str) -> None:
         raise ImageError(f"{width}x{height}: more than {MAX_PIXELS:,} pixels")
     if mode in ("I", "F"):
         raise ImageError(f"mode {mode}: 32-bit values of unknown range; convert it to 8 or 16 bit grey")
+
+
+def _check_scans(data: bytes, image: Image.Image) -> None:
+    if image.format != "PNG" and has_too_many_scans(data, image.width * image.height):
+        raise ImageError(f"{image.width}x{image.height}: a JPEG of too many scans; save it as a baseline JPEG or a PNG")
 
 
 def _to_gray(image: Image.Image, depth: int) -> Image.Image:

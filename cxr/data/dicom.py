@@ -22,7 +22,9 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from PIL import Image
 from pydicom import Dataset
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_rescale, apply_windowing
@@ -35,6 +37,7 @@ from pydicom.uid import (
 )
 
 from cxr.data.depth import FULL, fewest_bits
+from cxr.data.jpeg import has_too_many_scans
 
 SUFFIXES = {".dcm", ".dicom"}
 HEAD = 132  # bytes: a preamble of any content, then `DICM`
@@ -205,6 +208,8 @@ def _checked(elements: Dataset, syntax: UID) -> Header:
 def _pixels(whole: Dataset, header: Header) -> npt.NDArray[np.int32]:
     """The stored values [height, width]; what lies in bits above those stored (old overlays) is removed."""
     plugin = _plugin(header)
+    if plugin:
+        _check_frame(whole, header, plugin)
     array, _ = get_decoder(header.syntax).as_array(whole, decoding_plugin=plugin, raw=True)
     values = np.asarray(array).astype(np.int32) & ((1 << header.bits) - 1)
     if header.signed:
@@ -212,6 +217,17 @@ def _pixels(whole: Dataset, header: Header) -> npt.NDArray[np.int32]:
     if values.shape != (header.height, header.width):
         raise DicomError("its pixels are not of the size that its header tells")
     return values
+
+
+def _check_frame(whole: Dataset, header: Header, plugin: str) -> None:
+    """Raise `DicomError` for a compressed frame that is larger than the header tells, or of too many scans."""
+    frame = get_frame(whole.PixelData, 0, number_of_frames=1)
+    if has_too_many_scans(frame, header.width * header.height):
+        raise DicomError("a JPEG of too many scans; save it uncompressed")
+    if plugin == "pillow":
+        with Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")) as image:
+            if image.size != (header.width, header.height):
+                raise DicomError("its pixels are not of the size that its header tells")
 
 
 def _plugin(header: Header) -> str:

@@ -129,7 +129,10 @@ def _read_json(file: Path) -> pd.DataFrame:
         if any(isinstance(value, list | dict) for item in items for value in item.values()):
             raise UserError(f"{file}: {split or 'it'} has lists as values; an image has one path and one label")
         rows += [{**item, **({"split": split} if split else {})} for item in items]
-    return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
+    try:
+        return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{file}: has half a character (\\ud800 to \\udfff); write it again as UTF-8") from error
 
 
 def _columns(

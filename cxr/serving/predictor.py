@@ -1,20 +1,23 @@
 """Image bytes in, probability and decision out: what a registry version holds, without training or tracking code.
 
-A packaged model is a folder with `weights.safetensors` (a torchvision state dict) and `model.json` (everything else).
+A packaged model is a folder with `weights.safetensors` (a torchvision state dict), `model.json` (everything else) and
+the sha256 of both.
 """
 
 from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import importlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +37,16 @@ from cxr.evaluation.familiarity import Float32
 from cxr.evaluation.metrics import Floats
 from cxr.evaluation.predictions import decided
 from cxr.evaluation.selective import certainty_of
+from cxr.families import FAMILIES
 from cxr.network.ensemble import Ensemble
 from cxr.network.inference import infer, infer_with_features
 from cxr.network.resnet import create
 from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
-from cxr.task import Task
+from cxr.task import MAX_CLASSES, Task
 
 WEIGHTS, FEATURES, CARD, ONNX = "weights.safetensors", "features.safetensors", "model.json", "X_ray_classifier.onnx"
+DIGESTS = "digests.json"  # the sha256 of each of the package's other files
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,51 @@ class ModelCard:
         """The card as JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of `text`, for cards of earlier versions, too. Raises TypeError, KeyError or ValueError for what
+        is no card."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{CARD}: not a JSON object")
+        calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
+        card = cls(**{**fields, "calibration": calibration})
+        if wrong := [name for name, is_good in card._checked().items() if not is_good]:
+            raise ValueError(f"{CARD}: {', '.join(wrong)} cannot be")
+        return card
+
+    def _checked(self) -> dict[str, bool]:
+        """Of each field, whether its value is one that it can have."""
+        known = isinstance(self.arch, str) and self.arch in FAMILIES
+        multiple = FAMILIES[self.arch].multiple if known else 1
+        classes = self.class_to_index if isinstance(self.class_to_index, dict) else {}
+        refused = 0 if self.calibration.refused_slope is None else self.calibration.refused_slope
+        labels = sorted(map(repr, classes.values()), key=lambda text: (len(text), text))
+        return {
+            "arch": known,
+            "image_size": _is_whole(self.image_size, 32, 1024) and self.image_size % multiple == 0,
+            "resize": self.resize in ("squash", "crop", "pad"),
+            "threshold": _are_numbers([self.threshold]),
+            **{name: isinstance(getattr(self, name), str) for name in ("strategy", "data_fingerprint", "weights")},
+            "class_to_index": 2 <= len(classes) <= MAX_CLASSES and labels == [str(n) for n in range(len(classes))],
+            "calibration": _are_numbers([self.calibration.slope, self.calibration.offset, refused]),
+            **{name: _are_numbers(getattr(self, name), 3) for name in ("mean", "std")},
+            "members": _is_whole(self.members, 1, 1000),
+            "certainty_limit": _are_numbers([self.certainty_limit]),
+            "depth": _is_whole(self.depth, 8, FULL),
+        }
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are_numbers(values: object, count: int = 0) -> bool:
+    """Whether these are numbers, and so many, if that is given."""
+    if not isinstance(values, list | tuple) or len(values) != (count or len(values)):
+        return False
+    return all(isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each) for each in values)
+
 
 def save_package(folder: Path, state: StateDict, card: ModelCard, familiar: Familiar | None = None) -> None:
     """Write the packaged model into `folder`, made if absent."""
@@ -90,6 +140,26 @@ def save_package(folder: Path, state: StateDict, card: ModelCard, familiar: Fami
     if familiar:
         familiar.save(folder / FEATURES)
     (folder / CARD).write_text(card.text())
+    digests = {name: _digest(folder / name) for name in (WEIGHTS, FEATURES, CARD) if (folder / name).exists()}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_digests(folder: Path) -> None:
+    """Raise ValueError for a package that is not as it was written; those of earlier versions tell no digests."""
+    if not (folder / DIGESTS).exists():
+        return
+    digests = json.loads((folder / DIGESTS).read_text())
+    present = {name for name in (WEIGHTS, FEATURES, CARD) if (folder / name).exists()}
+    if not isinstance(digests, dict) or digests.keys() != present:
+        raise ValueError(f"{DIGESTS}: does not tell of the files that are there")
+    for name, digest in digests.items():
+        if _digest(folder / name) != digest:
+            raise ValueError(f"{name}: not as it was written, by its sha256")
 
 
 def _from_base64(text: str) -> bytes:
@@ -155,14 +225,19 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: Path) -> Predictor:
-        """Read a packaged model; no pickle is involved."""
-        fields = json.loads((folder / CARD).read_text())
-        calibration = Calibration.from_card(fields.get("calibration", asdict(IDENTITY)))
-        card = ModelCard(**{**fields, "calibration": calibration})
-        count = len(card.class_to_index)
+        """Read a packaged model; no pickle is involved.
+
+        Raises one of several errors, of which `cxr.tracking.registry.read_package` makes a `UserError`, for a damaged
+        one.
+        """
+        _check_digests(folder)
+        card = ModelCard.parse((folder / CARD).read_text())
+        state, count = load_file(folder / WEIGHTS), len(card.class_to_index)
+        if card.members > 1 and len({name.split(".")[1] for name in state if "." in name}) != card.members:
+            raise ValueError(f"{WEIGHTS}: not of {card.members} networks")
         networks = [create(card.arch, count, card.image_size) for _ in range(card.members)]
         model: nn.Module = networks[0] if card.members == 1 else Ensemble(networks)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(state)
         model = model.to(memory_format=torch.channels_last)
         return cls(model, card, Familiar.read(folder / FEATURES, networks[0]))
 

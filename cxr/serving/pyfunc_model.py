@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from torch import nn
 
+from cxr.config import ServeConfig
 from cxr.data.decode import ImageError, UInt8
 from cxr.serving.predictor import Predictor
+from cxr.serving.request import Limits, RequestError, decoded
+
+_SERVED = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # MLflow's server sets it to "true"
 
 
 class XrayModel(PythonModel):
@@ -34,6 +39,8 @@ class XrayModel(PythonModel):
         if len(model_input) == 0:
             raise MlflowException.invalid_parameter_value("no image was given")
         images = model_input.iloc[:, 0]
+        if os.environ.get(_SERVED) == "true":
+            _check_request(list(images))
         return self.predictor.predict([self._prepare(row, image) for row, image in enumerate(images)])
 
     def _prepare(self, row: int, image: object) -> UInt8:
@@ -42,6 +49,16 @@ class XrayModel(PythonModel):
             return self.predictor.prepare(image)
         except ImageError as error:
             raise MlflowException.invalid_parameter_value(f"image {row}: {error}") from error
+
+
+def _check_request(images: list[object]) -> None:
+    """The limits of `cxr models serve` for a request to MLflow's server, which has already read and parsed it."""
+    limits = Limits.of(ServeConfig())
+    try:
+        limits.check_number(len(images))
+        limits.check_pixels([decoded(row, image) for row, image in enumerate(images) if isinstance(image, str)])
+    except RequestError as error:
+        raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 mlflow.models.set_model(XrayModel())

@@ -318,6 +318,11 @@ def load(uri: str) -> Predictor:
 
     Raises `UserError` when there is none, or it is another program's.
     """
+    return read_package(downloaded(uri), uri)
+
+
+def downloaded(uri: str) -> Path:
+    """The folder of a model's package on this machine. Raises `UserError` when there is none."""
     import mlflow
 
     with _registry_errors(uri):
@@ -325,10 +330,16 @@ def load(uri: str) -> Predictor:
     cards = list(local.glob(f"**/{CARD}"))
     if len(cards) != 1:
         raise UserError(f"--model {uri}: not a model that cxr logged")
+    return cards[0].parent
+
+
+def read_package(folder: Path, uri: str) -> Predictor:
+    """The predictor in a model's package. Raises `UserError`, naming `uri`, when it is damaged."""
     try:
-        return Predictor.load(cards[0].parent)
+        return Predictor.load(folder)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {uri}: is damaged ({str(error).splitlines()[0][:200]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--model {uri}: is damaged ({reason[:200]})") from error
 
 
 @contextmanager

@@ -4,17 +4,21 @@ A run's folder holds `last.pt` (position, history, optimizer, scheduler, scaler,
 the tensors it refers to: `base-P.safetensors`, the whole network at the start of phase P, and `best-E.safetensors`,
 what the phase had trained at its best epoch. Every file is complete before `last.pt` names it, and those that it
 no longer names are removed. A thread writes while the next epoch trains.
+
+The formats have no checksum that is checked when they are read, so `last.pt` holds those of the tensor files, and its
+own as the comment of the ZIP file that it is. Checkpoints of earlier versions have none and are read as they are.
 """
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Self
+from typing import IO, Any, BinaryIO, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,11 +32,56 @@ from cxr.storage import write_atomically
 VERSION = 1
 LAST = "last.pt"
 PART = 64e6  # bytes
+_MARK = b"\x0e\0crc32 "  # length of the comment of a ZIP file, and the comment, less the 8 hex digits that follow
+_CHUNK = 1 << 20
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or type(error).__name__
+def _damaged(path: Path, error: Exception | str) -> UserError:
+    reason = error if isinstance(error, str) else getattr(error, "strerror", None) or type(error).__name__
     return UserError(f"{path}: this checkpoint cannot be read ({reason}); start a new run instead of resuming")
+
+
+class _Summed:
+    """A file that is written, with the CRC-32 of what has been."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.crc = file, 0
+
+    def write(self, data: bytes) -> int:
+        """As the file's own."""
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """As the file's own."""
+        self.file.flush()
+
+
+def _save_marked(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, and the checksum as the ZIP file's comment, in place of the empty one that it ends with."""
+    summed = _Summed(file)
+    torch.save(state, cast(IO[bytes], summed))
+    file.seek(-2, os.SEEK_END)
+    file.write(_MARK + b"%08x" % summed.crc)
+
+
+def _require_marked(path: Path) -> None:
+    """Raise `UserError` for a file of `_save_marked` that is not as it was written."""
+    with path.open("rb") as file:
+        size = max(0, file.seek(0, os.SEEK_END) - len(_MARK) - 8)
+        file.seek(size)
+        mark, crc = file.read(len(_MARK)), file.read(8)
+    if mark == _MARK and b"%08x" % zlib.crc32(b"\0\0", _crc(path, size)) != crc:
+        raise _damaged(path, "its checksum differs")
+
+
+def _crc(path: Path, size: int) -> int:
+    """The CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        for start in range(0, size, _CHUNK):
+            crc = zlib.crc32(file.read(min(_CHUNK, size - start)), crc)
+    return crc
 
 
 def _copied(value: Any) -> Any:
@@ -104,6 +153,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: deque[Future[None]] = deque()
         self._error: Exception | None = None
+        self._checks: dict[str, int] = {}  # tensor file -> CRC-32
 
     def __enter__(self) -> Self:
         return self
@@ -138,8 +188,12 @@ class Checkpoints:
         file = f"{name}.safetensors"
         if self.writes:
             tensors = {key: value.contiguous() for key, value in _copied(state).items()}
-            self._write_later(lambda: write_atomically(self.folder / file, lambda stream: stream.write(save(tensors))))
+            self._write_later(lambda: self._write_tensors(file, save(tensors)))
         return file
+
+    def _write_tensors(self, file: str, data: bytes) -> None:
+        self._checks[file] = zlib.crc32(data)
+        write_atomically(self.folder / file, lambda stream: stream.write(data))
 
     def load_tensors(self, files: list[str]) -> StateDict:
         """The tensors of the files, a later file's over an earlier one's. Raises `UserError` for a damaged one."""
@@ -147,6 +201,8 @@ class Checkpoints:
         merged: StateDict = {}
         for path in [self.folder / file for file in files]:
             try:
+                if self._checks.get(path.name) not in (None, _crc(path, path.stat().st_size)):
+                    raise _damaged(path, "its checksum differs")
                 merged |= load_file(path)
             except (OSError, SafetensorError) as error:
                 raise _damaged(path, error) from error
@@ -165,7 +221,9 @@ class Checkpoints:
             self.flush()
 
     def _write_state(self, state: dict[str, Any], keep: set[str]) -> None:
-        write_atomically(self.folder / LAST, lambda stream: torch.save(state, stream))
+        self._checks = {file: crc for file, crc in self._checks.items() if file in keep}
+        whole = {**state, "checks": self._checks}
+        write_atomically(self.folder / LAST, lambda stream: _save_marked(whole, stream))
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             if file.name not in keep:
                 with suppress(OSError):  # one left over does no harm
@@ -178,9 +236,13 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
+            _require_marked(path)
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # torch raises many kinds for a damaged file that has no checksum
             raise _damaged(path, error) from error
         if state["version"] != VERSION:
             raise UserError(f"{path}: written by another version of cxr (format {state['version']}, not {VERSION})")
+        self._checks = state.pop("checks", {})
         return state

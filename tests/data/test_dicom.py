@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from cxr.data import dicom
 from cxr.data.decode import ImageError, decode_gray
@@ -270,3 +272,33 @@ def test_dicom_bytes_are_recognised_by_content_and_decoded_as_the_png() -> None:
     image, shape = decode_gray(encoded(radiograph(CHEST)), 64, "pad")
     assert np.array_equal(image, expected)
     assert shape == (96, 96, "MONOCHROME2 8-bit")
+
+
+def test_a_frame_larger_than_the_header_tells_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = compressed(radiograph(CHEST), "jpeg2000")
+    ds.Rows, ds.Columns = 64, 64
+    monkeypatch.setattr(dicom, "get_decoder", _idle)
+    with pytest.raises(dicom.DicomError, match="not of the size that its header tells"):
+        shown(ds)
+
+
+def _idle(syntax: UID) -> Any:
+    """The decoder of a syntax, less what gives pixels."""
+    decoder = get_decoder(syntax)
+    return type("Idle", (), {"is_encapsulated": True, "available_plugins": decoder.available_plugins})()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_jpeg_of_too_many_scans_is_refused(wrapped: bool) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((1000, 1000), np.uint8)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    bomb = data[:-2] + scan * 2100 + data[-2:]
+    if wrapped:
+        ds = compressed(radiograph(np.zeros((1000, 1000), np.uint8)), "jpeg")
+        ds.PixelData = encapsulate([bomb])
+        bomb = encoded(ds)
+    with pytest.raises(ImageError, match="too many scans"):
+        decode_gray(bomb, 32, "squash")
+    assert decode_gray(data, 32, "squash")[1] == (1000, 1000, "L")

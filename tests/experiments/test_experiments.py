@@ -35,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_every_script_says_how_it_is_run_and_where_in_the_log_its_result_is() -> None:
+def test_every_script_says_how_it_is_run_and_where_its_result_is() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "experiments" / "LOG.md").read_text(), re.MULTILINE)
     scripts = [path for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()]
     assert len(scripts) > 7
@@ -43,7 +43,7 @@ def test_every_script_says_how_it_is_run_and_where_in_the_log_its_result_is() ->
         text = " ".join((ast.get_docstring(ast.parse(script.read_text())) or "").split())
         assert f"python experiments/{script.name} " in text
         named = re.findall(r'"(\d{4}-\d{2}-\d{2}: [^"]+)"', text)
-        assert named, f"{script.name} names no entry of LOG.md"
+        assert named or "docs/reliability.md" in text, f"{script.name} names no entry of LOG.md"
         assert set(named) <= set(headings), script.name
 
 

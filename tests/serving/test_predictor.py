@@ -26,9 +26,10 @@ from cxr.network.inference import infer
 from cxr.network.resnet import build_model
 from cxr.network.start import StartNetwork
 from cxr.serving.familiar import Familiar
-from cxr.serving.predictor import CARD, FEATURES, WEIGHTS, ModelCard, Predictor, save_package
+from cxr.serving.predictor import CARD, DIGESTS, FEATURES, WEIGHTS, ModelCard, Predictor, save_package
 from cxr.strategies import STRATEGIES
 from cxr.task import KAGGLE
+from cxr.tracking.registry import read_package
 
 CARD_OF_TEST = ModelCard(
     arch="resnet18",
@@ -94,7 +95,7 @@ def test_the_model_card_survives_saving_and_loading(predictor: Predictor) -> Non
 
 def test_a_package_contains_no_pickle(model: ResNet, tmp_path: Path) -> None:
     save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
-    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CARD, DIGESTS}
     assert json.loads((tmp_path / CARD).read_text())["data_fingerprint"] == "0123456789ab"
 
 
@@ -248,4 +249,49 @@ def test_a_card_of_version_0_1_has_16_bits(model: ResNet, tmp_path: Path) -> Non
     fields = json.loads((tmp_path / CARD).read_text())
     del fields["depth"]
     (tmp_path / CARD).write_text(json.dumps(fields))
+    (tmp_path / DIGESTS).unlink()
     assert Predictor.load(tmp_path).card.depth == 16
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CARD, DIGESTS])
+def test_a_package_with_one_changed_byte_is_refused(model: ResNet, tmp_path: Path, name: str) -> None:
+    save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
+    whole = (tmp_path / name).read_bytes()
+    for place in (20, len(whole) // 2, len(whole) - 5):
+        (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="models:/x/1: is damaged"):
+            read_package(tmp_path, "models:/x/1")
+    (tmp_path / name).write_bytes(whole)
+    assert read_package(tmp_path, "models:/x/1").card.text() == CARD_OF_TEST.text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("arch", "resnet19"),
+        ("arch", ["resnet18"]),
+        ("image_size", 10**6),
+        ("image_size", True),
+        ("resize", "fit"),
+        ("threshold", "0.5"),
+        ("threshold", float("nan")),
+        ("class_to_index", {}),
+        ("class_to_index", {"A": 0, "B": 0}),
+        ("class_to_index", {"A": {}, "B": 1}),
+        ("calibration", {"method": "platt", "slope": "1"}),
+        ("calibration", {"method": "none", "refused_slope": "x"}),
+        ("calibration", []),
+        ("members", 10**9),
+        ("members", 2),
+        ("depth", 64),
+        ("mean", [1, 2]),
+        ("strange", 1),
+    ],
+)
+def test_a_card_that_cannot_be_is_refused_in_one_line(model: ResNet, tmp_path: Path, field: str, value: object) -> None:
+    save_package(tmp_path, model.state_dict(), CARD_OF_TEST)
+    (tmp_path / DIGESTS).unlink()
+    card = {**json.loads((tmp_path / CARD).read_text()), field: value}
+    (tmp_path / CARD).write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"models:/x/1: is damaged \(.+\)$"):
+        read_package(tmp_path, "models:/x/1")

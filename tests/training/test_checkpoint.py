@@ -219,3 +219,21 @@ def test_tensors_copied_in_one_transfer_keep_values_types_and_strides() -> None:
     assert copies[0].abs().sum() > 0
     assert in_one_transfer([]) == []
     assert [len(part) for part in _parts([torch.zeros(8_000_000)] * 5)] == [2, 2, 1]  # 32 MB each
+
+
+@pytest.mark.parametrize("name", [LAST, "base-0.safetensors"])
+def test_a_changed_byte_is_never_used(saved: Checkpoints, name: str) -> None:
+    path = saved.folder / name
+    whole, mark = path.read_bytes(), 16 if name == LAST else 0
+    for place in range(0, len(whole) - mark, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        read = Checkpoints(saved.folder, writes=False)
+        with pytest.raises(UserError, match=f"{path}: this checkpoint cannot be read"):
+            read.load_tensors([*(read.load() or ()), "base-0.safetensors"][-1:])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(saved: Checkpoints) -> None:
+    torch.save({"version": 1, "epoch": 3}, saved.folder / LAST)
+    read = Checkpoints(saved.folder)
+    assert read.load() == {"version": 1, "epoch": 3}
+    assert torch.equal(read.load_tensors(["base-0.safetensors"])["a"], torch.ones(3))
