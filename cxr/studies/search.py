@@ -103,16 +103,18 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     study, parent = worker.study, worker.search.parent
     remove_finished(config.train)
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
-    with ending(parent.run_id), STORAGE.restored():
-        for outage in (OUTAGE, STORAGE):
-            outage.allow(config.train.tracking_patience, say)
+    with STORAGE.restored():
+        with ending(parent.run_id):
+            for outage in (OUTAGE, STORAGE):
+                outage.allow(config.train.tracking_patience, say)
+            with storage_errors(config.storage):
+                try:
+                    worker.work()
+                finally:
+                    publish(study, parent, config)
+            winner = _refit(worker) if config.refit else None
         with storage_errors(config.storage):
-            try:
-                worker.work()
-            finally:
-                publish(study, parent, config)
-        winner = _refit(worker) if config.refit else None
-    say("\n" + "\n".join(summary(study, parent, config, winner)))
+            say("\n" + "\n".join(summary(study, parent, config, winner)))
     return winner
 
 

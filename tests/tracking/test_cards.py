@@ -132,6 +132,7 @@ def test_a_description_of_many_long_classes_fits_and_names_the_worst(
     metrics = {f"test_recall_of_{slug}": 0.9 - number / 100 for number, slug in enumerate(task.slugs)}
     run = logged_run({"test_roc_auc": 0.9, **metrics})
     monkeypatch.setattr(LoggedRun, "predictions", lambda run, split: table)
+    monkeypatch.setattr(LoggedRun, "tabled_metrics", lambda run: {})
     monkeypatch.setattr(cards, "data_sets", lambda run_id: {})
     subject = Subject(card_for(names), run, "many, version 1", "models:/many/1", "m-0")
     text = description(subject)
