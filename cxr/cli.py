@@ -28,6 +28,7 @@ from cxr.machine import processes
 from cxr.options import options
 from cxr.parameters import option_name
 from cxr.storage import own_temporary_files
+from cxr.terminal import show
 from cxr.warning_lines import show_warnings_as_lines
 
 BAD_INPUT, STOPPED = 2, 130
@@ -55,7 +56,7 @@ def train(**parameters: Any) -> None:
     command = configure(TrainCommand, parameters)
     from cxr.runs.train import run_with_processes
 
-    run_with_processes(command.train, say=click.echo, run_id=command.resumed)
+    run_with_processes(command.train, say=show, run_id=command.resumed)
 
 
 @cli.command()
@@ -66,7 +67,7 @@ def tune(**parameters: Any) -> None:
     _one_process("tune")
     from cxr.studies.search import tune_tracked
 
-    tune_tracked(config, say=click.echo)
+    tune_tracked(config, say=show)
 
 
 @cli.command()
@@ -82,9 +83,9 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
     from cxr.studies.compare import compare_runs, compare_tracked
 
     if first:
-        compare_runs([first, *more], config.margin, say=click.echo)
+        compare_runs([first, *more], config.margin, say=show)
     else:
-        compare_tracked(config, say=click.echo)
+        compare_tracked(config, say=show)
 
 
 @cli.command()
@@ -95,7 +96,7 @@ def crossval(**parameters: Any) -> None:
     _one_process("crossval")
     from cxr.studies.crossval import crossval_tracked
 
-    crossval_tracked(config, say=click.echo)
+    crossval_tracked(config, say=show)
 
 
 MODEL = click.option(
@@ -178,7 +179,7 @@ def demo_command(uri: str, host: str, port: int) -> None:
         ) from error
     from cxr.tracking.registry import choices, load
 
-    serve(Models(lambda: choices(uri), load), host, port, say=click.echo)
+    serve(Models(lambda: choices(uri), load), host, port, say=show)
 
 
 @cli.command("evaluate")
@@ -195,7 +196,7 @@ def evaluate_command(uri: str, **parameters: Any) -> None:
     config = TrainConfig(**parameters)
     from cxr.runs.evaluate import evaluate_tracked
 
-    evaluate_tracked(uri, config, say=click.echo)
+    evaluate_tracked(uri, config, say=show)
 
 
 @cli.group()
@@ -251,7 +252,7 @@ def ensemble_command(runs: tuple[str, ...], name: str, data_dir: str | None, cac
     """Combine finished RUNS into one model: mean probabilities, calibrated on validation as a whole, registered."""
     from cxr.runs.ensemble import ensemble_tracked
 
-    ensemble_tracked(runs, name, data_dir, cache_dir, click.echo)
+    ensemble_tracked(runs, name, data_dir, cache_dir, show)
 
 
 @models.command("serve")
@@ -268,7 +269,7 @@ def serve_command(uri: str, **parameters: Any) -> None:
 
     package = downloaded(uri)
     read_package(package, uri)
-    serve(package, config, click.echo)
+    serve(package, config, show)
 
 
 @models.command("verify")

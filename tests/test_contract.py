@@ -46,7 +46,7 @@ ALLOWED_IN = {  # the only places that may import a package
     "jinja2": ("figures.html", "tracking.cards"),
     "ray": ("studies.on_ray",),
     "starlette": ("serving.demo",),
-    "uvicorn": ("serving.demo",),
+    "uvicorn": ("serving.demo", "serving.server"),
 }
 
 

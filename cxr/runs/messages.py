@@ -19,6 +19,7 @@ from cxr.training.reuse import ReusePlan
 
 SPLIT_NAMES = {"val": "Validation", "test": "Test", "fold": "Held-out fold", "external": "External data"}
 Say = Callable[[str], object]
+Decisions = Callable[[Report], list[str]]
 SATURATED = 0.99  # ROC-AUC on validation above which it hardly distinguishes models
 
 
@@ -28,7 +29,7 @@ def epoch_line(record: EpochRecord) -> str:
     line = (
         f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
         f"accuracy {m['train_accuracy']:.3f} / val {m['val_accuracy']:.3f}  val AUC {m['val_roc_auc']:.4f}  "
-        f"{m['images_per_second']:.0f} img/s  {m['epoch_seconds'] + m['eval_seconds']:.1f} s"
+        f"{m['images_per_second']:5.0f} img/s {m['epoch_seconds'] + m['eval_seconds']:6.1f} s"
     )
     return line + ("  *" if record.improved else "")
 
@@ -102,21 +103,32 @@ def decision_lines(report: Report) -> list[str]:
     return [f"{name}, the most probable class decides, means over classes: {main}", *each]
 
 
+def decision_table(report: Report) -> list[str]:
+    """The main metrics for a terminal of 100 columns: a column for each threshold; lines for more than two classes."""
+    if not report.binary:
+        return decision_lines(report)
+    heads = (report.split, "threshold 0.5", f"threshold {report.threshold:.3f} ({report.origin})")
+    rows = [heads]
+    for name in ("roc_auc", "accuracy", "recall", "specificity"):
+        chosen = "" if name == "roc_auc" else format_interval(report.chosen_interval(name))
+        rows.append((name, format_interval(report.interval(name)), chosen))
+    return ["", *(f"{name:<13} {plain:<27} {chosen}".rstrip() for name, plain, chosen in rows), ""]
+
+
 def source_lines(data: Data) -> list[str]:
     """What must be said about a source: its classes, if they are not the usual ones, and its remarks."""
     return [*([] if data.task == KAGGLE else [f"classes: {data.task.words()}"]), *data.remarks]
 
 
-def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[str]:
-    """The final lines of a run: the result, the data and weights, where to look, what to run next."""
+def summary(config: TrainConfig, result: RunResult, decisions: Decisions = decision_lines) -> list[str]:
+    """What is known at the end of a run: the result, its `decisions`, the data and weights."""
     best, test, weights = result.best, result.test, result.weights
     name, ece = test.split, (test.before["ece"], test.values["ece"])
-    others = [name for name in STRATEGIES if name != config.strategy]
     return [
         f"{config.strategy}, seed {config.seed}: best epoch {best.epoch} (phase {best.phase}) "
         f"of {len(result.records)}, val_loss {best.metrics['val_loss']:.4f}, "
         f"val ROC-AUC {format_interval(result.val.interval('roc_auc'))}",
-        *decision_lines(test),
+        *decisions(test),
         f"calibration: {result.calibration.words()}; {name} ece {ece[0]:.4f} -> {ece[1]:.4f}",
         *(
             [f"this {name} split was evaluated {result.uses_before} times before in this store"]
@@ -129,6 +141,13 @@ def summary(config: TrainConfig, tracker: Tracker, result: RunResult) -> list[st
         *_average_lines(config, result),
         *_saturation_lines(result),
         f"took: {result.seconds:.0f} s",
+    ]
+
+
+def links(config: TrainConfig, tracker: Tracker) -> list[str]:
+    """Where to look, and what to run next."""
+    others = [name for name in STRATEGIES if name != config.strategy]
+    return [
         *(f"look: {where}" for where in tracker.where()),
         f"next: the same with --strategy {', '.join(others[:-1])} or {others[-1]}",
     ]

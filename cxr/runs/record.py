@@ -33,7 +33,7 @@ from cxr.figures.single import calibration_pair
 from cxr.machine import Machine, describe, processes
 from cxr.network.freezing import count_parameters
 from cxr.network.weights import InitialWeights
-from cxr.runs.messages import SPLIT_NAMES, _proof_words, summary
+from cxr.runs.messages import SPLIT_NAMES, _proof_words, links, summary
 from cxr.runs.page import training_page
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
@@ -151,7 +151,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
             Tag.BEST_EPOCH: str(best),
             Tag.REGISTERED: registration,
             Tag.CALIBRATION: result.calibration.words(),
-            Tag.DESCRIPTION: "\n\n".join([*summary(config, tracker, result), registration]),
+            Tag.DESCRIPTION: "\n\n".join([*summary(config, result), registration, *links(config, tracker)]),
         }
     )
     return registration

@@ -24,7 +24,16 @@ from cxr.machine import Machine, cpu_has_bf16, describe, memory_errors, peak_mem
 from cxr.network.inference import infer
 from cxr.network.resnet import ready_model
 from cxr.runs.audit import audited
-from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, source_lines, summary
+from cxr.runs.messages import (
+    Say,
+    data_words,
+    decision_table,
+    epoch_line,
+    links,
+    reuse_lines,
+    source_lines,
+    summary,
+)
 from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
@@ -95,7 +104,7 @@ def run_tracked(
         if not existing:
             stack.enter_context(exclusive(checkpoints_of(config, tracker.run_id)))
         result = run(config, tracker, say)
-        lines = [*summary(config, tracker, result), result.registered]
+        lines = [*summary(config, result, decision_table), result.registered, *links(config, tracker)]
     shutil.rmtree(checkpoints_of(config, tracker.run_id))
     say("\n" + "\n".join(lines))
     return result

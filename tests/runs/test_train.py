@@ -42,7 +42,7 @@ def test_every_strategy_runs_and_logs_everything(tiny: TrainConfig, strategy: st
     assert {"test_roc_auc", "test_roc_auc_low", "test_roc_auc_high", "val_ece", "test_recall_bacteria"} <= final.keys()
     assert [proof.phase for proof in result.proofs] == [phase.name for phase in STRATEGIES[strategy]]
     assert "plots/test_reliability.png" in tracker.artifacts
-    assert any("test, threshold 0.5" in line for line in summary(config, tracker, result))
+    assert any("test, threshold 0.5" in line for line in summary(config, result))
 
 
 def test_few_figures_are_those_that_one_looks_at_first(tiny: TrainConfig) -> None:
@@ -104,7 +104,7 @@ def test_bad_images_stop_the_run_or_are_skipped_and_counted(tiny: TrainConfig, p
     tracker = NullTracker()
     result = run(replace(config, on_bad_image="skip", epochs=1), tracker, say=lambda line: None)
     assert tracker.logged_tags["images_skipped"] == "2"
-    assert any("2 unreadable images SKIPPED" in line for line in summary(config, tracker, result))
+    assert any("2 unreadable images SKIPPED" in line for line in summary(config, result))
 
 
 def test_random_weights_are_reported_in_tag_and_summary(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_random_weights_are_reported_in_tag_and_summary(tiny: TrainConfig, monke
     with pytest.warns(UserWarning, match="RANDOM"):
         result = run(replace(tiny, arch="resnet18", weights="auto", epochs=1), tracker, say=lambda line: None)
     assert "could not be downloaded" in tracker.logged_tags["weights_used"]
-    assert any("could not be downloaded" in line for line in summary(tiny, tracker, result))
+    assert any("could not be downloaded" in line for line in summary(tiny, result))
 
 
 def test_a_run_from_before_a_neutral_parameter_existed_can_be_continued(tiny: TrainConfig) -> None:
