@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import cxr
 from cxr.config import without_password
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS
 from cxr.evaluation.report import format_interval
 from cxr.evaluation.subgroups import by_subtype
@@ -26,8 +27,8 @@ from cxr.serving.predictor import ModelCard
 from cxr.task import KAGGLE, SUBTYPES, Task
 from cxr.tracking.descriptions import LONGEST, OF_CHAMPION, describe_model, describe_version
 from cxr.tracking.reading import LoggedRun, Tag, data_sets, source_run
-from cxr.tracking.registry import DataKind, Registration, registered_as
-from cxr.tracking.store import one_at_a_time, store_errors
+from cxr.tracking.registry import DataKind, registered_as
+from cxr.tracking.store import one_at_a_time
 
 FILE = "MODEL_CARD.md"
 ROWS = (50, 12, 4, 0)  # of the tables of classes and subgroups: fewer until a description is short enough
@@ -69,15 +70,21 @@ def card_text(subject: Subject, pages: str = "", rows: int = ROWS[0]) -> str:
     return _environment().get_template(_TEMPLATE).render(**_facts(subject, rows), pages=pages)
 
 
-def described(registration: Registration, card: ModelCard, run_id: str, model_id: str) -> Registration:
-    """Make the card of a model the description of its version, and of the registered model if it is the champion."""
-    name, version = registration.name, registration.version
-    run = LoggedRun.open(run_id)
-    subject = Subject(card, run, f"{name}, version {version}", f"models:/{name}/{version}", model_id)
-    with store_errors(), one_at_a_time():
-        describe_version(name, version, description(subject))
-        describe_model(name)
-    return registration
+def log_card(name: str, run_id: str, card: ModelCard) -> None:
+    """Give the version of `name` that a run registered its card, and the registered model that of its champion.
+
+    The run must have logged its metrics, which the card quotes. Nothing is done if it registered no version.
+    """
+    import mlflow
+
+    with one_at_a_time():
+        found = mlflow.MlflowClient().search_model_versions(f"run_id = '{run_id}'")
+        for each in [each for each in found if each.name == name]:
+            title, uri = f"{name}, version {each.version}", f"models:/{name}/{each.version}"
+            model_id = str(each.source).removeprefix("models:/")
+            subject = Subject(card, LoggedRun.open(run_id), title, uri, model_id)
+            describe_version(name, str(each.version), description(subject))
+            describe_model(name)
 
 
 def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
@@ -86,12 +93,14 @@ def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
     Raises `UserError` if it cannot be written. Where the store does not have the model's run, the card says so.
     """
     named, file = registered_as(uri), folder / FILE
-    run_id = source_run(uri)
     title = f"{named[0]}, version {named[1]}" if named else uri
-    own_uri = f"models:/{named[0]}/{named[1]}" if named else uri
-    subject = Subject(card, LoggedRun.open(run_id) if run_id else None, title, own_uri)
+    subject = Subject(card, None, title, f"models:/{named[0]}/{named[1]}" if named else uri)
+    text, run_id = card_text(subject), source_run(uri)
+    if run_id:
+        with suppress(MachineError):  # the run, or its artifacts, may be gone while the model is there
+            text = card_text(replace(subject, run=LoggedRun.open(run_id)), pages())
     try:
-        file.write_text(card_text(subject, pages()))
+        file.write_text(text)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); name another folder") from error
     return file
@@ -100,8 +109,10 @@ def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
 def description(subject: Subject) -> str:
     """The card, as short as MLflow's tables need it."""
     longest = LONGEST - len(OF_CHAMPION) - 20
-    texts = [card_text(subject, rows=rows) for rows in ROWS]
-    return next((text for text in texts if len(text) <= longest), texts[-1][:longest])
+    for rows in ROWS:
+        if len(text := card_text(subject, rows=rows)) <= longest:
+            break
+    return text[:longest]
 
 
 def pages() -> str:
@@ -138,10 +149,10 @@ def _row(cells: Sequence[str]) -> str:
 def _facts(subject: Subject, rows: int) -> dict[str, Any]:
     """Everything that the template names."""
     card, run = subject.card, subject.run
-    facts = {"subject": subject, "card": card, "task": card.task, "run": run, "version_of_cxr": cxr.__version__}
+    facts = {"subject": subject, "card": card, "task": card.task, "run": run}
     if run is None:
         return facts
-    split = next((name for name in _HELD_OUT if f"{name}_roc_auc" in run.metrics), None)
+    split = next((name for name in _HELD_OUT if not isnan(run.metric(f"{name}_roc_auc"))), None)
     facts |= {
         "data": data_sets(run.run_id),
         "phantoms": run.tags.get(Tag.DATA) == DataKind.PHANTOMS,
@@ -165,7 +176,7 @@ def _measured(card: ModelCard, run: LoggedRun, split: str, rows: int) -> dict[st
         "subgroups": subgroups[:rows],
         "children": _is_kaggle(run, card.task, table),
         "shown": lambda name: _shown(run, f"{split}_{name}"),
-        "known": lambda name: f"{split}_{name}" in run.metrics,
+        "known": lambda name: not isnan(run.metric(f"{split}_{name}")),
         "percent": lambda name: f"{run.metric(f'{split}_{name}'):.1%}",
     }
 
@@ -173,7 +184,7 @@ def _measured(card: ModelCard, run: LoggedRun, split: str, rows: int) -> dict[st
 def _shown(run: LoggedRun, name: str) -> str:
     """A metric with its interval; `n/a` if it was not logged."""
     value = run.metric(name)
-    return "n/a" if value != value else format_interval((value, run.metric(f"{name}_low"), run.metric(f"{name}_high")))
+    return "n/a" if isnan(value) else format_interval((value, run.metric(f"{name}_low"), run.metric(f"{name}_high")))
 
 
 def _metric_rows(run: LoggedRun, split: str, card: ModelCard) -> list[list[str]]:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 from mlflow.tracking import MlflowClient
+from ui import mlflow_ui
+from visit import needs_chromium, opened
 
 from cxr.config import TrainConfig
 from cxr.errors import UserError
@@ -159,3 +161,27 @@ def test_an_alias_is_resolved_and_a_missing_one_is_a_user_error(finished: Finish
     assert registry.registered_as(f"models:/{NAME}@champion") == (NAME, "1")
     with pytest.raises(UserError, match="nobody"):
         registry.registered_as(f"models:/{NAME}@nobody")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_the_card_and_its_links_lead_to_run_and_model(finished: Finished, in_store: str) -> None:
+    with mlflow_ui(in_store) as address, opened(f"{address}/#/models/{NAME}/versions/1") as (page, _):
+        page.wait_for_selector("h2:text('Intended use')")
+        cells = page.locator("tr", has_text="ROC-AUC").first.locator("td").all_inner_texts()
+        assert [cell.strip() for cell in cells] == [
+            "ROC-AUC",
+            format_interval(finished[1].test.interval("roc_auc")),
+            "",
+        ]
+        assert page.get_by_text("chest_xray-train").is_visible()
+        for link, path in (
+            (f"run {finished[2].info.run_name}", f"/runs/{finished[1].run_id}"),
+            ("logged model", "/models/m-"),
+        ):
+            with page.expect_popup() as popup:
+                page.get_by_role("link", name=link).click()
+            assert popup.value.url.startswith(f"{address}/#/experiments/")
+            assert path in popup.value.url
+        page.goto(f"{address}/#/models/{NAME}")
+        page.wait_for_selector("text=Card of version 1, champion when this was written")
