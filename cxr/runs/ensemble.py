@@ -24,7 +24,7 @@ from cxr.runs.record import example_of, log_report, note_data, version_tags
 from cxr.runs.reports import Outputs, Reports, reports, stressed_validation
 from cxr.serving.predictor import ModelCard, Predictor
 from cxr.tracking import registry
-from cxr.tracking.cards import log_card
+from cxr.tracking.cards import described
 from cxr.tracking.lifecycle import git_commit, open_run
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
@@ -72,7 +72,6 @@ def ensemble_tracked(
     whole = _whole(config, data, runs, predictors)
     with open_run(f"ensemble-{len(runs)}", parent=parent, again="the same command") as tracker:
         say("\n".join(_log(config, data, runs, whole, tracker, name)))
-        log_card(name, tracker.run_id, whole.card)
     return str(tracker.run_id)
 
 
@@ -177,9 +176,9 @@ def _log(
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
     tracker.tags(held_out | _tags(data, card))
-    note_data(tracker, data)
     val, test = whole.reports.val, whole.reports.test
     tracker.table(data.manifest, Artifact.MANIFEST)
+    note_data(tracker, data)
     for report in (val, test):
         log_report(tracker, report, title)
     example, familiar = example_of(card.image_size), whole.reports.familiar
@@ -191,7 +190,9 @@ def _log(
     final = {**val.metrics(), **test.metrics(), **whole.stressed, **whole.losses, **gap, **sizes, **once}
     tracker.metrics(final, step=0, model_id=model_id)
     tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
-    outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
+    outcome = "not registered"
+    if name != "none":
+        outcome = described(registry.register(model_id, name, tags), card, tracker.run_id, model_id).line()
     lines = _summary(runs, whole, uses, tracker, outcome)
     tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines

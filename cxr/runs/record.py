@@ -36,7 +36,7 @@ from cxr.runs.messages import SPLIT_NAMES, _proof_words, summary
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard
 from cxr.tracking import registry
-from cxr.tracking.cards import log_card
+from cxr.tracking.cards import described
 from cxr.tracking.lifecycle import git_commit
 from cxr.tracking.reading import Artifact, Tag, plot_path, predictions_path, report_path
 from cxr.tracking.tracker import MlflowTracker, Tracker
@@ -127,7 +127,6 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         "parameters_trained": count_parameters(model, config.phases[-1].trainable),
     }
     model_id = _log_model(config, tracker, model, result)
-    registration = _register(config, tracker, model_id, result)
     if not tracker.logged(f"{result.test.split}_roc_auc"):
         # After the last epoch's step, so that `val_accuracy` of the result neither hides in nor doubles an epoch's.
         gap = {"val_test_gap_roc_auc": result.val.values["roc_auc"] - result.test.values["roc_auc"]}
@@ -136,6 +135,7 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
         final |= {"chosen_threshold": result.test.threshold} if result.data.task.binary else {}
         final |= {"total_seconds": result.seconds, "peak_memory_mb": result.peak_memory}
         tracker.metrics(final, step=len(result.records), model_id=model_id)
+    registration = _register(config, tracker, model_id, result)  # its card quotes the metrics
     tracker.tags(
         {
             Tag.FREEZING: "; ".join(_proof_words(proof) for proof in result.proofs),
@@ -145,8 +145,6 @@ def log_end(config: TrainConfig, tracker: Tracker, model: nn.Module, result: Run
             Tag.DESCRIPTION: "\n\n".join([*summary(config, tracker, result), registration]),
         }
     )
-    if model_id is not None:
-        log_card(config.register, tracker.run_id, _card(config, result))
     return registration
 
 
@@ -200,8 +198,10 @@ def _register(config: TrainConfig, tracker: Tracker, model_id: str | None, resul
     if model_id is None or config.register == "none":
         return "not registered"
     losses = {name: values[name] for name, values in (("val_loss", result.best.metrics), (STRESSED, result.stressed))}
-    tags = version_tags(tracker.run_id, config, result.data, _card(config, result), result.val, losses)
-    return registry.register(model_id, config.register, tags).line()
+    card = _card(config, result)
+    tags = version_tags(tracker.run_id, config, result.data, card, result.val, losses)
+    registration = registry.register(model_id, config.register, tags)
+    return described(registration, card, tracker.run_id, model_id).line()
 
 
 def version_tags(

@@ -27,8 +27,8 @@ from cxr.serving.predictor import ModelCard
 from cxr.task import KAGGLE, SUBTYPES, Task
 from cxr.tracking.descriptions import LONGEST, OF_CHAMPION, describe_model, describe_version
 from cxr.tracking.reading import LoggedRun, Tag, data_sets, source_run
-from cxr.tracking.registry import DataKind, registered_as
-from cxr.tracking.store import one_at_a_time
+from cxr.tracking.registry import DataKind, Registration, registered_as
+from cxr.tracking.store import one_at_a_time, store_errors
 
 FILE = "MODEL_CARD.md"
 ROWS = (50, 12, 4, 0)  # of the tables of classes and subgroups: fewer until a description is short enough
@@ -70,21 +70,15 @@ def card_text(subject: Subject, pages: str = "", rows: int = ROWS[0]) -> str:
     return _environment().get_template(_TEMPLATE).render(**_facts(subject, rows), pages=pages)
 
 
-def log_card(name: str, run_id: str, card: ModelCard) -> None:
-    """Give the version of `name` that a run registered its card, and the registered model that of its champion.
-
-    The run must have logged its metrics, which the card quotes. Nothing is done if it registered no version.
-    """
-    import mlflow
-
-    with one_at_a_time():
-        found = mlflow.MlflowClient().search_model_versions(f"run_id = '{run_id}'")
-        for each in [each for each in found if each.name == name]:
-            title, uri = f"{name}, version {each.version}", f"models:/{name}/{each.version}"
-            model_id = str(each.source).removeprefix("models:/")
-            subject = Subject(card, LoggedRun.open(run_id), title, uri, model_id)
-            describe_version(name, str(each.version), description(subject))
-            describe_model(name)
+def described(registration: Registration, card: ModelCard, run_id: str, model_id: str) -> Registration:
+    """Make the card of a model the description of its version, and of the registered model if it is the champion."""
+    name, version = registration.name, registration.version
+    run = LoggedRun.open(run_id)
+    subject = Subject(card, run, f"{name}, version {version}", f"models:/{name}/{version}", model_id)
+    with store_errors(), one_at_a_time():
+        describe_version(name, version, description(subject))
+        describe_model(name)
+    return registration
 
 
 def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
@@ -176,7 +170,7 @@ def _measured(card: ModelCard, run: LoggedRun, split: str, rows: int) -> dict[st
         "subgroups": subgroups[:rows],
         "children": _is_kaggle(run, card.task, table),
         "shown": lambda name: _shown(run, f"{split}_{name}"),
-        "known": lambda name: not isnan(run.metric(f"{split}_{name}")),
+        "known": lambda name: f"{split}_{name}" in run.metrics,
         "percent": lambda name: f"{run.metric(f'{split}_{name}'):.1%}",
     }
 

@@ -16,7 +16,7 @@ from ui import mlflow_ui
 from visit import needs_chromium, opened
 
 from cxr.config import TrainConfig
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.evaluation.report import format_interval
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard, save_package
@@ -123,6 +123,17 @@ def test_the_card_of_a_model_without_a_run_says_so(finished: Finished, in_store:
     assert predictor.card.data_fingerprint in file.read_text()
     with pytest.raises(UserError, match="name another folder"):
         cards.write_card(str(tmp_path / "package"), predictor.card, tmp_path / "absent")
+
+
+def test_a_model_is_exported_though_its_run_is_gone(
+    finished: Finished, in_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(run_id: str) -> LoggedRun:
+        raise MachineError(f"run {run_id} not found")
+
+    monkeypatch.setattr(LoggedRun, "open", gone)
+    assert run_main(monkeypatch, "models", "export", str(tmp_path)) == 0
+    assert "Not known here" in (tmp_path / "MODEL_CARD.md").read_text()
 
 
 def test_a_description_of_many_long_classes_fits_and_names_the_worst(
