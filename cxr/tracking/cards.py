@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import cxr
 from cxr.config import without_password
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS
 from cxr.evaluation.report import format_interval
 from cxr.evaluation.subgroups import by_subtype
@@ -88,12 +89,14 @@ def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
     Raises `UserError` if it cannot be written. Where the store does not have the model's run, the card says so.
     """
     named, file = registered_as(uri), folder / FILE
-    run_id = source_run(uri)
     title = f"{named[0]}, version {named[1]}" if named else uri
-    own_uri = f"models:/{named[0]}/{named[1]}" if named else uri
-    subject = Subject(card, LoggedRun.open(run_id) if run_id else None, title, own_uri)
+    subject = Subject(card, None, title, f"models:/{named[0]}/{named[1]}" if named else uri)
+    text, run_id = card_text(subject), source_run(uri)
+    if run_id:
+        with suppress(MachineError):  # the run, or its artifacts, may be gone while the model is there
+            text = card_text(replace(subject, run=LoggedRun.open(run_id)), pages())
     try:
-        file.write_text(card_text(subject, pages()))
+        file.write_text(text)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); name another folder") from error
     return file
@@ -102,8 +105,10 @@ def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
 def description(subject: Subject) -> str:
     """The card, as short as MLflow's tables need it."""
     longest = LONGEST - len(OF_CHAMPION) - 20
-    texts = [card_text(subject, rows=rows) for rows in ROWS]
-    return next((text for text in texts if len(text) <= longest), texts[-1][:longest])
+    for rows in ROWS:
+        if len(text := card_text(subject, rows=rows)) <= longest:
+            break
+    return text[:longest]
 
 
 def pages() -> str:
@@ -140,10 +145,10 @@ def _row(cells: Sequence[str]) -> str:
 def _facts(subject: Subject, rows: int) -> dict[str, Any]:
     """Everything that the template names."""
     card, run = subject.card, subject.run
-    facts = {"subject": subject, "card": card, "task": card.task, "run": run, "version_of_cxr": cxr.__version__}
+    facts = {"subject": subject, "card": card, "task": card.task, "run": run}
     if run is None:
         return facts
-    split = next((name for name in _HELD_OUT if f"{name}_roc_auc" in run.metrics), None)
+    split = next((name for name in _HELD_OUT if not isnan(run.metric(f"{name}_roc_auc"))), None)
     facts |= {
         "data": data_sets(run.run_id),
         "phantoms": run.tags.get(Tag.DATA) == DataKind.PHANTOMS,
@@ -175,7 +180,7 @@ def _measured(card: ModelCard, run: LoggedRun, split: str, rows: int) -> dict[st
 def _shown(run: LoggedRun, name: str) -> str:
     """A metric with its interval; `n/a` if it was not logged."""
     value = run.metric(name)
-    return "n/a" if value != value else format_interval((value, run.metric(f"{name}_low"), run.metric(f"{name}_high")))
+    return "n/a" if isnan(value) else format_interval((value, run.metric(f"{name}_low"), run.metric(f"{name}_high")))
 
 
 def _metric_rows(run: LoggedRun, split: str, card: ModelCard) -> list[list[str]]:

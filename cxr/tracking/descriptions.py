@@ -30,7 +30,8 @@ def describe_model(name: str) -> None:
     champion, own = model.aliases.get("champion"), model.tags.get(WRITTEN)
     if champion is None or (model.description and own != _digest(model.description)):
         return
-    card = client.get_model_version(name, champion).description or f"Version {champion} was registered without a card."
+    none = f"Version {champion} was registered without a card; `cxr models export` writes one."
+    card = client.get_model_version(name, champion).description or none
     text = f"{OF_CHAMPION.format(version=champion)}\n\n{card}"
     client.update_registered_model(name, text)
     client.set_registered_model_tag(name, WRITTEN, _digest(text))

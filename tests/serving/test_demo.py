@@ -22,13 +22,13 @@ import pandas as pd
 import pytest
 import requests
 import uvicorn
-from browser import needs_chromium, opened
 from command import run_main
 from dicoms import encoded, radiograph
 from hypothesis import given
 from hypothesis import strategies as st
 from narrow import ARCH, build, narrow_resnet
 from PIL import Image
+from visit import needs_chromium, opened
 
 from cxr.errors import UserError
 from cxr.evaluation.selective import certainty

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 from mlflow.tracking import MlflowClient
+from ui import mlflow_ui
+from visit import needs_chromium, opened
 
 from cxr.config import TrainConfig
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.evaluation.report import format_interval
 from cxr.runs.result import RunResult
 from cxr.serving.predictor import ModelCard, save_package
@@ -123,6 +125,17 @@ def test_the_card_of_a_model_without_a_run_says_so(finished: Finished, in_store:
         cards.write_card(str(tmp_path / "package"), predictor.card, tmp_path / "absent")
 
 
+def test_a_model_is_exported_though_its_run_is_gone(
+    finished: Finished, in_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(run_id: str) -> LoggedRun:
+        raise MachineError(f"run {run_id} not found")
+
+    monkeypatch.setattr(LoggedRun, "open", gone)
+    assert run_main(monkeypatch, "models", "export", str(tmp_path)) == 0
+    assert "Not known here" in (tmp_path / "MODEL_CARD.md").read_text()
+
+
 def test_a_description_of_many_long_classes_fits_and_names_the_worst(
     in_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,3 +173,27 @@ def test_an_alias_is_resolved_and_a_missing_one_is_a_user_error(finished: Finish
     assert registry.registered_as(f"models:/{NAME}@champion") == (NAME, "1")
     with pytest.raises(UserError, match="nobody"):
         registry.registered_as(f"models:/{NAME}@nobody")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_the_card_and_its_links_lead_to_run_and_model(finished: Finished, in_store: str) -> None:
+    with mlflow_ui(in_store) as address, opened(f"{address}/#/models/{NAME}/versions/1") as (page, _):
+        page.wait_for_selector("h2:text('Intended use')")
+        cells = page.locator("tr", has_text="ROC-AUC").first.locator("td").all_inner_texts()
+        assert [cell.strip() for cell in cells] == [
+            "ROC-AUC",
+            format_interval(finished[1].test.interval("roc_auc")),
+            "",
+        ]
+        assert page.get_by_text("chest_xray-train").is_visible()
+        for link, path in (
+            (f"run {finished[2].info.run_name}", f"/runs/{finished[1].run_id}"),
+            ("logged model", "/models/m-"),
+        ):
+            with page.expect_popup() as popup:
+                page.get_by_role("link", name=link).click()
+            assert popup.value.url.startswith(f"{address}/#/experiments/")
+            assert path in popup.value.url
+        page.goto(f"{address}/#/models/{NAME}")
+        page.wait_for_selector("text=Card of version 1, champion when this was written")

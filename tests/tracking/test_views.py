@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from ui import mlflow_ui
 
 from cxr.tracking import views
 from cxr.tracking.reading import RunKind
@@ -79,13 +75,6 @@ def test_where_a_view_cannot_be_written_the_link_opens_the_plain_page(
     assert saved_view("0", "cxr-runs", state_of(None), "all runs") == f"runs?{views.OPENS}"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """(address of an MLflow UI, ID of a parent with four children of two strategies)."""
@@ -99,28 +88,8 @@ def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
             with mlflow.start_run(run_name=f"{strategy}-s{number}", nested=True):
                 mlflow.log_params({"train.strategy": strategy, "train.seed": number})
                 mlflow.log_metrics({"test_roc_auc": auc, "val_loss": 0.5, "total_seconds": 3.0})
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        store,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        for _ in range(120):
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", parent.info.run_id
-        server.terminate()
+    with mlflow_ui(store) as address:
+        yield address, parent.info.run_id
 
 
 @pytest.mark.slow
