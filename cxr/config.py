@@ -241,6 +241,13 @@ class TrainConfig:
         "cxr-pneumonia",
         "registered model to which the best checkpoint is added as a new version, or none. Folds are never registered",
     )
+    tracking_patience: float = param(
+        30.0,
+        "minutes to wait for an MLflow server that stops answering; training itself goes on meanwhile",
+        low=0,
+        high=1e6,
+        before=30.0,
+    )
     cache_dir: str = param(
         "auto",
         "folder for decoded images, activations (by far the largest), phantoms and checkpoints; auto is CXR_CACHE or "
@@ -503,7 +510,7 @@ def search_range(name: str) -> Spec:
 # (Data and weights are identified by other means.) Runs of earlier versions also recorded `resume`.
 NEUTRAL = {
     *("data_dir", "paths", "depth", "weights", "device", "threads", "reuse_gb", "cache_dir", "resume", "register"),
-    *("bootstrap", "abstain", "figures"),
+    *("bootstrap", "abstain", "tracking_patience", "figures"),
 }
 
 

@@ -21,7 +21,12 @@ from cxr.errors import InUseError, MachineError, UserError
 _LOCK = ".lock"
 _KEY_BYTES = 32
 # Kind of content -> where its folders are.
-_KINDS = {"activations": "activations/*", "decoded images": "store/*/*", "checkpoints": "runs/*"}
+_KINDS = {
+    "activations": "activations/*",
+    "decoded images": "store/*/*",
+    "checkpoints": "runs/*",
+    "undelivered": "outbox/*",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,10 @@ class Cache:
     def checkpoints(self, run_id: str) -> Path:
         """The folder with a run's checkpoints."""
         return self.root / "runs" / run_id
+
+    def outbox(self, run_id: str) -> Path:
+        """The folder with what a run has logged and not yet delivered to the tracking store."""
+        return self.root / "outbox" / run_id
 
     def decoded(self, size: int, resize: str) -> Path:
         """The folder with the stores of images decoded to one size."""

@@ -38,7 +38,10 @@ LAYERS = (
 LOWEST = len(LAYERS)
 ALLOWED_IN = {  # the only places that may import a package
     "mlflow": ("tracking", "runs", "studies", "serving.pyfunc_model"),
-    "optuna": tuple(f"studies.{name}" for name in ("search", "search_report", "trial", "trial_queue", "optuna_study")),
+    "optuna": tuple(
+        f"studies.{name}"
+        for name in ("search", "search_report", "trial", "trial_queue", "optuna_study", "patient_storage")
+    ),
     "click": ("cli", "options"),
     "jinja2": ("figures.html",),
     "ray": ("studies.on_ray",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
@@ -27,6 +28,11 @@ def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
     return Cache.open(config.cache_dir).checkpoints(run_id)
 
 
+def outbox_of(config: TrainConfig) -> Callable[[str], Path]:
+    """The folder, for a run ID, of what a run with this configuration has logged and not delivered."""
+    return Cache.open(config.cache_dir).outbox
+
+
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
     """Whether an interrupted run has these parameters, and the checkpoint of its epochs is on this machine."""
     return has_parameters(run, config) and has_checkpoint(run, config)
@@ -38,10 +44,12 @@ def has_checkpoint(run: LoggedRun, config: TrainConfig) -> bool:
 
 
 def has_parameters(run: LoggedRun, config: TrainConfig) -> bool:
-    """Whether a run was recorded with these parameters, or such as give the same bits; it keeps its own threads."""
+    """Whether a run was recorded with these parameters, or such as give the same bits; it keeps its own threads
+    and patience."""
     recorded = before_they_existed() | dict(run.params)
     wanted = {key: value for key, value in flatten(config).items() if not _is_new_and_neutral(key, run)}
-    wanted.pop("train.threads", None)
+    for free in ("train.threads", "train.tracking_patience"):
+        wanted.pop(free, None)
     return all(same_result(key, recorded.get(key, "")) == same_result(key, value) for key, value in wanted.items())
 
 

@@ -28,7 +28,7 @@ from cxr.runs.messages import Say, data_words, epoch_line, reuse_lines, source_l
 from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
-from cxr.runs.resume import checkpoints_of, recorded_config
+from cxr.runs.resume import checkpoints_of, outbox_of, recorded_config
 from cxr.storage import Cache, exclusive
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.reading import Artifact, Tag
@@ -87,7 +87,9 @@ def run_tracked(
         stack.enter_context(memory_errors())
         if existing:  # before it is opened: a run that another process trains must not be touched
             stack.enter_context(exclusive(checkpoints_of(config, existing)))
-        tracker = stack.enter_context(open_run(f"{config.strategy}-s{config.seed}", run_id=existing, parent=parent))
+        tracker = stack.enter_context(
+            open_run(f"{config.strategy}-s{config.seed}", run_id=existing, parent=parent, outbox=outbox_of(config))
+        )
         if not existing:
             stack.enter_context(exclusive(checkpoints_of(config, tracker.run_id)))
         result = run(config, tracker, say)
@@ -136,6 +138,7 @@ def train_model(
     tracker.params({f"class_weight.{name}": f"{weight:.6f}" for name, weight in names})
     if machine.precision == "bf16" and machine.device.type == "cpu" and not cpu_has_bf16():
         say("note: this processor has no bf16 units; fp32 is several times faster here")
+    tracker.write_ahead(config.tracking_patience, say)
     records, logged = [], tracker.logged(f"{label}val_loss")
     checkpoints = Checkpoints(checkpoints_of(config, tracker.run_id) / label, parallel.rank() == 0)
     if logged and not (checkpoints.folder / LAST).exists():

@@ -29,6 +29,7 @@ from cxr.tracking.nested import (
     retire,
     unfinished_parent,
 )
+from cxr.tracking.outage import OUTAGE
 from cxr.tracking.reading import LoggedRun, RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 
@@ -64,6 +65,7 @@ def run_family(
         continues = has_parameters if config.engine == "ray" else can_continue
         family = [*_children(run_id, members, existing, continues)]
         done = {run.run_id for run in finished}
+        OUTAGE.allow(config.train.tracking_patience, say)
         _train(config, data, machine, [child for child in family if child.run_id not in done], say)
         yield parent, [child.run_id for child in family]
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import create_engine, make_url, text
@@ -34,6 +34,7 @@ from cxr.config import (
     without_password,
 )
 from cxr.errors import UserError
+from cxr.studies.patient_storage import STORAGE, PatientStorage
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 _BASE = "parameters"
@@ -78,7 +79,7 @@ def locked(url: str) -> Iterator[None]:
         return
     engine = create_engine(url, poolclass=NullPool)
     acquire = "select pg_advisory_lock(7283)" if engine.dialect.name == "postgresql" else "select get_lock('cxr', 600)"
-    with engine.connect() as connection:  # a separate connection: closing it releases the lock
+    with STORAGE.ride_out(engine.connect) as connection:  # a separate connection: closing it releases the lock
         if connection.execute(text(acquire)).scalar() == 0:  # MySQL gives up after 600 s; PostgreSQL waits
             raise UserError(
                 f"--storage {without_password(url)}: another worker has locked the study for ten minutes; "
@@ -103,7 +104,7 @@ def open_study(
     """
     name = study_name(config)
     with storage_errors(config.storage), locked(config.storage):
-        storage = RDBStorage(  # under the lock, as two processes cannot create the tables concurrently
+        storage = PatientStorage(  # under the lock, as two processes cannot create the tables concurrently
             config.storage,
             heartbeat_interval=config.heartbeat,
             grace_period=MISSED_HEARTBEATS * config.heartbeat,

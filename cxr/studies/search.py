@@ -34,10 +34,12 @@ from cxr.studies.optuna_study import (
     storage_errors,
     trial_config,
 )
+from cxr.studies.patient_storage import STORAGE
 from cxr.studies.search_report import best_trial, count_states, publish, summary, trial_line
 from cxr.studies.trial import Search, TrialRunner, run_name
 from cxr.studies.trial_queue import TrialQueue
 from cxr.tracking.nested import children, end, ending, is_finished, join_parent, make_child, open_parent
+from cxr.tracking.outage import OUTAGE
 from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.signals import handlers
 
@@ -88,7 +90,9 @@ def tune_tracked(config: TuneConfig, say: Say = print) -> RunResult | None:
     worker = open_worker(config, say)
     study, parent = worker.study, worker.search.parent
     say(f"study {study.study_name} in {without_password(config.storage)}: {count_states(study)}")
-    with ending(parent.run_id):
+    with ending(parent.run_id), STORAGE.restored():
+        for outage in (OUTAGE, STORAGE):
+            outage.allow(config.train.tracking_patience, say)
         with storage_errors(config.storage):
             try:
                 worker.work()

@@ -19,7 +19,7 @@ from cxr.machine import Machine, memory_errors, seed_everything
 from cxr.network.resnet import ready_model
 from cxr.network.weights import InitialWeights
 from cxr.runs.record import card_of
-from cxr.runs.resume import checkpoints_of
+from cxr.runs.resume import checkpoints_of, outbox_of
 from cxr.runs.train import train_model
 from cxr.serving.predictor import save_package
 from cxr.studies.optuna_study import ERROR, RUN, locked, suggest, trial_config
@@ -58,7 +58,8 @@ class TrialRunner:
         search = self.search
         try:
             config = suggest(trial, search.config)
-            with open_run(run_name(trial.number), parent=search.parent.run_id, stops=False, again=AGAIN) as tracker:
+            name, parent, outbox = run_name(trial.number), search.parent.run_id, outbox_of(config)
+            with open_run(name, parent=parent, stops=False, again=AGAIN, outbox=outbox) as tracker:
                 trial.set_user_attr(RUN, tracker.run_id)
                 tracker.params(flatten(config))
                 tracker.tags({Tag.STRATEGY: config.strategy, Tag.TRIAL: str(trial.number), Tag.KIND: RunKind.TRIAL})

@@ -6,12 +6,13 @@ import os
 import socket
 import subprocess
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from cxr.errors import Pruned, Stopped, UserError
+from cxr.tracking.outage import OUTAGE, is_outage
 from cxr.tracking.reading import FINISHED, LoggedRun, Tag
 from cxr.tracking.signals import _signals_ignored, stops_once
 from cxr.tracking.store import (
@@ -22,6 +23,7 @@ from cxr.tracking.store import (
     store_errors,
     store_loss_errors,
 )
+from cxr.tracking.system_metrics import system_metrics
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -43,16 +45,17 @@ def existing_run(resume: str | None, child: bool = False) -> str | None:
 @contextmanager
 def open_run(
     name: str,
-    experiment: str = EXPERIMENT,
     run_id: str | None = None,
     parent: str | None = None,
     stops: bool = True,
     again: str = "",
+    outbox: Callable[[str], Path] | None = None,
 ) -> Iterator[MlflowTracker]:
-    """The run `run_id`, continued, or a new one in `experiment`, as a child of the run `parent` if given.
+    """The run `run_id`, continued, or a new one, as a child of the run `parent` if given.
 
     With `stops`, SIGTERM and Ctrl-C end it; otherwise the caller handles them. `again` says how to continue it if the
-    store is lost, when not by `cxr train --resume`.
+    store is lost, when not by `cxr train --resume`. `outbox` gives the folder, for a run ID, of what is logged and not
+    delivered; what an earlier attempt has left there is delivered first.
 
     It ends FINISHED, FAILED (with the reason as tag `cxr.error`) or KILLED (Ctrl-C, SIGTERM), never RUNNING. (`mlflow
     run` 3.17 then writes FAILED over KILLED: it compares the name of a status with numbers. The tag tells them apart.)
@@ -61,13 +64,17 @@ def open_run(
     import mlflow
 
     prepare()
-    with stops_once() if stops else nullcontext():
+    with OUTAGE.restored(), stops_once() if stops else nullcontext():
         try:
             with store_errors():
-                run = _start(name, experiment, run_id, parent)
-            with store_loss_errors(run.info.run_id, again):
-                yield MlflowTracker(run)
-                mlflow.set_tag(Tag.OUTCOME, FINISHED)
+                run = _start(name, run_id, parent)
+                tracker = MlflowTracker(run, outbox and outbox(run.info.run_id))
+                tracker.deliver_left()
+            with store_loss_errors(run.info.run_id, again), closing(tracker):
+                with system_metrics(tracker, resumed=run_id is not None):
+                    yield tracker
+                tracker.drain()
+                OUTAGE.ride_out(lambda: mlflow.set_tag(Tag.OUTCOME, FINISHED))
         except (KeyboardInterrupt, Stopped):
             _end("KILLED", "stopped by the user")
             raise
@@ -77,19 +84,32 @@ def open_run(
         except BaseException as error:
             _end("FAILED", f"{type(error).__name__}: {error}")
             raise
+        with store_loss_errors(run.info.run_id, again):
+            _finish(run.info.run_id)
+
+
+def _finish(run_id: str) -> None:
+    """End the active run. MLflow forgets that it is active before it asks the store, so that is asked first."""
+    import mlflow
+
+    OUTAGE.ride_out(lambda: mlflow.MlflowClient().set_terminated(run_id, "FINISHED"))
+    try:
         mlflow.end_run("FINISHED")
+    except Exception as error:
+        if not is_outage(error):  # what it has to say has been said
+            raise
 
 
-def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -> Any:
+def _start(name: str, run_id: str | None, parent: str | None) -> Any:
     import mlflow
 
     if parent and not run_id:
         mlflow.set_experiment(experiment_id=LoggedRun.open(parent).experiment_id)
     elif not run_id:
-        choose_experiment(experiment)
+        choose_experiment()
     with _without_opened_run(parent):
         run = mlflow.start_run(
-            run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=True
+            run_id=run_id, run_name=None if run_id else name, parent_run_id=parent, log_system_metrics=False
         )
     mlflow.set_tag(Tag.HOST, socket.gethostname())
     if Tag.ERROR in run.data.tags:  # of the attempt that is resumed
@@ -100,15 +120,15 @@ def _start(name: str, experiment: str, run_id: str | None, parent: str | None) -
     return run
 
 
-def choose_experiment(experiment: str = EXPERIMENT) -> None:
-    """Make the experiment active that `mlflow run` or the environment names, else `experiment`."""
+def choose_experiment() -> None:
+    """Make the experiment active that `mlflow run` or the environment names, else `EXPERIMENT`."""
     import mlflow
 
     with one_at_a_time():
         if experiment_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             mlflow.set_experiment(experiment_id=experiment_id)
         else:
-            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cxr.errors import Stopped, UserError
 from cxr.tracking.lifecycle import choose_experiment, is_generated
+from cxr.tracking.outage import OUTAGE, waits
 from cxr.tracking.reading import FINISHED, Artifact, LoggedRun, Tag
 from cxr.tracking.signals import stops_once
 from cxr.tracking.store import EXPERIMENT_KIND, prepare, store_errors, store_loss_errors
@@ -102,9 +103,10 @@ def join_parent(parent: str) -> MlflowTracker:
 def ending(parent: str) -> Iterator[None]:
     """The parent ends FINISHED with the block, KILLED when it was stopped, FAILED with the reason otherwise."""
     try:
-        with stops_once(), store_loss_errors(parent, AGAIN):
-            yield
-        end(parent, "FINISHED")
+        with OUTAGE.restored():
+            with stops_once(), store_loss_errors(parent, AGAIN):
+                yield
+            OUTAGE.ride_out(lambda: end(parent, "FINISHED"))
     except (KeyboardInterrupt, Stopped):
         end(parent, "KILLED", "stopped by the user")
         raise
@@ -158,6 +160,7 @@ def is_finished(run_id: str) -> bool:
     return LoggedRun.open(run_id).finished
 
 
+@waits
 def children(parent: str) -> list[LoggedRun]:
     """The child runs, oldest first."""
     import mlflow
@@ -171,6 +174,7 @@ def children(parent: str) -> list[LoggedRun]:
     return [LoggedRun.of(run) for run in found]
 
 
+@waits
 def keep_only(parent: str, run_id: str, package: Path) -> None:
     """Keep a packaged model with one child, and remove those that other children keep."""
     import mlflow

@@ -19,6 +19,7 @@ import pandas as pd
 from cxr.config import TrainConfig, before_they_existed, unflatten
 from cxr.errors import InUseError, UserError
 from cxr.task import KAGGLE, Task
+from cxr.tracking.outage import waits
 from cxr.tracking.store import prepare, store_errors
 
 _TEXTS = ("path", "digest", "group", "subtype")  # columns that stay text, though a patient may be called 007 or NA
@@ -139,6 +140,7 @@ class LoggedRun:
         return cls(info.run_id, info.experiment_id, name, info.status, data.params, data.tags, data.metrics, address)
 
     @classmethod
+    @waits
     def open(cls, run_id: str) -> LoggedRun:
         """Raises `UserError` when there is no such run, or no store."""
         import mlflow
@@ -201,6 +203,7 @@ class LoggedRun:
         except ValueError:
             return math.nan
 
+    @waits
     def table(self, path: str) -> pd.DataFrame:
         """A table (CSV) that it logged. Raises `UserError` when it is missing."""
         import mlflow
@@ -244,6 +247,7 @@ def unfinished_run(run_id: str) -> LoggedRun:
     return run
 
 
+@waits
 def metric_history(run_id: str, metric: str) -> dict[int, float]:
     """Step -> value of a run's metric; of a step logged more than once, the last."""
     import mlflow

@@ -24,6 +24,7 @@ from cxr.errors import UserError
 from cxr.network.weights import StateDict
 from cxr.serving.familiar import Familiar
 from cxr.serving.predictor import CARD, ModelCard, Predictor, save_package
+from cxr.tracking.outage import waits
 from cxr.tracking.reading import LoggedRun
 from cxr.tracking.store import one_at_a_time, prepare, store_errors
 
@@ -47,6 +48,7 @@ def requirements() -> list[str]:
     return [f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
+@waits
 def log_model(state: StateDict, card: ModelCard, example: bytes, familiar: Familiar | None = None) -> str:
     """Log the model into the active run and return its id. `example` is an encoded image.
 
@@ -153,6 +155,7 @@ class Registration:
         return f"registered as {self.name} version {self.version} (candidate); {self.why}"
 
 
+@waits
 def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     """Register a logged model as a version of `name`, and make it champion if it is better.
 

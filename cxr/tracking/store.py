@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from cxr.config import without_password
 from cxr.errors import MachineError
+from cxr.tracking.outage import reason_of, store_address
 
 EXPERIMENT = "cxr"
 # Without this tag, MLflow 3's UI opens an experiment on a page for language models, which shows no runs.
@@ -23,7 +23,13 @@ _SETTINGS = {
     # A model needs far less than the project's lock file, and must not be restored from it.
     "MLFLOW_LOG_UV_FILES": "false",
 }
-_LOG_LEVELS = {"mlflow": logging.WARNING, "mlflow.utils.environment": logging.ERROR, "alembic": logging.WARNING}
+_LOG_LEVELS = {
+    "mlflow": logging.WARNING,
+    "mlflow.utils.environment": logging.ERROR,
+    "mlflow.store.db.utils": logging.CRITICAL,  # a traceback for each call that is not answered
+    "urllib3.connectionpool": logging.ERROR,  # a line for each of its retries
+    "alembic": logging.WARNING,
+}
 
 
 def prepare() -> None:
@@ -58,14 +64,13 @@ def one_at_a_time() -> Iterator[None]:
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Turn the errors of a tracking store that cannot be used into one line."""
-    import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
-        uri, reason = without_password(mlflow.get_tracking_uri()), str(error).splitlines()[0][:200]
+        uri, reason = store_address(), reason_of(error)
         hint = "check MLFLOW_TRACKING_URI"
         if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
             hint += ", which `mlflow run` wants with an absolute path (sqlite:////…)"
@@ -75,7 +80,6 @@ def store_errors() -> Iterator[None]:
 @contextmanager
 def store_loss_errors(run_id: str, again: str = "") -> Iterator[None]:
     """Turn the loss of the tracking store during a run into one line; the run's own errors pass."""
-    import mlflow
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -83,8 +87,7 @@ def store_loss_errors(run_id: str, again: str = "") -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise MachineError(
-            f"MLflow at {without_password(mlflow.get_tracking_uri())} failed during run {run_id}: {reason}; "
+            f"MLflow at {store_address()} failed during run {run_id}: {reason_of(error)}; "
             f"when it answers again, continue with: {again or f'cxr train --resume {run_id}'}"
         ) from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +14,33 @@ from matplotlib.figure import Figure
 
 from cxr.config import without_password
 from cxr.figures.style import save_png
+from cxr.tracking.delivery import (
+    Entry,
+    artifact_entry,
+    dataset_entry,
+    deliver,
+    metrics_entry,
+    params_entry,
+    tags_entry,
+)
+from cxr.tracking.outage import OUTAGE, waits
+from cxr.tracking.outbox import Outbox
 from cxr.tracking.reading import RunKind, metric_history
-from cxr.tracking.store import one_at_a_time
 from cxr.tracking.views import OPENS, key_of, saved_view, state_of
+
+Say = Callable[[str], object]
 
 
 class Tracker(Protocol):
     """What the pipeline tells of a run."""
 
     run_id: str
+
+    def write_ahead(self, patience: float, say: Say) -> None:
+        """From now on, what is logged is kept on disk first, and the caller does not wait until it is delivered.
+
+        Where it has to wait for a store that does not answer, it does so for `patience` minutes; `say` says so.
+        """
 
     def params(self, values: Mapping[str, str]) -> None:
         """Log parameters, all at once."""
@@ -69,6 +86,9 @@ class NullTracker:
         self.logged_metrics: list[tuple[int | None, dict[str, float]]] = []
         self.artifacts: list[str] = []
 
+    def write_ahead(self, patience: float, say: Say) -> None:
+        """Nothing changes."""
+
     def params(self, values: Mapping[str, str]) -> None:
         """Remembered."""
         self.logged_params |= values
@@ -113,73 +133,89 @@ class NullTracker:
         return ["not tracked"]
 
 
-def _log_input(data: Any, context: str) -> None:
-    """Runs that note the same images at the same time would all add them; MLflow does not lock, nor does its server."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    with one_at_a_time():
-        try:
-            mlflow.log_input(data, context=context)
-        except MlflowException as error:
-            if "IntegrityError" not in str(error):
-                raise
-            mlflow.log_input(data, context=context)  # another run has added them meanwhile
-
-
 class MlflowTracker:
     """A run in MLflow, the active one or a parent of it."""
 
-    def __init__(self, run: Any):
+    def __init__(self, run: Any, outbox: Path | None = None):
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self._recorded_tags = dict(run.data.tags)
         self._metrics = set(run.data.metrics)
+        self._folder = outbox
+        self._outbox: Outbox | None = None
+
+    def deliver_left(self) -> None:
+        """Deliver what an earlier attempt at the run had no time for. Raises what MLflow raises."""
+        if self._folder is not None and Outbox(self.run_id, self._folder).deliver_left():
+            self._metrics = set(mlflow_run(self.run_id).data.metrics)
+
+    def write_ahead(self, patience: float, say: Say) -> None:
+        """To the folder that `open_run` was given, if any."""
+        OUTAGE.allow(patience, say)
+        if self._folder is not None and self._outbox is None:
+            self._outbox = Outbox(self.run_id, self._folder)
+            self._outbox.start()
+
+    def drain(self) -> None:
+        """Wait until all is in the store, as `Outbox.drain`."""
+        if self._outbox is not None:
+            self._outbox.drain(OUTAGE.say)
+
+    def close(self) -> None:
+        """Deliver what can be delivered now; the rest stays on disk for the next attempt."""
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
 
     def params(self, values: Mapping[str, str]) -> None:
         """One call for all."""
-        import mlflow
-
-        mlflow.log_params(dict(values), run_id=self.run_id)
+        self._log(params_entry(values))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """One call for all."""
-        import mlflow
-
-        tags = [mlflow.entities.RunTag(key, value) for key, value in values.items()]
-        mlflow.MlflowClient().log_batch(self.run_id, tags=tags)
+        self._log(tags_entry(values))
 
     def metrics(self, values: Mapping[str, float], step: int | None = None, model_id: str | None = None) -> None:
         """One call for all: one by one they cost 6 ms each with SQLite."""
-        import mlflow
-
-        mlflow.log_metrics(dict(values), step=step, run_id=self.run_id, model_id=model_id)
+        self._log(metrics_entry(values, step, model_id))
 
     def figure(self, figure: Figure, path: str) -> None:
         """As PNG at the figure's own resolution."""
-        with _artifact(path, self.run_id) as file:
+        with self._artifact(path) as file:
             save_png(figure, file)
 
     def text(self, text: str, path: str) -> None:
         """As it is."""
-        import mlflow
-
-        mlflow.log_text(text, path, run_id=self.run_id)
+        with self._artifact(path) as file:
+            file.write_text(text, encoding="utf-8")
 
     def table(self, table: pd.DataFrame, path: str) -> None:
         """As CSV."""
-        with _artifact(path, self.run_id) as file:
+        with self._artifact(path) as file:
             table.to_csv(file, index=False)
 
     def dataset(self, table: pd.DataFrame, source: str, name: str, context: str) -> None:
         """As an MLflow dataset with schema, digest and source."""
-        import mlflow
+        self._log(dataset_entry(table, source, name, context))
 
-        with warnings.catch_warnings():
-            # The source is a folder, whichever of its two classes for that MLflow takes; no label is ever missing.
-            warnings.filterwarnings("ignore", "The specified dataset source can be interpreted", UserWarning)
-            warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer", UserWarning)
-            data = mlflow.data.from_pandas(table, source=source, name=name, targets="label")  # type: ignore[attr-defined]
-            _log_input(data, context)
+    def _log(self, entry: Entry, folder: Path = Path()) -> None:
+        """Through the outbox, or else at once, as long as the store may take."""
+        if self._outbox is not None:
+            self._outbox.put(entry)
+        else:
+            OUTAGE.ride_out(lambda: deliver(self.run_id, entry, folder))
+
+    @contextmanager
+    def _artifact(self, path: str) -> Iterator[Path]:
+        """A file of that name, to be written in the block, and logged as an artifact in that folder."""
+        folder, _, name = path.rpartition("/")
+        if self._outbox is not None:
+            with self._outbox.artifact(name) as file:
+                yield file
+            self._log(artifact_entry(f"{file.parent.name}/{name}", folder))
+            return
+        with tempfile.TemporaryDirectory() as work:
+            yield Path(work) / name
+            self._log(artifact_entry(name, folder), Path(work))
 
     def recorded_tags(self) -> Mapping[str, str]:
         """As the store had them."""
@@ -189,6 +225,7 @@ class MlflowTracker:
         """As the store had it."""
         return metric_history(self.run_id, metric) if metric in self._metrics else {}
 
+    @waits
     def count(self, tags: Mapping[str, str]) -> int:
         """In all experiments, whatever became of the runs."""
         import mlflow
@@ -199,6 +236,7 @@ class MlflowTracker:
         )
         return sum(run.info.run_id != self.run_id for run in found)
 
+    @waits
     def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
         """The command that opens the UI, and the pages that matter: for a parent of a `kind`, the view of its children
         and its own page; else the run's own page and the view of all runs."""
@@ -214,13 +252,8 @@ class MlflowTracker:
         return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
 
 
-@contextmanager
-def _artifact(path: str, run_id: str) -> Iterator[Path]:
-    """A temporary file of that name, logged as an artifact in that folder when the block ends well."""
+def mlflow_run(run_id: str) -> Any:
+    """The run as MLflow has it."""
     import mlflow
 
-    folder, _, name = path.rpartition("/")
-    with tempfile.TemporaryDirectory() as work:
-        file = Path(work) / name
-        yield file
-        mlflow.log_artifact(str(file), folder or None, run_id)
+    return mlflow.get_run(run_id)

@@ -1,0 +1,53 @@
+"""Load and memory of the machine while a run is at work, by MLflow's monitors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cxr.tracking.tracker import MlflowTracker
+
+
+@contextmanager
+def system_metrics(tracker: MlflowTracker, resumed: bool) -> Iterator[None]:
+    """Log them every ten seconds, or as MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says, while the block is at work.
+
+    They go through the tracker: MLflow's own thread ends at the first call that the store does not answer.
+    """
+    monitor = _monitor(tracker, resumed)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _monitor(tracker: MlflowTracker, resumed: bool) -> Any:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    parent: Any = SystemMetricsMonitor  # untyped
+
+    class Monitor(parent):  # type: ignore[misc]
+        """Does not ask the store whether the run is still there."""
+
+        def monitor(self) -> None:
+            """Until the run ends."""
+            while not self._shutdown_event.is_set():
+                for _ in range(self.samples_before_logging):
+                    self.collect_metrics()
+                    if self._shutdown_event.wait(self.sampling_interval):
+                        return
+                self.publish_metrics(self.aggregate_metrics())
+
+        def publish_metrics(self, metrics: dict[str, float]) -> None:
+            """Under the names that MLflow's pages know."""
+            node = f"{self.node_id}/" if self.node_id else ""
+            tracker.metrics(
+                {f"{self._metrics_prefix}{node}{name}": v for name, v in metrics.items()}, self._logging_step
+            )
+            self._logging_step += 1
+            for monitor in self.monitors:
+                monitor.clear_metrics()
+
+    return Monitor(tracker.run_id, resume_logging=resumed)
