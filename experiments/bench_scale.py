@@ -7,7 +7,8 @@ Result in LOG.md: "2026-11-26: from 6,000 to 96,000 films".
 The films are made: smooth random fields as JPEG of 224 pixels, four for each patient, a tenth of them test. Each step
 is a process of its own on the same cache folder: index (digests of all files), decode, audit, open again (index and
 store, both known), one epoch of `frozen` from random weights (ResNet18, 64 pixels, to be within minutes), and
-prediction of all test films. A step's growth is its seconds per film over those of the smallest number.
+prediction of all test films. The audit meets random fields, which are hardly ever alike; X-rays are more alike and
+give more candidates for near duplicates. A step's growth is its seconds per film over those of the smallest number.
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""What a run costs beyond training: its command alone, and as one of a comparison.
+
+    uv run python experiments/bench_overhead.py --data-dir KAGGLE --strategies frozen,partial --epochs 8
+
+Results by hand in LOG.md: "2026-11-26: what surrounds training, `frozen` with everything kept".
+
+Of each strategy the command `cxr train` runs `--repeats` times on one cache, after a first time that fills it (decoded
+images, audit, activations); then `cxr compare` with as many seeds, one after the other. Beyond training is the wall
+time of the command, or from start to end of the run in MLflow, less the seconds of its epochs and of their validation.
+`--profile FILE` writes a profile of one more `cxr train` of the last strategy, for `python -m pstats FILE`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import mlflow
+import pandas as pd
+
+from common import AT_LEAST_1, report
+from cxr.tracking.reading import Artifact, LoggedRun
+
+
+def run_cxr(work: Path, *arguments: str, profile: Path | None = None) -> float:
+    """The seconds that a command of cxr takes."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{work}/mlflow.db", "CXR_CACHE": f"{work}/cache"}
+    profiled = ["-m", "cProfile", "-o", str(profile.absolute())] if profile else []
+    started = time.perf_counter()
+    with (work / "output.txt").open("a") as output:
+        command = [sys.executable, *profiled, "-m", "cxr", *arguments]
+        subprocess.run(command, cwd=work, env=environment, stdout=output, stderr=output, check=True)
+    return time.perf_counter() - started
+
+
+def newest_runs(count: int) -> list[mlflow.entities.Run]:
+    """The training runs that were started last, the oldest of them first."""
+    found = mlflow.search_runs(
+        search_all_experiments=True, output_format="list", order_by=["attributes.start_time DESC"]
+    )
+    return [run for run in found if "total_seconds" in run.data.metrics][:count][::-1]
+
+
+def training_seconds(run_id: str) -> float:
+    """Of all epochs of a run, validation included."""
+    history = LoggedRun.open(run_id).table(Artifact.HISTORY)
+    return float((history["epoch_seconds"] + history["eval_seconds"]).sum())
+
+
+def row(way: str, strategy: str, run: mlflow.entities.Run, seconds: float) -> dict[str, object]:
+    """A line of the table."""
+    training = training_seconds(run.info.run_id)
+    return {"way": way, "strategy": strategy, "s": seconds, "training s": training, "beyond s": seconds - training}
+
+
+def measured(work: Path, strategy: str, repeats: int, options: list[str]) -> Iterator[dict[str, object]]:
+    """The lines of one strategy."""
+    for number in range(repeats + 1):
+        seconds = run_cxr(work, "train", "--strategy", strategy, *options)
+        way = f"train, {number}" if number else "train, first"
+        yield row(way, strategy, newest_runs(1)[0], seconds)
+    run_cxr(work, "compare", "--strategies", strategy, "--seeds", str(repeats), "--jobs", "1", *options)
+    for run in newest_runs(repeats):
+        yield row("of a comparison", strategy, run, (run.info.end_time - run.info.start_time) / 1000)
+
+
+@click.command()
+@click.option("--data-dir", required=True, help="Kaggle-shaped folder")
+@click.option("--strategies", default="frozen,partial", show_default=True)
+@click.option("--repeats", type=AT_LEAST_1, default=3, show_default=True)
+@click.option("--epochs", type=AT_LEAST_1, default=8, show_default=True)
+@click.option("--weights", default="random", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--figures", default="all", show_default=True)
+@click.option("--image-size", type=AT_LEAST_1, default=224, show_default=True)
+@click.option("--profile", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="also write the table there as CSV")
+def main(
+    strategies: str, repeats: int, profile: Path | None, out: Path | None, data_dir: str, **options: object
+) -> None:
+    """Measure every strategy and print the table."""
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    given += ["--data-dir", str(Path(data_dir).absolute())]
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as work:
+        mlflow.set_tracking_uri(f"sqlite:///{work}/mlflow.db")
+        for strategy in strategies.split(","):
+            for line in measured(Path(work), strategy, repeats, given):
+                rows.append(line)
+                click.echo(line, err=True)
+        if profile:
+            run_cxr(Path(work), "train", "--strategy", strategy, *given, profile=profile)
+    report(pd.DataFrame(rows), out, {"s": 1, "training s": 1, "beyond s": 1})
+
+
+if __name__ == "__main__":
+    main()
