@@ -192,9 +192,10 @@ def _log(
     log_metrics(tracker, (val, test), {**whole.stressed, **whole.losses, **gap, **sizes, **once}, 0, model_id)
     tags = version_tags(tracker.run_id, config, data, card, val, whole.losses)
     outcome = "not registered" if name == "none" else registry.register(model_id, name, tags).line()
-    lines = _summary(runs, whole, uses, tracker, outcome)
-    tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
+    lines = _summary(runs, whole, uses, outcome)
     tracker.text(html_page(evaluation_page(title, test, figures, lines, title, model_id)), Artifact.REPORT)
+    lines += [f"look: {where}" for where in tracker.where()]
+    tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines
 
 
@@ -213,7 +214,7 @@ def _tags(data: Data, card: ModelCard) -> dict[str, str]:
     }
 
 
-def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: MlflowTracker, outcome: str) -> list[str]:
+def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, outcome: str) -> list[str]:
     test = whole.reports.test
     alone = pd.Series([run.metric("test_roc_auc") for run in runs])
     return [
@@ -224,5 +225,4 @@ def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: Mlflow
         f"calibration: {whole.card.calibration.words()}",
         *([f"this test split was evaluated {uses} times before in this store"] if uses else []),
         outcome,
-        *(f"look: {where}" for where in tracker.where()),
     ]
