@@ -105,7 +105,7 @@ def tabled(root: Path) -> dict[str, float]:
     file = root / "tables/metrics.csv"
     if not file.exists():
         return {}
-    table = pd.read_csv(file, index_col="metric", float_precision="round_trip")
+    table = pd.read_csv(file, index_col="metric", dtype=str)  # text keeps every digit
     ends = {"value": "", "low": "_low", "high": "_high"}
     found = {f"{name}{end}": float(table.loc[name, column]) for name in table.index for column, end in ends.items()}
     known = {name: value for name, value in found.items() if not np.isnan(value)}

@@ -196,9 +196,10 @@ def _log(
     outcome = "not registered"
     if name != "none":
         outcome = described(registry.register(model_id, name, tags), card, tracker.run_id, model_id).line()
-    lines = _summary(runs, whole, uses, tracker, outcome)
-    tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
+    lines = _summary(runs, whole, uses, outcome)
     tracker.text(html_page(evaluation_page(title, test, figures, lines, title, model_id)), Artifact.REPORT)
+    lines += [f"look: {where}" for where in tracker.where()]
+    tracker.tags({Tag.REGISTERED: outcome, Tag.DESCRIPTION: "\n\n".join(lines)})
     return lines
 
 
@@ -217,7 +218,7 @@ def _tags(data: Data, card: ModelCard) -> dict[str, str]:
     }
 
 
-def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: MlflowTracker, outcome: str) -> list[str]:
+def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, outcome: str) -> list[str]:
     test = whole.reports.test
     alone = pd.Series([run.metric("test_roc_auc") for run in runs])
     return [
@@ -228,5 +229,4 @@ def _summary(runs: Sequence[LoggedRun], whole: Whole, uses: int, tracker: Mlflow
         f"calibration: {whole.card.calibration.words()}",
         *([f"this test split was evaluated {uses} times before in this store"] if uses else []),
         outcome,
-        *(f"look: {where}" for where in tracker.where()),
     ]

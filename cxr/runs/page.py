@@ -25,9 +25,9 @@ from cxr.tracking.lifecycle import git_commit
 CAPTIONS = {
     "learning_curves": "Loss, accuracy and ROC-AUC on training and validation, and the learning rate, by epoch",
     "folds": "The metrics of each fold, their mean and standard deviation",
-    "roc": "ROC curve: how many of the ill are found at each rate of false alarms",
+    "roc": "ROC curve: the share that is found at each rate of false alarms",
     "pr": "Precision against recall; dashed: the precision of calling every image positive",
-    "reliability": "Reliability: how often what is predicted with a probability is so, before and after calibration",
+    "reliability": "Reliability: how often what is predicted with a probability is so; below, the number of images",
     "selective": "Risk and coverage: the accuracy of the most certain images, by the share of images kept",
     "gradcam": "Grad-CAM: where the evidence for the class lies, on images that were decided confidently right, "
     "confidently wrong and narrowly",
@@ -44,7 +44,7 @@ def verdict_of(report: Report, name: str) -> str:
     if auc[1] <= CHANCE:
         return f"{where} is not shown to be better than chance: ROC-AUC {_words(auc)}."
     if not report.binary:
-        return f"{where} decides {_words(report.interval('accuracy'))} of the images right; {_weakest(report)}."
+        return f"{where} decides {_percent(report.interval('accuracy'))} of them right; {_weakest(report)}."
     ill, healthy = report.task.classes[1], report.task.classes[0]
     recall, specificity = report.chosen_values["recall"], report.chosen_values["specificity"]
     return (
@@ -62,31 +62,36 @@ def _words(interval: Interval) -> str:
     return f"{value:.3f} (95% interval {low:.3f} to {high:.3f})" if np.isfinite(low) else f"{value:.3f}"
 
 
+def _percent(interval: Interval) -> str:
+    value, low, high = interval
+    return f"{value:.1%} (95% interval {low:.1%} to {high:.1%})" if np.isfinite(low) else f"{value:.1%}"
+
+
 def _weakest(report: Report) -> str:
     recalls = {
         name: report.values[f"recall_of_{slug}"]
         for name, slug in zip(report.task.classes, report.task.slugs, strict=True)
     }
     worst = min(recalls, key=lambda name: recalls[name])
-    return f"of {worst}, the class that it knows least, it finds {recalls[worst]:.1%}"
+    return f"it finds {recalls[worst]:.1%} of {worst}, the class that it knows least"
 
 
 def numbers_of(report: Report) -> list[Number]:
     """The metrics that are shown large: decisions at the model's threshold, if it has one."""
     auc = Number("ROC-AUC", report.interval("roc_auc"))
     if not report.binary:
-        names = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "ece": "calibration error"}
-        return [auc, *(Number(shown, report.interval(name)) for name, shown in names.items())]
+        names = {"accuracy": "", "balanced_accuracy": "", "ece": "lower is better"}
+        return [auc, *(Number(_name(name), report.interval(name), remark) for name, remark in names.items())]
     ill, healthy = report.task.classes[1], report.task.classes[0]
     names = {"accuracy": "accuracy", "recall": f"recall of {ill}", "specificity": f"recall of {healthy} (specificity)"}
     remark = f"threshold {report.threshold:.3f}"
     return [auc, *(Number(shown, report.chosen_interval(name), remark) for name, shown in names.items())]
 
 
-def report_sections(report: Report, figures: Mapping[str, Figure]) -> list[Section]:
+def report_sections(report: Report, figures: Mapping[str, Figure], title: str = "") -> list[Section]:
     """The metrics of a split with their intervals, its confusion matrices and its `figures` by the names of their
-    files."""
-    title = SPLIT_NAMES[report.split]
+    files. `title` is what it is called, if not by its own name."""
+    title = title or SPLIT_NAMES[report.split]
     shown = {CAPTIONS[name]: figures[name] for name in ("roc", "pr", "reliability", "selective") if name in figures}
     return [
         Section(f"{title}: the numbers", tables=_tables(report)),
@@ -160,14 +165,13 @@ def training_page(
 ) -> Page:
     """The page of a training run. `figures` have the names of their files; those of the held-out split none of it."""
     name = f"{config.strategy} fine-tuning of {config.arch}"
-    first = [Section("What training did", _training(config, result), figures=_chosen(figures, "learning_curves"))]
     return Page(
         f"{config.strategy}, seed {config.seed}",
         verdict_of(result.test, name),
         [
             *report_sections(result.test, figures),
             Section("What it looks at", figures=_chosen(figures, "gradcam")),
-            *first,
+            Section("What training did", _training(config, result), figures=_chosen(figures, "learning_curves")),
             Section("Audit of the images", findings=result.findings),
             Section("Use the model", [registration], commands=_use(model_id)),
             Section("Reproduce it", _origin(result), commands=_again(config, result)),
@@ -205,11 +209,13 @@ def crossval_page(name: str, table: pd.DataFrame, pooled: Report, figures: Mappi
         f"± {spread:.3f} (mean and standard deviation); pooled {_words(pooled.interval('roc_auc'))}."
     )
     about = "The pooled predictions are those of all the models, each on its own fold; intervals cover patients only."
-    folds = Section("Folds", tables={"Metrics of each fold at 0.5": table}, figures=_chosen(figures, "folds"))
+    folds = Section(
+        "Folds", tables={"Metrics of each fold": table.set_index("fold")}, figures=_chosen(figures, "folds")
+    )
     return Page(
         f"Cross-validation: {name}",
         verdict,
-        [folds, Section("Pooled", [about]), *report_sections(pooled, figures)],
+        [folds, Section("Pooled", [about]), *report_sections(pooled, figures, "Pooled")],
         numbers=numbers_of(pooled),
     )
 

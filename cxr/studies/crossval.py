@@ -74,7 +74,7 @@ def _publish(parent: MlflowTracker, config: CrossvalConfig, table: pd.DataFrame,
     }
     for kind, figure in figures.items():
         parent.figure(figure, plot_path(kind, "crossval"))
-    parent.text(html_page(crossval_page(name, table, pooled, figures)), Artifact.CROSSVAL_PAGE)
+    parent.text(html_page(crossval_page(config.train.strategy, table, pooled, figures)), Artifact.CROSSVAL_PAGE)
     folds = {f"fold_{m}_mean": float(mean[m]) for m in SHOWN} | {f"fold_{m}_sd": float(sd[m]) for m in SHOWN}
     log_once(parent, folds | {f"pooled_{m}": value for m, value in pooled.values.items()})
     parent.tags({Tag.DESCRIPTION: "\n\n".join(lines)})

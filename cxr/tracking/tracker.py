@@ -25,7 +25,7 @@ from cxr.tracking.delivery import (
 )
 from cxr.tracking.outage import OUTAGE, waits
 from cxr.tracking.outbox import Outbox
-from cxr.tracking.reading import RunKind, metric_history
+from cxr.tracking.reading import Artifact, RunKind, metric_history
 from cxr.tracking.views import OPENS, key_of, name_of, saved_view, state_of
 
 Say = Callable[[str], object]
@@ -248,7 +248,7 @@ class MlflowTracker:
     @waits
     def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
         """The command that opens the UI, and the pages that matter: for a parent of a `kind`, the view of its children
-        and its own page; else the run's own page and the view of all runs."""
+        and its own page; else the run's report and the view of all runs."""
         import mlflow
 
         uri = without_password(mlflow.get_tracking_uri())
@@ -257,7 +257,8 @@ class MlflowTracker:
         experiment = f"{base}/#/experiments/{self.experiment_id}"
         key, name, state = key_of(kind, self.run_id), name_of(kind, self.run_id), state_of(kind, self.run_id, rates)
         view = f"{experiment}/{saved_view(self.experiment_id, key, state, name)}"
-        own = f"{experiment}/runs/{self.run_id}?{OPENS}"
+        report = "" if kind else f"/artifacts/{Artifact.REPORT}"
+        own = f"{experiment}/runs/{self.run_id}{report}?{OPENS}"
         return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
 
 

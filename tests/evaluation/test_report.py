@@ -14,7 +14,7 @@ from scipy.special import softmax
 from cxr.evaluation.calibration import Calibration, CalibrationMethod
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS, point_metrics
 from cxr.evaluation.predictions import predictions_table
-from cxr.evaluation.report import CALIBRATED, Report, evaluate, format_interval, origin_of
+from cxr.evaluation.report import CALIBRATED, MAIN, Report, at_first_sight, evaluate, format_interval, origin_of
 from cxr.threshold_rule import ThresholdRule
 
 
@@ -118,3 +118,21 @@ def test_a_report_describes_the_origin_of_its_threshold() -> None:
 def test_a_missing_interval_is_not_shown() -> None:
     assert format_interval((0.87, 0.8421, 0.8958)) == "0.8700 [0.8421, 0.8958]"
     assert format_interval((0.87, float("nan"), float("nan"))) == "0.8700"
+
+
+def test_the_headline_is_the_metrics_and_the_intervals_that_models_are_compared_by() -> None:
+    one = report()
+    headline, every = one.headline(), one.metrics()
+    assert headline.items() <= every.items()
+    assert {f"test_{name}" for name in METRICS} <= headline.keys()
+    ends = {name for name in headline if name.endswith(("_low", "_high"))}
+    assert ends == {f"test_{name}{end}" for name in MAIN for end in ("_low", "_high")}
+    assert not any("prior" in name or "uncalibrated" in name for name in headline)
+    assert {f"test_chosen_{name}" for name in MAIN[1:]} <= headline.keys()
+
+
+def test_at_first_sight_leaves_only_details_out() -> None:
+    one = report()
+    others = {"total_seconds": 3.0, "stressed_val_loss": 0.5, "stressed_val_loss_flat": 0.6}
+    shown = at_first_sight(one.metrics() | others, [one])
+    assert shown == one.headline() | {"total_seconds": 3.0, "stressed_val_loss": 0.5}

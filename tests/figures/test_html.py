@@ -4,10 +4,12 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browser import needs_chromium, seen
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -222,6 +224,19 @@ def test_wide_tables_scroll_in_their_own_frame() -> None:
     html = html_report("Title", "verdict", [], {"wide": pd.DataFrame({f"c{i}": [0.5] for i in range(40)})}, {})
     assert html.index('<div class="scroll"') < html.index("<table>")
     assert ".scroll { overflow-x: auto;" in html
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_wide_tables_and_long_words_without_overflow(tmp_path: Path) -> None:
+    wide = pd.DataFrame({f"column {i}": ["0.9700 [0.9551, 0.9812]"] for i in range(40)})
+    matrix = Matrix(np.ones((20, 20)), [f"class {i}" for i in range(20)])
+    word = "x" * 300
+    html = html_report(word, word, [word], {word: wide}, {word: figure()}, {word: matrix})
+    for width in (1400, 400):
+        found = seen(html, width, tmp_path, dark=False)
+        assert found.wide == []
+        assert found.width <= width
 
 
 def test_long_headings_may_break_after_underscores() -> None:

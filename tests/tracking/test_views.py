@@ -43,7 +43,9 @@ def test_the_links_of_a_run_name_views_that_are_there(in_store: str) -> None:
         command, own, every = tracker.where()
         _, children, parent = tracker.where(RunKind.COMPARISON)
     assert command.startswith("mlflow ui --backend-store-uri sqlite:")
-    assert own == parent == f"http://127.0.0.1:5000/#/experiments/1/runs/{tracker.run_id}?{views.OPENS}"
+    page = f"http://127.0.0.1:5000/#/experiments/1/runs/{tracker.run_id}"
+    assert own == f"{page}/artifacts/REPORT.html?{views.OPENS}"
+    assert parent == f"{page}?{views.OPENS}"
     tags = mlflow.get_experiment("1").tags
     for link, kind in ((every, None), (children, RunKind.COMPARISON)):
         key = key_of(kind, tracker.run_id)
