@@ -14,6 +14,7 @@ import asyncio
 import base64
 import json
 import multiprocessing
+import os
 import re
 import resource
 import sys
@@ -431,7 +432,8 @@ def main(share: float, only: tuple[str, ...], seed: int, workers: int, out: Path
                 return
             yield item
 
-    with ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        os.environ["TMPDIR"] = folder  # of the workers, which leave files
         for done in [pool.submit(run) for _ in range(workers)]:
             done.result()
     report(counts, slowest, finds, out)
