@@ -211,8 +211,24 @@ def test_files_that_are_not_python_are_installed_with_the_package() -> None:
 
 def test_the_lock_names_hashes_and_no_address() -> None:
     text = (ROOT / "requirements.lock").read_text()
-    assert text.count("--hash=sha256:") >= len(locked()) > 50
+    blocks = re.findall(r"^[a-z0-9][^#]*?(?=^[a-z0-9]|^ *#|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= len(locked()) > 50
+    for block in blocks:  # one without a hash would make pip refuse all
+        assert re.fullmatch(r"[a-z0-9._-]+==\S+( ;[^\\]+)? \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+", block), block
     assert "://" not in text
+
+
+def test_lower_bounds_are_above_the_advisories() -> None:
+    """As SECURITY.md lists them."""
+    from packaging.version import Version
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["dicom"]]
+    bounds = dict(text.split(">=") for text in texts)
+    rows = re.findall(r"^\| (\w[\w-]*)[^|]*\| ([\d.]+) \|", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    names = {"Pillow": "pillow", "PyTorch": "torch"}
+    assert len(rows) == 4
+    assert all(Version(bounds[names.get(name, name)]) == Version(bound) for name, bound in rows)
 
 
 def functions() -> dict[str, ast.FunctionDef]:

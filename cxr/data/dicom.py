@@ -37,7 +37,7 @@ from pydicom.uid import (
 )
 
 from cxr.data.depth import FULL, fewest_bits
-from cxr.data.jpeg import has_too_many_scans
+from cxr.data.jpeg import Frame, has_too_many_scans
 
 SUFFIXES = {".dcm", ".dicom"}
 HEAD = 132  # bytes: a preamble of any content, then `DICM`
@@ -49,6 +49,7 @@ _PIXEL_TAGS = [
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
 ]
+_OTHER_SIZE = "its pixels are not of the size that its header tells"
 _PATIENT_TAGS = ["PatientID", "IssuerOfPatientID"]
 UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -215,7 +216,7 @@ def _pixels(whole: Dataset, header: Header) -> npt.NDArray[np.int32]:
     if header.signed:
         values = np.where(values >> header.bits - 1, values - (1 << header.bits), values)
     if values.shape != (header.height, header.width):
-        raise DicomError("its pixels are not of the size that its header tells")
+        raise DicomError(_OTHER_SIZE)
     return values
 
 
@@ -227,7 +228,19 @@ def _check_frame(whole: Dataset, header: Header, plugin: str) -> None:
     if plugin == "pillow":
         with Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")) as image:
             if image.size != (header.width, header.height):
-                raise DicomError("its pixels are not of the size that its header tells")
+                raise DicomError(_OTHER_SIZE)
+    else:
+        _check_jpeg(frame, header, int(whole.BitsAllocated))
+
+
+def _check_jpeg(frame: bytes, header: Header, allocated: int) -> None:
+    """Raise `DicomError` for a JPEG or JPEG-LS that is not what the header tells: GDCM ends the process if one gives
+    more bytes than it has allocated, which no caller can catch."""
+    told = Frame.of(frame)
+    if told is None or (told.width, told.height, told.components) != (header.width, header.height, 1):
+        raise DicomError(_OTHER_SIZE)
+    if (told.bits > 8) != (allocated > 8):
+        raise DicomError("its pixels have other bits than its header tells")
 
 
 def _plugin(header: Header) -> str:

@@ -113,7 +113,10 @@ def _read_json(file: Path) -> pd.DataFrame:
     """A data list as MONAI has it: an object of lists, `training`, `validation` and `test`, of objects with `image` and
     `label`."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # perhaps half a character, which no table can hold
+            json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -129,10 +132,7 @@ def _read_json(file: Path) -> pd.DataFrame:
         if any(isinstance(value, list | dict) for item in items for value in item.values()):
             raise UserError(f"{file}: {split or 'it'} has lists as values; an image has one path and one label")
         rows += [{**item, **({"split": split} if split else {})} for item in items]
-    try:
-        return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{file}: has half a character (\\ud800 to \\udfff); write it again as UTF-8") from error
+    return pd.DataFrame(rows).fillna("").astype(str) if rows else pd.DataFrame()
 
 
 def _columns(

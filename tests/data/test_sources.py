@@ -253,6 +253,7 @@ def test_a_bad_list_is_refused_in_one_line(tmp_path: Path, refused: Refused, row
         ("a.csv", b"path,label\n1.png,well,3,4\n2.png,sick\n", "not a CSV with a header"),
         ("a.csv", b"\xff\xfe\x00p\x00a\x00t\x00h", "not a CSV with a header in UTF-8"),
         ("a.json", b"{", "not JSON"),
+        ("a.json", b'[{"path": "\\ud800", "label": "x"}]', "not JSON"),
         ("a.json", b'{"training": 3}', "training is not a list of objects"),
         ("a.json", b'{"name": "films"}', "has no rows"),
         ("a.xlsx", b"PK", "neither a folder nor a list"),

@@ -8,8 +8,11 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from itertools import product
 from pathlib import Path
+from random import Random
 
 import mlflow
 import numpy as np
@@ -97,3 +100,18 @@ def test_a_comparison_is_judged_from_what_its_runs_logged(
     assert "selected by the lowest mean val_loss: frozen" in done.output
     assert done.output.count(" ensemble ") == 1
     assert all(name in done.output for name in ("Doerrich", "champion by val_loss", "Spearman", "worst_stress"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "DICOM", "list", "weights", "card", "parameter", "request"])
+def test_a_small_share_of_the_fuzzing_finds_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    import fuzz
+
+    for cached in (fuzz.scratch, fuzz.package, fuzz.server):
+        cached.cache_clear()
+    target = fuzz.TARGETS[name]
+    outcomes = Counter(fuzz.outcome(target, target.make(Random(f"suite-{number}"))) for number in range(40))
+    assert set(outcomes) <= {"result", "refused"}
+    assert outcomes["refused"] > 5

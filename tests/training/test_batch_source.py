@@ -8,13 +8,14 @@ import pytest
 import torch
 from narrow import FEATURES
 from torch import Tensor
-from torchvision.models import ResNet
+from torchvision.models import ResNet, resnet18
 
 from cxr.data.batches import Split, epoch_order
 from cxr.network.freezing import apply_phase
 from cxr.strategies import ALL, HEAD, TOP, Phase
 from cxr.training import batch_source
 from cxr.training.batch_source import BatchSource, SourceSettings
+from cxr.training.frozen_prefix import PassSettings, Prefix
 from cxr.training.reuse import Decision, PhaseReuse
 
 Splits = tuple[Split, Split]
@@ -201,3 +202,13 @@ def test_a_prefix_that_is_not_kept_sees_views_that_are(
     monkeypatch.setattr("cxr.training.batch_source.grey_batches", None)
     assert same(one_epoch(data, TOP, 2), one_epoch(afresh, TOP, 2))
     assert same(validation(data, TOP), validation(afresh, TOP))
+
+
+def test_a_row_computed_alone_has_the_bits_that_it_has_among_others() -> None:
+    """A damaged row is computed again alone. The real network: narrow ones do not show the difference."""
+    network = resnet18(weights=None, num_classes=2).eval().to(memory_format=torch.channels_last)
+    prefix = Prefix(network, HEAD, PassSettings(BATCH, 0, "fp32", torch.device("cpu")))
+    images = torch.rand(5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    together = prefix._run(images)
+    for row in range(5):
+        assert torch.equal(prefix._run(images[row : row + 1]), together[row : row + 1])
