@@ -4,8 +4,8 @@
     uv run python experiments/chaos.py --kills 50 --only train
     uv run python experiments/chaos.py --kills 0 --fills 50
 
-Results in docs/reliability.md; those of an earlier script, with ResNet18, in LOG.md: "2026-11-22: kill -9 and resume, 20
-kills during the run".
+Results in docs/reliability.md; those of an earlier script, with ResNet18, in LOG.md: "2026-11-22: kill -9 and resume,
+20 kills during the run".
 
 A share of the kills begins in an empty folder, the others with an empty store. Survived means: the command given again
 (`cxr train --resume ID` where a run has begun) exits with 0; all metrics, predictions and versions equal those of the
