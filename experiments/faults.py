@@ -152,7 +152,7 @@ class Process:
         if self._process.is_alive() and self._process.pid:
             os.kill(self._process.pid, number)
 
-    def wait(self, seconds: float = 300) -> int | None:
+    def wait(self, seconds: float = 1800) -> int | None:
         """The exit code, negative for a signal; None, and the process killed, if it is still at work by then."""
         self._process.join(seconds)
         code = self._process.exitcode
