@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import glob
 import os
 import secrets
 import shutil
@@ -167,11 +168,14 @@ def _make_key(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it.
 
-    Raises `UserError` when that fails (disk full, say); `path` is then as it was.
+    Those that killed processes of this machine left for the same `path` are removed. Raises `UserError` when it cannot
+    be written (disk full, say); `path` is then as it was.
     """
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    start = f".{path.name}.{socket.gethostname()}"
+    work = path.with_name(f"{start}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_half_written(path.parent, start)
         with work.open("wb") as file:
             write(file)
             file.flush()
@@ -186,6 +190,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with suppress(OSError):  # whatever ended it, Ctrl-C too; after the rename it is gone
             work.unlink()
+
+
+def _remove_half_written(folder: Path, start: str) -> None:
+    for work in folder.glob(f"{glob.escape(start)}.*.tmp"):
+        pid = work.name.removeprefix(f"{start}.").removesuffix(".tmp")
+        if pid.isdigit() and not _alive(int(pid)):
+            work.unlink(missing_ok=True)
 
 
 @contextmanager

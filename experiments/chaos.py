@@ -4,8 +4,8 @@
     uv run python experiments/chaos.py --kills 50 --only train
     uv run python experiments/chaos.py --kills 0 --fills 50
 
-Results in docs/reliability.md and LOG.md: "2026-11-22: kill -9 and resume, 20 kills during the run" was an earlier
-script's.
+Results in docs/reliability.md; those of an earlier script, with ResNet18, in LOG.md: "2026-11-22: kill -9 and resume,
+20 kills during the run".
 
 A share of the kills begins in an empty folder, the others with an empty store. Survived means: the command given again
 (`cxr train --resume ID` where a run has begun) exits with 0; all metrics, predictions and versions equal those of the
@@ -168,7 +168,8 @@ class Laboratory:
             what = f"{'after' if fault.after else 'before'} call {fault.call} of {fault.target}"
         code = process.wait()
         reasons = [] if code in (0, *codes) else [f"exit code {code}"]
-        reasons += self.continued(folder, whole) if code else judged(folder, whole)  # it may have been ending already
+        # It may have been ending already, and is then not given again.
+        reasons += judged(folder, whole) if code == 0 else self.continued(folder, whole)
         return self._row(attempt, what, code in codes or None, reasons, folder)
 
     def _fault(self, attempt: Attempt, whole: Undisturbed, rng: random.Random) -> Fault:
@@ -206,6 +207,8 @@ class Laboratory:
         code = Process(folder, arguments).wait()
         if code == 2 and "there is nothing to resume" in (folder / "output.txt").read_text():
             code = 0  # it was finished
+        if code is None:
+            return ["still at work after half an hour when given again"]
         return ([f"exit code {code} when given again"] if code else []) + judged(folder, whole)
 
     def _row(self, attempt: Attempt, what: str, hit: bool | None, reasons: list[str], where: Path) -> dict[str, object]:

@@ -8,7 +8,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import runpy
 import signal
 import sqlite3
 import sys
@@ -114,6 +113,7 @@ def _become(arguments: tuple[str, ...], folder: str, environment: dict[str, str]
     os.environ.update(environment)
     os.chdir(folder)
     import cxr.runs.record  # noqa: F401
+    from cxr.cli import main
 
     as_tests_run = importlib.import_module("as_tests_run")
     as_tests_run.run_as_tests_do()
@@ -125,7 +125,7 @@ def _become(arguments: tuple[str, ...], folder: str, environment: dict[str, str]
     _count(targets, counts)
     sys.argv = ["cxr", *arguments]
     try:
-        runpy.run_module("cxr", run_name="__main__", alter_sys=True)
+        main()
     finally:
         Path(file).write_text(json.dumps(counts))
 
@@ -152,7 +152,7 @@ class Process:
         if self._process.is_alive() and self._process.pid:
             os.kill(self._process.pid, number)
 
-    def wait(self, seconds: float = 300) -> int | None:
+    def wait(self, seconds: float = 1800) -> int | None:
         """The exit code, negative for a signal; None, and the process killed, if it is still at work by then."""
         self._process.join(seconds)
         code = self._process.exitcode

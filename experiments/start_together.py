@@ -2,8 +2,8 @@
 
     uv run python experiments/start_together.py --rounds 10
 
-Result in docs/reliability.md; the first try, of which none finished, led to what LOG.md calls
-"2026-11-22: kill -9 and resume, 20 kills during the run" for kills.
+Result in docs/reliability.md. Workers of a search that fail are in LOG.md: "2026-11-22: states in Optuna and MLflow
+after failures of a search".
 
 Four training runs register in the same model; three workers share a study; two different comparisons, and the same
 cross-validation given twice, of which one is refused in one line. Each row says how many processes ended as they

@@ -64,6 +64,16 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path:
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"old"]
 
 
+def test_what_a_killed_process_wrote_half_is_removed_when_the_file_is_written(tmp_path: Path) -> None:
+    host, dead = socket.gethostname(), 2**22 + 1
+    names = (f".a.json.{host}.{dead}.tmp", f".a.json.{host}.{os.getppid()}.tmp", f".a.json.elsewhere.{dead}.tmp")
+    for name in (*names, f".b.json.{host}.{dead}.tmp"):
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a.json", lambda file: file.write(b"{}"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.json", *names[1:], f".b.json.{host}.{dead}.tmp"}
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     def fail() -> None:
         with new_folder(tmp_path / "wanted") as work:

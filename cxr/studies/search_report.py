@@ -66,7 +66,7 @@ def _outcome(study: optuna.Study, config: TuneConfig) -> list[str]:
         return [*lines, "no trial was completed"]
     chosen = ", ".join(f"{name} {value:.4g}" for name, value in best.params.items())
     lines.append(f"best: trial {best.number}, {objective} {best.value:.4f}, with {chosen}")
-    first = slots(study)[0]
+    first = next(trial for trial in slots(study) if 0 in (trial.number, *trial.system_attrs.get("retry_history", [])))
     if first.state == TrialState.COMPLETE:
         lines.append(f"the defaults (trial {first.number}): {objective} {first.value:.4f}")
     return lines

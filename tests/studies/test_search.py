@@ -230,6 +230,21 @@ def test_a_trial_that_raises_is_marked_failed_and_the_search_continues(
     assert says in load(config).trials[1].user_attrs["error"]
 
 
+def test_the_trial_with_the_defaults_is_named_when_it_was_tried_again(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise MachineError("disk full")
+
+    with monkeypatch.context() as broken, pytest.raises(MachineError, match="disk full"):
+        broken.setattr(trial_module, "train_model", full)
+        tune_tracked(config.replace(trials=1), quiet)
+    lines: list[str] = []
+    tune_tracked(config.replace(trials=2), lines.append)
+    retried = next(trial for trial in load(config).trials if trial.system_attrs.get("failed_trial") == 0)
+    assert f"the defaults (trial {retried.number}): val_loss {retried.value:.4f}" in "\n".join(lines)
+
+
 def test_a_lost_store_or_a_full_disk_ends_the_search_without_losing_a_trial(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
