@@ -15,7 +15,7 @@ import psutil
 
 from cxr.errors import Pruned, Stopped, UserError
 from cxr.tracking.reading import FINISHED, LoggedRun, Tag
-from cxr.tracking.signals import _signals_ignored, stops_once
+from cxr.tracking.signals import _signals_ignored, stop_shown, stops_once
 from cxr.tracking.store import (
     EXPERIMENT,
     EXPERIMENT_KIND,
@@ -63,11 +63,11 @@ def open_run(
     import mlflow
 
     prepare()
-    with stops_once() if stops else nullcontext():
+    with stops_once() if stops else nullcontext(list[int]()) as heard:
         try:
             with store_errors():
                 run = _start(name, experiment, run_id, parent)
-            with store_loss_errors(run.info.run_id, again):
+            with stop_shown(heard), store_loss_errors(run.info.run_id, again):
                 yield MlflowTracker(run)
                 mlflow.set_tag(Tag.OUTCOME, FINISHED)
         except (KeyboardInterrupt, Stopped):
