@@ -16,7 +16,7 @@ import psutil
 from cxr.errors import Pruned, Stopped, UserError
 from cxr.tracking.outage import OUTAGE, is_outage
 from cxr.tracking.reading import FINISHED, LoggedRun, Tag
-from cxr.tracking.signals import _signals_ignored, stops_once
+from cxr.tracking.signals import _signals_ignored, stop_shown, stops_once
 from cxr.tracking.store import (
     EXPERIMENT,
     EXPERIMENT_KIND,
@@ -66,13 +66,13 @@ def open_run(
     import mlflow
 
     prepare()
-    with OUTAGE.restored(), stops_once() if stops else nullcontext():
+    with OUTAGE.restored(), stops_once() if stops else nullcontext(list[int]()) as heard:
         try:
             with store_errors():
                 run = _start(name, run_id, parent)
                 tracker = MlflowTracker(run, outbox and outbox(run.info.run_id))
                 tracker.deliver_left()
-            with store_loss_errors(run.info.run_id, again), closing(tracker):
+            with stop_shown(heard), store_loss_errors(run.info.run_id, again), closing(tracker):
                 with system_metrics(tracker, resumed=run_id is not None):
                     yield tracker
                 tracker.drain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
@@ -39,12 +39,14 @@ def handlers(chosen: Mapping[int, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stops_once() -> AbstractContextManager[None]:
+@contextmanager
+def stops_once() -> Iterator[list[int]]:
     """Within the block, SIGTERM unwinds the stack like Ctrl-C, and what follows the first of either is ignored.
 
     On Ctrl-C, `mlflow run` sends SIGTERM after the terminal's SIGINT: the second must not break off the ending. Neither
-    breaks off a transaction: it is heard when that is over.
+    breaks off a transaction: it is heard when that is over. Yields a list that holds the signal once it is heard.
     """
+    heard: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if in_transaction(frame):
@@ -52,9 +54,26 @@ def stops_once() -> AbstractContextManager[None]:
             return
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped("SIGTERM")
+        heard.append(number)
+        raise _stop(number)
 
-    return handlers({signal.SIGTERM: stop, signal.SIGINT: stop})
+    with handlers({signal.SIGTERM: stop, signal.SIGINT: stop}):
+        yield heard
+
+
+def _stop(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped("SIGTERM")
+
+
+@contextmanager
+def stop_shown(heard: Sequence[int]) -> Iterator[None]:
+    """A stop that compiled code has turned into an error of its own, as PyTorch's does, is a stop again."""
+    try:
+        yield
+    except Exception as error:
+        if heard:
+            raise _stop(heard[0]) from error
+        raise
 
 
 def in_transaction(frame: FrameType | None) -> bool:

@@ -73,3 +73,14 @@ def test_sigterm_while_a_parent_ends_does_not_leave_it_running(in_store: str, mo
     with pytest.raises(Stopped), ending(parent):
         join_parent(parent)
     assert mlflow.get_run(parent).info.status == "KILLED"
+
+
+def test_a_stop_that_compiled_code_hides_behind_an_error_is_a_stop(in_store: str) -> None:
+    with pytest.raises(KeyboardInterrupt), open_run("stopped") as tracker:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)  # the signal comes before
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["cxr.error"]) == ("KILLED", "stopped by the user")
