@@ -6,7 +6,7 @@ Three runs of the same command, logged to a server with SQLite: one that is left
 for so many seconds in the middle of an epoch and again after the last epoch, while the result is logged; one whose
 server is killed in the middle of an epoch and stays away for the rest of the run, which is then resumed. Prints what
 each run printed about the outage, and whether metrics (step by step), parameters, tags, data sets and the bytes of the
-artifacts equal those of the first. Exit code 1 if they do not.
+artifacts equal those of the first. Exit code 1 if they do not. Result in docs/reliability.md.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 The MLflow server and the study keep all in one PostgreSQL. A run, a study with two workers, and a comparison of two
 strategies are made twice: undisturbed, and with PostgreSQL stopped for so many seconds once the first epoch is logged.
 The second worker of the study is "another machine": another cache folder, another host name (by `unshare`, as root)
-and another process group. Prints for each what is equal; exit code 1 if anything is not. Needs PostgreSQL's binaries
-(`apt-get install postgresql`).
+and another process group. Prints for each what is equal; exit code 1 if anything is not. Result in
+docs/reliability.md. Needs PostgreSQL's binaries (`apt-get install postgresql`).
 """
 
 from __future__ import annotations

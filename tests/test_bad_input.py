@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from payload import Payload
 from PIL import Image
 from torchvision.models import resnet34
 
+from cxr.storage import write_atomically
 from cxr.training import checkpoint
 
 TINY = (
@@ -123,14 +124,14 @@ def test_an_official_split_without_a_class_in_validation(refused: Refused, folde
 
 
 def test_a_folder_without_read_permission(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = Path.iterdir
+    listed = os.listdir
 
-    def guarded(path: Path) -> Iterator[Path]:  # chmod has no effect for root
-        if path == folder / "train" / "NORMAL":
+    def guarded(path: str) -> list[str]:  # chmod has no effect for root
+        if Path(path) == folder / "train" / "NORMAL":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return iter(listed(path))
+        return listed(path)
 
-    monkeypatch.setattr(Path, "iterdir", guarded)
+    monkeypatch.setattr(os, "listdir", guarded)
     says = (f"{folder}/train/NORMAL: cannot be read (Permission denied)", "check its permissions")
     refused.train(*TINY, "--data-dir", str(folder), says=says)
 
@@ -321,10 +322,13 @@ def test_unknown_names_and_invalid_numbers(
 def test_a_disk_that_is_full_while_checkpointing(
     refused: Refused, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: object) -> bytes:
+    def full(checkpoints: checkpoint.Checkpoints, file: str, data: bytes) -> None:
+        write_atomically(checkpoints.folder / file, lambda stream: fail())
+
+    def fail() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write_tensors", full)
     says = ("base-0.safetensors: cannot be written (No space left on device)", "--cache-dir")
     refused.train(*TINY, "--data-dir", str(phantoms), says=says)
 

@@ -6,11 +6,12 @@ Alias `candidate` is the latest version; `champion` moves only to one that is be
 from __future__ import annotations
 
 import base64
+import io
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
@@ -171,13 +172,20 @@ def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     with one_at_a_time():  # or two that end together could each replace the champion, the worse one last
         registered = client.search_model_versions(f"name = '{name}'")
         earlier = [v for v in registered if v.source == f"models:/{model_id}"]
-        made = earlier[0] if earlier else mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
+        made = earlier[0] if earlier else _new_version(model_id, name, tags)
         client.set_registered_model_alias(name, CANDIDATE, made.version)
         champion = _by_alias(name, CHAMPION)
         better, why = _is_better(tags, champion)
         if better:
             _make_champion(name, str(made.version))
     return Registration(name, str(made.version), better, why)
+
+
+def _new_version(model_id: str, name: str, tags: Mapping[str, str]) -> Any:
+    import mlflow
+
+    with redirect_stderr(io.StringIO()):  # `Created version '2'`, which our own line says
+        return mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags))
 
 
 def _by_alias(name: str, alias: str) -> Any | None:

@@ -241,9 +241,9 @@ def log_all(run: tracker.MlflowTracker) -> None:
     for epoch in range(3):
         run.metrics({"loss": 1 / (1 + epoch), "nothing": float("nan") if epoch < 0 else 0.0}, step=epoch)
     run.text("Grüße\n", "notes.txt")
-    table = pd.DataFrame({"path": ["a"], "label": [0]})
+    table = pd.DataFrame({"path": ["a"], "digest": ["00"], "split": ["train"], "label": [0]})
     run.table(table, "table.csv")
-    run.dataset(table, "folder", "images", "training")
+    run.dataset(table, Path("images"), "train", "training")
 
 
 def test_a_run_through_the_outbox_leaves_what_a_direct_one_leaves(

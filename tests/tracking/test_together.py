@@ -52,12 +52,12 @@ def test_images_that_another_run_has_noted_meanwhile_are_noted_again(
             raise MlflowException(errors.pop(0))
         log(client, run_id, datasets)
 
-    table = pd.DataFrame({"path": ["a"], "label": [0]})
+    table = pd.DataFrame({"path": ["a"], "digest": ["00"], "split": ["train"], "label": [0]})
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", collide)
     with open_run("one") as tracker, pytest.raises(MlflowException, match="no space left"):
-        tracker.dataset(table, "folder", "images", "train")  # collides, then fails for another reason
+        tracker.dataset(table, Path("images"), "train", "training")  # collides, then fails for another reason
     with open_run("two") as tracker:
         errors.append("(psycopg.errors.UniqueViolation) IntegrityError")
-        tracker.dataset(table, "folder", "images", "train")
+        tracker.dataset(table, Path("images"), "train", "training")
     assert len(calls) == 4
-    assert [each.dataset.name for each in mlflow.get_run(tracker.run_id).inputs.dataset_inputs] == ["images"]
+    assert [each.dataset.name for each in mlflow.get_run(tracker.run_id).inputs.dataset_inputs] == ["images-train"]
