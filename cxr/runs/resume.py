@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
 from cxr.storage import Cache, exclusive
+from cxr.tracking.outage import is_outage
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
 
@@ -38,10 +38,13 @@ def outbox_of(config: TrainConfig) -> Callable[[str], Path]:
 def remove_finished(config: TrainConfig) -> None:
     """Remove the checkpoints of finished runs, which were killed before they could do so."""
     for folder in checkpoints_of(config, "any").parent.glob("*"):
-        with suppress(UserError):  # a run of another store, or at work
+        try:
             if LoggedRun.open(folder.name).finished:
                 with exclusive(folder):
                     shutil.rmtree(folder)
+        except UserError as error:  # a run of another store, or at work
+            if is_outage(error):  # whoever begins a run says so, once
+                return
 
 
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:
