@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Thread
-from typing import Any
 
 from cxr.errors import MachineError
-from cxr.storage import write_atomically
 from cxr.tracking.delivery import Entry, deliver
 from cxr.tracking.outage import OUTAGE, RETRY, is_outage, store_address
 
@@ -22,14 +21,16 @@ _NEXT = 0.5  # seconds after which a waiting thread looks whether it is to end
 class Outbox:
     """The entries of one run that are not delivered, as numbered files in a folder of its own.
 
-    Entries are durable once `put` returns. What a process that was killed has left is found by `deliver_left`. A file
-    that is an entry's artifact lies in a folder beside it, and is written before it.
+    Entries survive the process once `put` returns; what one that was killed has left is found by `deliver_left`. After
+    a power failure in the same second they may be missing, as `put` does not wait for the disk: a resumed run logs
+    again what its checkpoint holds and the store lacks. A file that is an entry's artifact lies in a folder beside it,
+    and is written before it.
     """
 
     def __init__(self, run_id: str, folder: Path):
         self.run_id, self.folder = run_id, folder
         self._last = 0
-        self._waiting: list[int] = []
+        self._waiting: deque[tuple[int, Entry]] = deque()
         self._changed = Condition()
         self._ending = False
         self._error: BaseException | None = None
@@ -42,7 +43,7 @@ class Outbox:
         """
         left = sorted(int(path.stem) for path in self.folder.glob("*.json"))
         for number in left:
-            self._deliver(number)
+            self._deliver(number, json.loads(self._entry(number).read_text()))
         self._remove()
         return len(left)
 
@@ -57,7 +58,7 @@ class Outbox:
             self._raise()
             self._last += 1
             self._write(self._last, entry)
-            self._waiting.append(self._last)
+            self._waiting.append((self._last, entry))
             self._changed.notify_all()
 
     @contextmanager
@@ -101,9 +102,9 @@ class Outbox:
             self._remove()
 
     def _work(self) -> None:
-        while (number := self._next()) is not None:
+        while (following := self._next()) is not None:
             try:
-                self._deliver(number)
+                self._deliver(*following)
             except BaseException as error:
                 if not is_outage(error):
                     self._end(error)
@@ -114,11 +115,11 @@ class Outbox:
                 continue
             OUTAGE.ended()
             with self._changed:
-                self._waiting.pop(0)
+                self._waiting.popleft()
                 self._changed.notify_all()
 
-    def _next(self) -> int | None:
-        """The number of the entry to be delivered next; None at the end."""
+    def _next(self) -> tuple[int, Entry] | None:
+        """The entry to be delivered next, with its number; None at the end."""
         with self._changed:
             while not self._waiting and not self._ending:
                 self._changed.wait(_NEXT)
@@ -145,14 +146,19 @@ class Outbox:
         return self.folder / f"{number:06}.json"
 
     def _write(self, number: int, entry: Entry) -> None:
-        text = json.dumps(entry)
-        write_atomically(self._entry(number), lambda file: file.write(text.encode()))
+        path, work = self._entry(number), self.folder / f"{number:06}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            work.write_text(json.dumps(entry))
+            work.replace(path)
+        except OSError as error:
+            raise MachineError(
+                f"{path}: cannot be written ({error.strerror}); free space there or name another --cache-dir"
+            ) from error
 
-    def _deliver(self, number: int) -> None:
-        path = self._entry(number)
-        entry: dict[str, Any] = json.loads(path.read_text())
+    def _deliver(self, number: int, entry: Entry) -> None:
         deliver(self.run_id, entry, self.folder)
-        path.unlink()
+        self._entry(number).unlink()
         if entry["kind"] == "artifact":
             shutil.rmtree((self.folder / entry["file"]).parent)
 
