@@ -141,7 +141,7 @@ def case(name: str, work: Path, server: Server, postgres: Postgres, seconds: flo
         places.append(Place(work, f"{experiment}-second", server))
         places[1].environment["MLFLOW_EXPERIMENT_NAME"] = experiment
         processes.append(places[1].start(command, *(ANOTHER if os.geteuid() == 0 else ())))
-        wait_for(places[1], word, processes[1:])
+        wait_for(places[1], "trial ", processes[1:])
     if seconds:
         wait_for(places[0], word, processes)
         postgres.stop()
@@ -162,7 +162,7 @@ def compared(name: str, expected: dict[str, dict[str, Any]], found: dict[str, di
     if name == "tune":
         finished = [run for run, content in found.items() if content["status"] == "FINISHED" and "trial" in run]
         good = len(finished) == 12 and not any(found[run]["status"] == "RUNNING" for run in found)
-        click.echo(f"  {name}: {len(finished)} trials finished, not finished: {open_runs or 'none'}")
+        click.echo(f"  {name}: trials finished: {', '.join(sorted(finished))}; not finished: {open_runs or 'none'}")
         return good
     points = sum(len(each) for content in found.values() for key, each in content.items() if key != "status")
     click.echo(f"  {name}: {len(found)} runs, {points} points, {'equal' if found == expected else 'DIFFERENT'}")

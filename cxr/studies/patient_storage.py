@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from cxr.tracking.outage import Outage
+from cxr.tracking.outage import RETRY, Outage
 
 STORAGE = Outage(lambda: "Optuna's storage")  # of this process
 
@@ -17,7 +18,7 @@ STORAGE = Outage(lambda: "Optuna's storage")  # of this process
 class PatientStorage(RDBStorage):
     """`RDBStorage` whose calls wait for the database as `STORAGE` allows, those of the thread of heartbeats too.
 
-    After an outage, no worker takes another for dead before both had time for a heartbeat.
+    No worker is taken for dead before it had time for another heartbeat: during an outage it could send none.
     """
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
@@ -36,8 +37,13 @@ class PatientStorage(RDBStorage):
         return STORAGE.ride_out(call)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        found = STORAGE.ride_out(lambda: super(PatientStorage, self)._get_stale_trial_ids(study_id))
-        return found if STORAGE.ended_ago > (self.get_heartbeat_interval() or 0) * 2 else []
+        found = self._stale(study_id)
+        if found:
+            time.sleep((self.get_heartbeat_interval() or 0) + 2 * RETRY)
+        return [trial for trial in self._stale(study_id) if trial in found] if found else []
+
+    def _stale(self, study_id: int) -> list[int]:
+        return STORAGE.ride_out(lambda: super(PatientStorage, self)._get_stale_trial_ids(study_id))
 
 
 def _patient(name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ in the study, which any number of workers can share; the trial of a dead worker 
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 
@@ -22,7 +23,7 @@ from cxr.network.resnet import build_model
 from cxr.runs.audit import audited
 from cxr.runs.messages import Say
 from cxr.runs.result import RunResult
-from cxr.runs.resume import is_lost, remove_finished
+from cxr.runs.resume import has_parameters, is_lost, remove_finished
 from cxr.runs.train import run_tracked
 from cxr.studies.optuna_study import (
     MAX_RETRIES,
@@ -46,6 +47,7 @@ from cxr.tracking.nested import (
     join_parent,
     make_child,
     open_parent,
+    retire,
     unfinished_parent,
 )
 from cxr.tracking.outage import OUTAGE
@@ -182,8 +184,21 @@ def _claim_refit(worker: Worker, best: FrozenTrial, config: TrainConfig) -> str:
         claim = study.user_attrs.get(REFIT, {})
         if claim.get("trial") != best.number or is_lost(claim["run"], config):
             tags: dict[str, str] = {Tag.KIND: RunKind.REFIT, Tag.TRIAL: str(best.number), Tag.STRATEGY: config.strategy}
-            name = f"refit-trial-{best.number:03}"
-            run_id = make_child(worker.search.parent.run_id, name, tags, flatten(config))
+            name, parent = f"refit-trial-{best.number:03}", worker.search.parent.run_id
+            run_id = _unclaimed_refit(parent, claim.get("run"), tags, config)
+            run_id = run_id or make_child(parent, name, tags, flatten(config))
             claim = {"trial": best.number, "run": run_id}
             study.set_user_attr(REFIT, claim)
     return str(claim["run"])
+
+
+def _unclaimed_refit(parent: str, claimed: str | None, tags: Mapping[str, str], config: TrainConfig) -> str | None:
+    """The ID of such a run that a worker made and, killed, could not claim; others that were left so are removed."""
+    found = None
+    for run in children(parent):
+        if run.kind is RunKind.REFIT and run.status == "SCHEDULED" and run.run_id != claimed:
+            if run.tags.get(Tag.TRIAL) == tags[Tag.TRIAL] and has_parameters(run, config):
+                found = run.run_id
+            else:
+                retire(run)
+    return found

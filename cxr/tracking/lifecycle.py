@@ -71,7 +71,7 @@ def open_run(
             with store_errors():
                 run = _start(name, run_id, parent)
                 tracker = MlflowTracker(run, outbox and outbox(run.info.run_id))
-                tracker.deliver_left()
+                OUTAGE.ride_out(tracker.deliver_left)
             with stop_shown(heard), store_loss_errors(run.info.run_id, again), closing(tracker):
                 with system_metrics(tracker, resumed=run_id is not None):
                     yield tracker
@@ -103,28 +103,47 @@ def _finish(run_id: str) -> None:
 
 
 def _start(name: str, run_id: str | None, parent: str | None) -> Any:
+    """Open the run; each step may be repeated, and waits for the store as a parent at work allows."""
+    if not run_id:
+        OUTAGE.ride_out(lambda: _choose_experiment_of(parent))
+    run = OUTAGE.ride_out(lambda: _opened(name, run_id, parent))
+    OUTAGE.ride_out(lambda: _mark(run, name))
+    return run
+
+
+def _choose_experiment_of(parent: str | None) -> None:
     import mlflow
 
-    if parent and not run_id:
+    if parent:
         mlflow.set_experiment(experiment_id=LoggedRun.open(parent).experiment_id)
-    elif not run_id:
-        choose_experiment()
-        end_killed(str(mlflow.tracking.fluent._get_experiment_id()))
+        return
+    choose_experiment()
+    end_killed(str(mlflow.tracking.fluent._get_experiment_id()))
+
+
+def _opened(name: str, run_id: str | None, parent: str | None) -> Any:
+    import mlflow
+
     at_work: dict[str, str] = {Tag.HOST: socket.gethostname(), Tag.PROCESS: this_process()}
     with _without_opened_run(parent):
-        run = mlflow.start_run(
+        return mlflow.start_run(
             run_id=run_id,
             run_name=None if run_id else name,
             parent_run_id=parent,
             log_system_metrics=False,
             tags=at_work,  # in the same call: a run that is killed in the next moment can be told
         )
-    if Tag.ERROR in run.data.tags:  # of the attempt that is resumed
+
+
+def _mark(run: Any, name: str) -> None:
+    """Nothing of an earlier attempt stays, nor a made-up name."""
+    import mlflow
+
+    if Tag.ERROR in mlflow.get_run(run.info.run_id).data.tags:
         mlflow.delete_tag(Tag.ERROR)
     if is_generated(run.info.run_name or ""):
         mlflow.set_tag(Tag.RUN_NAME, name)
     mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
-    return run
 
 
 def this_process() -> str:

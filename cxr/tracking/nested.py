@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cxr.errors import Stopped, UserError
-from cxr.tracking.lifecycle import choose_experiment, is_generated
+from cxr.tracking.lifecycle import choose_experiment, end_killed, is_generated
 from cxr.tracking.outage import OUTAGE, waits
 from cxr.tracking.reading import FINISHED, Artifact, LoggedRun, Tag
 from cxr.tracking.signals import stops_once
@@ -101,6 +101,7 @@ def join_parent(parent: str) -> MlflowTracker:
             client.set_tag(opened, Tag.RUN_NAME, f"worker-{socket.gethostname()}-{os.getpid()}")
         if Tag.ERROR in run.data.tags:
             client.delete_tag(parent, Tag.ERROR)
+        end_killed(run.info.experiment_id)  # such as children of an earlier attempt
     return MlflowTracker(run)
 
 
@@ -147,6 +148,7 @@ def end(run_id: str, status: str, reason: str = "") -> None:
             raise
 
 
+@waits
 def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
     """The id of a new child run that has its parameters and has not begun; `train.resume` of it begins it."""
 
@@ -155,6 +157,7 @@ def make_child(parent: str, name: str, tags: Mapping[str, str], params: Mapping[
         return _schedule(experiment, name, {**tags, Tag.PARENT: parent}, params)
 
 
+@waits
 def retire(run: LoggedRun) -> None:
     """Leave a run behind, for which another is made: it is deleted if it had not begun, and ended if it was lost."""
     import mlflow

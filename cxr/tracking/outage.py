@@ -6,7 +6,6 @@ same few retries, and loses it with the process; so waiting is done here, and `o
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -65,13 +64,7 @@ class Outage:
         self.patience = 0.0
         self.say: Callable[[str], object] = print
         self._since: float | None = None
-        self._ended = -math.inf
         self._lock = Lock()
-
-    @property
-    def ended_ago(self) -> float:
-        """Seconds since the last outage ended; infinite if there was none."""
-        return time.monotonic() - self._ended
 
     @property
     def lasts(self) -> bool:
@@ -106,7 +99,6 @@ class Outage:
         with self._lock:
             since, self._since = self._since, None
         if since is not None:
-            self._ended = time.monotonic()
             self.say(f"{self.name()} answers again, after {time.monotonic() - since:.0f} s")
 
     def ride_out(self, call: Callable[[], T]) -> T:
@@ -149,8 +141,12 @@ def store_address() -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error of the store; of a failed request, the innermost cause."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error of the store; of a failed request, the innermost cause.
+
+    Optuna hides the database's own error behind a sentence that fits all of them.
+    """
+    own = error.__cause__ if type(error).__name__ == "StorageInternalError" and error.__cause__ else error
+    text = (str(own).strip().splitlines() or [type(own).__name__])[0]
     if cause := re.search(r"Caused by \w+\((.*)", text):
         text = cause[1].rpartition(": ")[2].strip("'\")>")
     return text[:200]

@@ -277,6 +277,7 @@ class LoggedRun:
             )
 
 
+@waits
 def unfinished_run(run_id: str) -> LoggedRun:
     """A run that is to be continued.
 

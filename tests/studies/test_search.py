@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import warnings
@@ -27,11 +28,13 @@ from cxr.config import TuneConfig
 from cxr.errors import MachineError, UserError
 from cxr.runs import train as pipeline
 from cxr.studies import optuna_study as study
-from cxr.studies import search
+from cxr.studies import patient_storage, search
 from cxr.studies import trial as trial_module
 from cxr.studies.optuna_study import slots
+from cxr.studies.patient_storage import PatientStorage
 from cxr.studies.search import open_worker, tune_tracked
 from cxr.tracking import nested
+from cxr.tracking.lifecycle import this_process
 from cxr.tracking.nested import children, make_child
 from cxr.tracking.reading import LoggedRun, Tag
 
@@ -347,6 +350,50 @@ def test_an_interrupted_refit_is_resumed(config: TuneConfig, monkeypatch: pytest
     assert result is not None
     refits = [run for run in family(config)[1] if run.tags.get("cxr.kind") == "refit"]
     assert [(run.run_id, run.status) for run in refits] == [(result.run_id, "FINISHED")]
+
+
+def test_a_refit_that_was_made_and_not_claimed_is_taken(config: TuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    refitting = config.replace(refit=True, trials=1, seed=7)
+
+    def stopped(*arguments: Any) -> str:
+        make_child(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(search, "make_child", stopped)
+        tune_tracked(refitting, quiet)
+    tune_tracked(refitting, quiet)
+    refits = [run for run in family(refitting)[1] if run.tags.get("cxr.kind") == "refit"]
+    assert [run.status for run in refits] == ["FINISHED"]
+
+
+def test_a_trial_whose_process_was_killed_is_ended_by_the_same_command(config: TuneConfig) -> None:
+    once = config.replace(trials=1, seed=8)
+    tune_tracked(once, quiet)
+    parent = family(once)[0].run_id
+    tags = {
+        Tag.PARENT: parent,
+        Tag.HOST: socket.gethostname(),
+        Tag.PROCESS: f"{2**22 + 1} 0 {this_process().split()[2]}",
+    }
+    client = mlflow.MlflowClient()
+    lost = client.create_run(mlflow.get_run(parent).info.experiment_id, tags=tags).info.run_id
+    tune_tracked(once.replace(trials=2), quiet)
+    assert client.get_run(lost).info.status == "KILLED"
+
+
+def test_no_worker_is_taken_for_dead_before_it_had_time_for_another_heartbeat(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune_tracked(config.replace(trials=1, seed=9), quiet)
+    storage, found = PatientStorage(config.storage, heartbeat_interval=1), [[1, 2], [2, 3]]
+    waited: list[float] = []
+    monkeypatch.setattr(patient_storage.time, "sleep", waited.append)
+    monkeypatch.setattr(PatientStorage, "_stale", lambda self, study: found.pop(0))
+    assert storage._get_stale_trial_ids(0) == [2]
+    assert len(waited) == 1
+    assert waited[0] > 1
+    storage.engine.dispose()
 
 
 def test_seeds_are_averaged(config: TuneConfig) -> None:
