@@ -160,7 +160,9 @@ def compared(name: str, expected: dict[str, dict[str, Any]], found: dict[str, di
     and nothing be left running."""
     open_runs = [run for run, content in found.items() if content["status"] != "FINISHED"]
     if name == "tune":
-        finished = [run for run, content in found.items() if content["status"] == "FINISHED" and run.startswith("trial")]
+        finished = [
+            run for run, content in found.items() if content["status"] == "FINISHED" and run.startswith("trial")
+        ]
         good = len(finished) == 12 and not any(found[run]["status"] == "RUNNING" for run in found)
         click.echo(f"  {name}: trials finished: {', '.join(sorted(finished))}; not finished: {open_runs or 'none'}")
         return good
