@@ -20,8 +20,8 @@ _TRANSACTIONS = (
     "mlflow.store.model_registry.sqlalchemy_store",
     "optuna.storages._rdb",
 )
-# Between the store's answer and MLflow's memory of it, a run would be left RUNNING that nobody knows; between the start of
-# a thread and the memory of it, a pool would have a thread that nothing ends, and the process would never exit.
+# Between the store's answer and MLflow's memory of it, a run would be left RUNNING that nobody knows; between the start
+# of a thread and the memory of it, a pool would have a thread that nothing ends, and the process would never exit.
 _WHOLE = (
     ("mlflow.tracking.fluent", "start_run"),
     ("mlflow.tracking.fluent", "end_run"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
 import pytest
@@ -14,6 +17,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from cxr.errors import Stopped
 from cxr.tracking.lifecycle import open_run
 from cxr.tracking.nested import ending, join_parent, open_parent
+from cxr.tracking.signals import in_transaction
 
 
 @pytest.mark.parametrize("moment", ["do_commit", "do_execute", "do_close", "do_rollback"])
@@ -84,3 +88,17 @@ def test_a_stop_that_compiled_code_hides_behind_an_error_is_a_stop(in_store: str
             raise ValueError("could not determine the shape") from None
     run = mlflow.get_run(tracker.run_id)
     assert (run.info.status, run.data.tags["cxr.error"]) == ("KILLED", "stopped by the user")
+
+
+def test_a_pool_that_starts_a_thread_is_not_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, seen = threading.Thread.start, list[bool]()
+
+    def noted(thread: threading.Thread) -> None:
+        seen.append(in_transaction(sys._getframe()))
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(int, "1").result() == 1
+    threading.Thread(target=int).start()
+    assert seen == [True, False]
