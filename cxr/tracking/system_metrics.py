@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cxr.tracking.outage import OUTAGE, reason_of
 from cxr.tracking.tracker import MlflowTracker
 
 
@@ -16,8 +17,8 @@ def system_metrics(tracker: MlflowTracker, resumed: bool) -> Iterator[None]:
     They go through the tracker: MLflow's own thread ends at the first call that the store does not answer.
     """
     monitor = _monitor(tracker, resumed)
-    monitor.start()
     try:
+        monitor.start()
         yield
     finally:
         monitor.finish()
@@ -32,13 +33,21 @@ def _monitor(tracker: MlflowTracker, resumed: bool) -> Any:
         """Does not ask the store whether the run is still there."""
 
         def monitor(self) -> None:
-            """Until the run ends."""
-            while not self._shutdown_event.is_set():
-                for _ in range(self.samples_before_logging):
-                    self.collect_metrics()
-                    if self._shutdown_event.wait(self.sampling_interval):
-                        return
-                self.publish_metrics(self.aggregate_metrics())
+            """Until the run ends, or cannot be logged to."""
+            while self._collected():
+                try:
+                    self.publish_metrics(self.aggregate_metrics())
+                except Exception as error:  # what the run itself logs next fails likewise, and says so
+                    OUTAGE.say(f"no more system metrics of run {tracker.run_id}: {reason_of(error)}")
+                    return
+
+        def _collected(self) -> bool:
+            """Whether the run is still at work once the samples of one entry are taken."""
+            for _ in range(self.samples_before_logging):
+                self.collect_metrics()
+                if self._shutdown_event.wait(self.sampling_interval):
+                    return False
+            return True
 
         def publish_metrics(self, metrics: dict[str, float]) -> None:
             """Under the names that MLflow's pages know."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -291,3 +292,22 @@ def test_what_was_left_is_in_the_store_before_a_run_goes_on(
     with open_run("broken", run_id=broken.run_id, outbox=lambda run_id: tmp_path / run_id) as again:
         assert dict(again.logged("loss")) == {0: 1.0, 1: 1 / 2, 2: 1 / 3}
     assert everything(broken.run_id) == everything(direct.run_id)
+
+
+def test_system_metrics_go_through_the_tracker_and_end_with_a_run_that_is_gone(
+    in_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    said = threading.Event()
+    logged: list[str] = []
+
+    def metrics(own: tracker.MlflowTracker, values: dict[str, float], step: int | None = None) -> None:
+        logged.extend(values)
+        if step == 2:
+            raise MlflowException("Run not found")
+
+    monkeypatch.setattr(tracker.MlflowTracker, "metrics", metrics)
+    with OUTAGE.restored(), open_run("measured"):
+        OUTAGE.allow(30, lambda line: said.set() if "no more system metrics" in line else None)
+        assert said.wait(20)
+    assert "system/cpu_utilization_percentage" in logged
