@@ -165,8 +165,8 @@ def _make_key(path: Path) -> None:
         os.unlink(name)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, wait: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk (unless `wait` is false) and rename it.
 
     Those that killed processes of this machine left for the same `path` are removed. Raises `UserError` when it cannot
     be written (disk full, say); `path` is then as it was.
@@ -179,7 +179,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with work.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if wait:
+                os.fsync(file.fileno())
         work.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__

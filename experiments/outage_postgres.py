@@ -12,7 +12,6 @@ docs/reliability.md. Needs PostgreSQL's binaries (`apt-get install postgresql`).
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,42 +26,12 @@ import psycopg
 from cxr.data.phantoms import write_synthetic
 from outage import TIMES, Server
 
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
+
+from postgres import Postgres, programs  # noqa: E402
+
 TRAIN = ("--weights", "random", "--image-size", "64", "--bootstrap", "0", "--threads", "1", "--epochs", "6")
 ANOTHER = ("unshare", "--uts", "sh", "-c", 'hostname another; exec "$@"', "sh")
-
-
-class Postgres:
-    """A PostgreSQL that can be stopped and started again."""
-
-    def __init__(self, port: int):
-        found = shutil.which("initdb")
-        places = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-        if not places:
-            raise click.UsageError("PostgreSQL is not installed: apt-get install postgresql")
-        self.folder = Path(tempfile.mkdtemp())
-        self.user: dict[str, Any] = {}
-        if os.geteuid() == 0:  # PostgreSQL refuses root
-            shutil.chown(self.folder, "postgres", "postgres")
-            self.user = {"user": "postgres", "group": "postgres", "cwd": "/"}
-        self.options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
-        self.url = f"postgresql://cxr@127.0.0.1:{port}"
-        self._run([str(places[-1] / "initdb"), "-D", f"{self.folder}/db", "-U", "cxr", "-A", "trust"])
-        self.control = [str(places[-1] / "pg_ctl"), "-D", f"{self.folder}/db", "-w", "-l", f"{self.folder}/log"]
-        self.start()
-        for name in ("mlflow", "optuna"):
-            with psycopg.connect(f"{self.url}/postgres", autocommit=True) as connection:
-                connection.execute(f"create database {name}")
-
-    def _run(self, command: Sequence[str]) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **self.user)
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        self._run([*self.control, "-o", self.options, "start"])
-
-    def stop(self) -> None:
-        """End its connections at once."""
-        self._run([*self.control, "-m", "fast", "stop"])
 
 
 class Place:
@@ -176,11 +145,16 @@ def compared(name: str, expected: dict[str, dict[str, Any]], found: dict[str, di
 @click.option("--only", type=click.Choice(["train", "tune", "compare"]), multiple=True, help="only these commands")
 def main(seconds: float, only: tuple[str, ...]) -> None:
     """Run all cases."""
+    if (found := programs()) is None:
+        raise click.UsageError("PostgreSQL is not installed: apt-get install postgresql")
     good = True
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         write_synthetic(work)
-        postgres = Postgres(20_000 + os.getpid() % 20_000)
+        postgres = Postgres(found)
+        for name in ("mlflow", "optuna"):
+            with psycopg.connect(f"{postgres.url}/postgres", autocommit=True) as connection:
+                connection.execute(f"create database {name}")
         server = Server(work, f"{postgres.url}/mlflow".replace("://", "+psycopg://", 1))
         try:
             for name in only or ("train", "tune", "compare"):
@@ -189,8 +163,7 @@ def main(seconds: float, only: tuple[str, ...]) -> None:
                 good &= compared(name, undisturbed, case(name, work, server, postgres, seconds))
         finally:
             server.kill()
-            postgres.stop()
-            shutil.rmtree(postgres.folder, ignore_errors=True)
+            postgres.remove()
     sys.exit(0 if good else 1)
 
 

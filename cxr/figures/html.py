@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -151,15 +151,20 @@ def html_page(page: Page) -> str:
 
 
 def _environment() -> Environment:
+    return template_environment("cxr.figures", {"picture": _picture, "table": _table, "rounded": _rounded}, html=True)
+
+
+def template_environment(package: str, filters: Mapping[str, Callable[..., object]], *, html: bool) -> Environment:
+    """The templates of a package, with further filters; what is filled into HTML is escaped."""
     environment = Environment(
-        loader=PackageLoader("cxr.figures"),
-        autoescape=True,
+        loader=PackageLoader(package),
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"picture": _picture, "table": _table, "rounded": _rounded}
+    environment.filters.update(filters)
     return environment
 
 

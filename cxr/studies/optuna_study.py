@@ -36,6 +36,7 @@ from cxr.config import (
 )
 from cxr.errors import UserError
 from cxr.studies.patient_storage import STORAGE, PatientStorage
+from cxr.tracking.outage import reason_of
 
 RUN, PARENT, REFIT, ERROR = "mlflow_run", "mlflow_parent", "refit", "error"
 PARENT_KEY = "mlflow_parent_key"
@@ -61,11 +62,9 @@ def storage_errors(url: str) -> Iterator[None]:
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats are marked experimental
             yield
     except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        reason = str(cause or error).strip().splitlines()[0][:200]
         missing = isinstance(error, ImportError) and url.startswith("postgresql")
         hint = "install the driver with `uv run --extra postgres …`" if missing else "check --storage"
-        raise UserError(f"--storage {without_password(url)}: {reason}; {hint}") from error
+        raise UserError(f"--storage {without_password(url)}: {reason_of(error)}; {hint}") from error
 
 
 @contextmanager

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
-from cxr.config import without_password
 from cxr.errors import MachineError, UserError
 from cxr.evaluation.metrics import DECISION_METRICS, METRICS
 from cxr.evaluation.report import format_interval
 from cxr.evaluation.subgroups import by_subtype
+from cxr.figures.html import template_environment
 from cxr.serving.predictor import ModelCard
 from cxr.task import KAGGLE, SUBTYPES, Task
 from cxr.tracking.descriptions import LONGEST, OF_CHAMPION, describe_model, describe_version
-from cxr.tracking.outage import waits
+from cxr.tracking.outage import pages_address, waits
 from cxr.tracking.reading import LoggedRun, Tag, data_sets, source_run
 from cxr.tracking.registry import DataKind, Registration, registered_as
 from cxr.tracking.store import one_at_a_time, store_errors
@@ -94,7 +94,7 @@ def write_card(uri: str, card: ModelCard, folder: Path) -> Path:
     text, run_id = card_text(subject), source_run(uri)
     if run_id:
         with suppress(MachineError):  # the run, or its artifacts, may be gone while the model is there
-            text = card_text(replace(subject, run=LoggedRun.open(run_id)), pages())
+            text = card_text(replace(subject, run=LoggedRun.open(run_id)), f"{pages_address()}/")
     try:
         file.write_text(text)
     except OSError as error:
@@ -111,24 +111,8 @@ def description(subject: Subject) -> str:
     return text[:longest]
 
 
-def pages() -> str:
-    """The address of MLflow's pages: that of the tracking store, or that of `mlflow ui`."""
-    import mlflow
-
-    uri = without_password(mlflow.get_tracking_uri())
-    return f"{uri.rstrip('/')}/" if uri.startswith("http") else "http://127.0.0.1:5000/"
-
-
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("cxr.tracking"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"plain": _plain, "row": _row, "interval": format_interval}
-    return environment
+    return template_environment("cxr.tracking", {"plain": _plain, "row": _row, "interval": format_interval}, html=False)
 
 
 def _plain(text: str) -> str:

@@ -140,6 +140,12 @@ def store_address() -> str:
     return without_password(mlflow.get_tracking_uri())
 
 
+def pages_address() -> str:
+    """The address of MLflow's pages: that of a server, else that of `mlflow ui`."""
+    uri = store_address()
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of an error of the store; of a failed request, the innermost cause.
 

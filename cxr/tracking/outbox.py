@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Condition, Thread
 
 from cxr.errors import MachineError
+from cxr.storage import write_atomically
 from cxr.tracking.delivery import Entry, deliver
 from cxr.tracking.outage import OUTAGE, RETRY, is_outage, store_address
 
@@ -146,15 +147,8 @@ class Outbox:
         return self.folder / f"{number:06}.json"
 
     def _write(self, number: int, entry: Entry) -> None:
-        path, work = self._entry(number), self.folder / f"{number:06}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            work.write_text(json.dumps(entry))
-            work.replace(path)
-        except OSError as error:
-            raise MachineError(
-                f"{path}: cannot be written ({error.strerror}); free space there or name another --cache-dir"
-            ) from error
+        text = json.dumps(entry).encode()
+        write_atomically(self._entry(number), lambda file: file.write(text), wait=False)
 
     def _deliver(self, number: int, entry: Entry) -> None:
         deliver(self.run_id, entry, self.folder)

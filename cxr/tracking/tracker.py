@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr.config import without_password
 from cxr.figures.style import save_png
 from cxr.tracking.delivery import (
     Entry,
@@ -23,9 +22,9 @@ from cxr.tracking.delivery import (
     params_entry,
     tags_entry,
 )
-from cxr.tracking.outage import OUTAGE, waits
+from cxr.tracking.outage import OUTAGE, pages_address, store_address, waits
 from cxr.tracking.outbox import Outbox
-from cxr.tracking.reading import Artifact, RunKind, metric_history
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind, metric_history
 from cxr.tracking.views import OPENS, key_of, name_of, saved_view, state_of
 
 Say = Callable[[str], object]
@@ -152,7 +151,7 @@ class MlflowTracker:
     def deliver_left(self) -> None:
         """Deliver what an earlier attempt at the run had no time for. Raises what MLflow raises."""
         if self._folder is not None and Outbox(self.run_id, self._folder).deliver_left():
-            self._metrics = set(mlflow_run(self.run_id).data.metrics)
+            self._metrics = set(LoggedRun.open(self.run_id).metrics)
 
     def write_ahead(self, patience: float, say: Say) -> None:
         """To the folder that `open_run` was given, if any."""
@@ -249,21 +248,11 @@ class MlflowTracker:
     def where(self, kind: RunKind | None = None, rates: Sequence[str] = ()) -> list[str]:
         """The command that opens the UI, and the pages that matter: for a parent of a `kind`, the view of its children
         and its own page; else the run's report and the view of all runs."""
-        import mlflow
-
-        uri = without_password(mlflow.get_tracking_uri())
-        remote = uri.startswith("http")
-        base = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
-        experiment = f"{base}/#/experiments/{self.experiment_id}"
+        uri = store_address()
+        ui = [] if uri.startswith("http") else [f"mlflow ui --backend-store-uri {uri}"]
+        experiment = f"{pages_address()}/#/experiments/{self.experiment_id}"
         key, name, state = key_of(kind, self.run_id), name_of(kind, self.run_id), state_of(kind, self.run_id, rates)
         view = f"{experiment}/{saved_view(self.experiment_id, key, state, name)}"
         report = "" if kind else f"/artifacts/{Artifact.REPORT}"
         own = f"{experiment}/runs/{self.run_id}{report}?{OPENS}"
-        return [*([] if remote else [f"mlflow ui --backend-store-uri {uri}"]), *([view, own] if kind else [own, view])]
-
-
-def mlflow_run(run_id: str) -> Any:
-    """The run as MLflow has it."""
-    import mlflow
-
-    return mlflow.get_run(run_id)
+        return [*ui, *([view, own] if kind else [own, view])]

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browser import needs_chromium, seen
+from browser import seen
 from matplotlib.figure import Figure
 from PIL import Image
+from visit import needs_chromium
 
 from cxr.audit.checks import Finding
 from cxr.figures.html import Matrix, Number, Section, html_page, html_report

@@ -9,9 +9,10 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from browser import needs_chromium, printed_pages, seen
+from browser import printed_pages, seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from visit import needs_chromium
 
 from cxr.config import TrainConfig
 from cxr.evaluation.calibration import IDENTITY

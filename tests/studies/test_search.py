@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from command import run_main
 from mlflow.entities import Run
 from optuna.trial import TrialState
+from postgres import Postgres, programs
 from small import quiet, small
 from started import Started
 
@@ -543,32 +543,17 @@ def test_a_search_killed_during_a_trial_continues_to_exactly_its_number_of_trial
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of an empty database on a new server. Needs the PostgreSQL binaries, which .ci/run installs."""
-    places = [Path(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    programs = next((place for place in places if (place / "initdb").exists()), None)
-    found = shutil.which("initdb")
-    programs = programs or (Path(found).parent if found else None)
-    if programs is None and "CI" not in os.environ:
+    found = programs()
+    if found is None and "CI" not in os.environ:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    assert programs, "PostgreSQL is not installed"
-    folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses root
-        shutil.chown(folder, "postgres", "postgres")
-        user = {"user": "postgres", "group": "postgres", "cwd": "/"}
-    port = str(20_000 + os.getpid() % 20_000)
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    quiet = {"check": True, "stdout": subprocess.DEVNULL}
-    initdb = [str(programs / "initdb"), "-D", f"{folder}/db", "-U", "cxr", "-A", "trust"]
-    subprocess.run(initdb, **quiet, **user)  # type: ignore[call-overload]
-    control = [str(programs / "pg_ctl"), "-D", f"{folder}/db", "-w", "-l", f"{folder}/log"]
-    subprocess.run([*control, "-o", options, "start"], **quiet, **user)  # type: ignore[call-overload]
+    assert found, "PostgreSQL is not installed"
+    server = Postgres(found, "-c fsync=off")
     try:
-        yield f"postgresql://cxr@127.0.0.1:{port}/postgres"
+        yield f"{server.url}/postgres"
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], **quiet, **user)  # type: ignore[call-overload]
-        shutil.rmtree(folder, ignore_errors=True)
+        server.remove()
 
 
 @pytest.mark.slow

@@ -5,14 +5,10 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
 # The page is in a frame of the width to test, as windows have a least width; a script outside of it measures.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><body><iframe srcdoc="{page}" style="width:{width}px;height:900px">
 </iframe><pre></pre><script>
