@@ -225,8 +225,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def remove_folder(folder: Path) -> None:
     """Remove a folder that other processes may be looking for, or removing, too.
 
-    Renamed first, so that nobody finds half of it.
+    Renamed first, so that nobody finds half of it. What killed processes of this machine left of theirs is removed.
     """
+    _remove_abandoned(folder.parent)
     work = _work_folder(folder.parent)
     with suppress(FileNotFoundError):
         folder.rename(work / "removed")

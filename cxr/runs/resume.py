@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
-from cxr.storage import Cache, exclusive
+from cxr.storage import Cache, exclusive, remove_folder
 from cxr.tracking.outage import is_outage
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
@@ -41,7 +40,7 @@ def remove_finished(config: TrainConfig) -> None:
         try:
             if LoggedRun.open(folder.name).finished:
                 with exclusive(folder):
-                    shutil.rmtree(folder)
+                    remove_folder(folder)
         except UserError as error:  # a run of another store, or at work
             if is_outage(error):  # whoever begins a run says so, once
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -38,7 +37,7 @@ from cxr.runs.record import log_end, log_start, views_figure
 from cxr.runs.reports import before_training, outputs_of, reports
 from cxr.runs.result import RunResult
 from cxr.runs.resume import checkpoints_of, outbox_of, recorded_config, remove_finished
-from cxr.storage import Cache, exclusive
+from cxr.storage import Cache, exclusive, remove_folder
 from cxr.tracking.lifecycle import existing_run, open_run
 from cxr.tracking.reading import Artifact, Tag
 from cxr.tracking.tracker import NullTracker, Tracker
@@ -105,7 +104,7 @@ def run_tracked(
             stack.enter_context(exclusive(checkpoints_of(config, tracker.run_id)))
         result = run(config, tracker, say)
         lines = [*summary(config, result, decision_table), result.registered, *links(config, tracker)]
-    shutil.rmtree(checkpoints_of(config, tracker.run_id))
+    remove_folder(checkpoints_of(config, tracker.run_id))  # a run that begins may be removing it, too
     say("\n" + "\n".join(lines))
     return result
 
