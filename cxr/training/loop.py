@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from cxr.data.views import Batch
 from cxr.errors import FreezeError, UserError
 from cxr.network.freezing import FreezeProof, apply_phase, bit_sums, checksum, stage_state
-from cxr.network.inference import autocast, infer
+from cxr.network.inference import infer
 from cxr.network.stages import stage_modules, stages_of
 from cxr.strategies import Phase
 from cxr.training import distributed as parallel
 from cxr.training.averaging import WeightAverage
 from cxr.training.checkpoint import Checkpoints
-from cxr.training.faster import Fast, Suffix
+from cxr.training.faster import Compiled, RecordedStep, Step, Suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class Schedule:
 
     `phases` and the learning rate of each, in order; the maximum of epochs per phase; Adam's L2 penalty; StepLR; epochs
     without improvement before a phase stops; precision (fp32, bf16, fp16); `select`, the validation metric that picks
-    the best epoch; `compile`, what makes steps faster (`Fast`); `average`: `sma` validates, saves and returns the mean
-    of the weights over the steps from the second epoch of the last phase on (`WeightAverage`), `none` the weights;
-    `seed`, of dropout and stochastic depth.
+    the best epoch; `compile`, what makes steps faster: `inductor` (`Compiled`), `graphs` (`RecordedStep`) or `none`;
+    `average`: `sma` validates, saves and returns the mean of the weights over the steps from the second epoch of the
+    last phase on (`WeightAverage`), `none` the weights; `seed`, of dropout and stochastic depth.
     """
 
     phases: tuple[Phase, ...]
@@ -109,9 +109,9 @@ class Progress:
 
 
 class PhaseTrainer:
-    """What trains one phase: optimizer, scheduler and scaler over what the phase trains, and the trainable stages."""
+    """What trains one phase: optimizer, scheduler and scaler over what the phase trains, and its step."""
 
-    def __init__(self, model: nn.Module, phase: Phase, rate: float, schedule: Schedule):
+    def __init__(self, model: nn.Module, phase: Phase, rate: float, schedule: Schedule, class_weights: Tensor):
         device = next(model.parameters()).device
         trained = [module for stage in phase.trainable for module in stage_modules(model, stage)]
         parallel.share_batchnorm(model, trained, device)
@@ -121,8 +121,9 @@ class PhaseTrainer:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, schedule.step_size, schedule.gamma)
         self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         suffix = Suffix(model, phase.trainable)
-        compiled = suffix if schedule.compile == "none" else Fast(suffix, schedule.compile)
-        self.suffix = parallel.data_parallel(compiled)
+        network = parallel.data_parallel(Compiled(suffix) if schedule.compile == "inductor" else suffix)
+        self.plain = Step(network, self.optimizer, self.scaler, class_weights, schedule.precision)
+        self.step = RecordedStep(self.plain) if schedule.compile == "graphs" else self.plain
 
     def state(self) -> dict[str, Any]:
         """The state of optimizer, scheduler and scaler."""
@@ -168,7 +169,8 @@ class Loop:
 
     def _trainer(self) -> PhaseTrainer:
         self.data.enter(self.phase)
-        return PhaseTrainer(self.model, self.phase, self.schedule.rates[self.progress.phase], self.schedule)
+        rate = self.schedule.rates[self.progress.phase]
+        return PhaseTrainer(self.model, self.phase, rate, self.schedule, self.class_weights)
 
     def _average(self) -> WeightAverage | None:
         last = self.progress.phase + 1 == len(self.phases)
@@ -357,24 +359,15 @@ def _require_frozen(loop: Loop, unmoved: bool) -> None:
 def _train(loop: Loop, batches: Iterable[Batch]) -> tuple[float, float, int]:
     """One pass. Returns (weighted loss, accuracy, images); the sums stay on the device until the end."""
     apply_phase(loop.model, loop.phase)
-    sums = torch.zeros(3, device=loop.device)  # of losses, class weights, correct predictions
     images, trainer = 0, loop.trainer
     average = loop.average if loop.progress.phase_epoch else None
+    trainer.plain.clear()
     for features, labels in _seeded(batches, loop.schedule.seed, loop.progress.epoch):
-        with autocast(loop.device, loop.schedule.precision):
-            logits = trainer.suffix(features).float()
-        losses = F.cross_entropy(logits, labels, loop.class_weights, reduction="none")
-        weight = loop.class_weights[labels].sum()
-        share = parallel.summed(weight.clone()) / parallel.size()  # gradients are averaged over the processes
-        trainer.optimizer.zero_grad()
-        trainer.scaler.scale(losses.sum() / share).backward()  # type: ignore[no-untyped-call]
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
+        trainer.step(features, labels)
         if average:
             average.update()
-        right = (logits.detach().argmax(1) == labels).sum()
-        sums += torch.stack([losses.detach().sum(), weight, right])
         images += len(labels)
+    sums = trainer.plain.sums
     loss, weights, correct, shown = parallel.summed(torch.cat([sums, sums.new_tensor([images])])).tolist()
     return loss / weights, correct / shown, int(shown)
 

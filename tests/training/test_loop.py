@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrow import FEATURES, narrow_resnet
+from narrow import narrow_resnet
 from sklearn.metrics import roc_auc_score
 from some import some
 from torch import Tensor
@@ -28,10 +28,11 @@ from cxr.network.inference import infer
 from cxr.network.stages import run_stages
 from cxr.network.weights import StateDict
 from cxr.strategies import HEAD, STAGES, STRATEGIES, TOP, Phase
+from cxr.training import faster
 from cxr.training import loop as train_module
 from cxr.training.batch_source import BatchSource, SourceSettings
 from cxr.training.checkpoint import LAST, Checkpoints
-from cxr.training.faster import Fast, Suffix
+from cxr.training.faster import Step
 from cxr.training.loop import EpochRecord, Schedule, class_weights, fit
 
 Splits = tuple[Split, Split]
@@ -538,18 +539,30 @@ def test_compiled_steps_take_the_same_way(few: Splits, tmp_path: Path, monkeypat
     assert used == [4] * 2 * len(ways[0])  # eleven images in fours: the last three go as they are
 
 
-def test_recorded_steps_leave_batchnorm_as_it_was(tiny: ResNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(twin: Suffix, sample: tuple[Tensor]) -> Callable[[Tensor], Tensor]:
-        for _ in range(3):  # the passes that warm up
-            twin(*sample)
-        twin.stages = ()  # as a recording, which replaces what the twin does
-        return lambda features: torch.full((len(features), 2), 7.0)
+def test_recorded_steps_take_the_same_way(few: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[float] = []
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    apply_phase(tiny, TOP)
-    before = clone(tiny.state_dict())
-    fast = Fast(Suffix(tiny, TOP.trainable), "graphs")
-    features = torch.randn(4, FEATURES // 2, 2, 2)
-    assert torch.equal(fast(features), torch.full((4, 2), 7.0))
-    assert equal(before, tiny.state_dict())
-    assert not torch.equal(fast(features[:3]), torch.full((3, 2), 7.0))
+    def record(step: Step, inputs: tuple[Tensor, Tensor]) -> Callable[[], None]:
+        recorded.append(step.optimizer.param_groups[0]["lr"])
+        return lambda: step(*inputs)  # as a graph, which knows the memory of its inputs only
+
+    monkeypatch.setattr(faster, "record", record)
+    ways = []
+    for how in ("none", "graphs"):
+        model, rates = narrow_resnet(), {"head": 1e-3, "top": 1e-4}
+        options: dict[str, Any] = {"compile": how, "rates": rates, "epochs": 5, "step_size": 2, "patience": 9}
+        records = list(start(model, few, tmp_path / how, (HEAD, TOP), **options))
+        ways.append((without_timings(records), clone(model.state_dict())))
+    (plain, weights), (fast, same) = ways
+    assert plain == fast
+    assert equal(weights, same)
+    # Eleven images in fours are two whole batches an epoch; the fourth of a phase is the first that is recorded.
+    assert recorded == pytest.approx([1e-3, 5e-4, 25e-5, 1e-4, 5e-5, 25e-6])
+
+
+def test_an_optimizer_is_marked_as_recordable_only_while_it_is_recorded(tiny: ResNet) -> None:
+    optimizer = torch.optim.Adam(tiny.parameters(), fused=True)
+    with suppress(ValueError), faster._capturable(optimizer):
+        assert optimizer.param_groups[0]["capturable"]
+        raise ValueError
+    assert optimizer.param_groups[0]["capturable"] is False
