@@ -198,8 +198,9 @@ def cases(base: TrainConfig) -> Iterator[Case]:
             yield case("inductor", arch=arch, strategy="full", compile="inductor", weights="random")
         for arch, strategy in product(reversed(OTHERS), ("full", "partial")):
             yield case("graphs", arch=arch, strategy=strategy, weights="random")
+        yield case("graphs", strategy="full", precision="fp16")
         for strategy in STRATEGIES:
-            yield case("graphs", strategy=strategy, epochs=2)
+            yield case("graphs", strategy=strategy, epochs=3, step_size=2)  # recorded again for another learning rate
     for strategy in STRATEGIES:
         yield case("resume", strategy=strategy, epochs=3)
         yield case("twice", strategy=strategy, epochs=2)
