@@ -179,7 +179,7 @@ class TrainConfig:
     )
     compile: str = param(
         "auto",
-        "make training steps faster: graphs (CUDA graphs), inductor (torch.compile, for long runs) or none; auto is "
+        "make training steps faster: graphs (CUDA graphs), inductor (torch.compile) or none; auto is "
         "graphs on one GPU, else none",
         choices=("auto", "none", "inductor", "graphs"),
         same=("none", "auto", "graphs"),  # graphs run the kernels that run without them (experiments/gpu_check.py)

@@ -19,6 +19,7 @@ from cxr.errors import UserError
 from cxr.evaluation.predictions import logits_of
 from cxr.evaluation.report import weighted_loss
 from cxr.figures.html import html_page
+from cxr.machine import Machine, describe, ready_machine
 from cxr.network.ensemble import Ensemble, combined
 from cxr.network.freezing import count_parameters
 from cxr.runs.messages import Say, decision_lines
@@ -40,13 +41,15 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """An ensemble before it is logged: its network, its card, the reports, and the losses that rank it."""
+    """An ensemble before it is logged: its network, its card, the reports, the losses that rank it, and the device
+    that it was shown the stressed images on."""
 
     network: Ensemble
     card: ModelCard
     reports: Reports
     losses: dict[str, float]
     stressed: dict[str, float]
+    device: str
 
 
 def ensemble_tracked(
@@ -147,12 +150,20 @@ def _whole(config: TrainConfig, data: Data, runs: Sequence[LoggedRun], predictor
         familiar,
     )
     found = reports(config, data, outputs)
-    stressed = stressed_validation(config, data, network)
+    machine = _machine(config)
+    stressed = stressed_validation(config, data, network.to(machine.device))
     weights = class_weights(data.part("train")["label"].to_numpy(np.int64))
     labels = torch.tensor(found.val.labels)
     losses = {"val_loss": weighted_loss(torch.from_numpy(member_logits(runs, "val")), labels, weights)}
     card = _card(predictors, found)
-    return Whole(network, card, found, losses | {"stressed_val_loss": stressed["stressed_val_loss"]}, stressed)
+    losses["stressed_val_loss"] = stressed["stressed_val_loss"]
+    return Whole(network.cpu(), card, found, losses, stressed, describe(machine.device))
+
+
+def _machine(config: TrainConfig) -> Machine:
+    """A GPU if there is one, wherever the members were trained, unless they were told to use the CPU; all its cores."""
+    device = "cpu" if config.device == "cpu" else "auto"
+    return ready_machine(replace(config, device=device, precision="fp32", compile="none", threads=0))
 
 
 def _card(predictors: Sequence[Predictor], found: Reports) -> ModelCard:
@@ -178,7 +189,7 @@ def _log(
     tracker.params({"ensemble.runs": " ".join(run.run_id for run in runs), **flatten(config), **own})
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
-    tracker.tags(held_out | _tags(data, card))
+    tracker.tags(held_out | _tags(data, card) | {Tag.DEVICE: whole.device})
     val, test = whole.reports.val, whole.reports.test
     tracker.table(data.manifest, Artifact.MANIFEST)
     note_data(tracker, data)

@@ -159,11 +159,11 @@ def chosen_threshold(config: TrainConfig, labels: Ints, probabilities: Floats) -
 
 
 def stressed_validation(config: TrainConfig, data: Data, model: nn.Module) -> dict[str, float]:
-    """The metrics of the validation images under the stresses, of a model on the CPU."""
+    """The metrics of the validation images under the stresses, in fp32, on the model's device."""
     val, train = make_split(data.manifest, data.store, "val"), data.part("train")
     parts = stressed_parts(val, len(train), config.stresses)
     orders = {view: straight_order(part, config.batch_size) for view, part in parts.items()}
-    device = torch.device("cpu")
+    device = next(model.parameters()).device
     shown = (batch for view, part in parts.items() for batch in view_batches(part, orders[view], 0, view, device))
     weights = class_weights(train["label"].to_numpy(np.int64))
     return stressed_metrics(*infer(model, shown), weights, stress_sizes(parts))

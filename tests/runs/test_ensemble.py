@@ -77,6 +77,7 @@ def test_it_is_verified_from_its_members_and_images(whole: LoggedRun, in_store: 
     findings = verify(whole.run_id)
     assert [finding.line() for finding in findings if not finding.ok] == []
     assert "2 members" in [finding.detail for finding in findings]
+    assert whole.tags["device"].startswith("cpu (")
     altered = whole.predictions("test")
     altered.loc[0, "logit_pneumonia"] += 1.0
     with mlflow.start_run(whole.run_id):
@@ -86,6 +87,19 @@ def test_it_is_verified_from_its_members_and_images(whole: LoggedRun, in_store: 
     with mlflow.start_run(whole.run_id):
         altered.loc[0, "logit_pneumonia"] -= 1.0
         mlflow.log_text(altered.to_csv(index=False), "tables/test_predictions.csv")
+
+
+@pytest.mark.parametrize(("device", "fine"), [("cuda (some GPU)", True), ("cpu (2 threads)", False)])
+def test_a_loss_that_a_gpu_measured_may_differ_a_little(
+    whole: LoggedRun, in_store: str, device: str, fine: bool
+) -> None:
+    client, run_id, loss = MlflowClient(), whole.run_id, whole.metric("stressed_val_loss")
+    client.set_tag(run_id, "device", device)
+    client.log_metric(run_id, "stressed_val_loss", 1.005 * loss)
+    found = {finding.check: finding.ok for finding in verify(run_id)}
+    client.log_metric(run_id, "stressed_val_loss", loss)
+    client.set_tag(run_id, "device", whole.tags["device"])
+    assert found["stressed validation from model and data"] is fine
 
 
 def test_it_is_exported_and_explained(whole: LoggedRun, in_store: str, phantoms: Path, tmp_path: Path) -> None:
