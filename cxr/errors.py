@@ -6,7 +6,13 @@ import errno
 
 
 class UserError(Exception):
-    """Invalid input. The message says what is wrong, where, and how to fix it."""
+    """Invalid input. The message says what is wrong, where, and how to fix it.
+
+    It is one line whatever it quotes: characters that cannot be printed, such as ends of lines, are shown escaped.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
 class MachineError(UserError):

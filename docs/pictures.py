@@ -11,6 +11,7 @@ NAME_dark.png into experiments/pictures, each below 200 kB. Needs Chromium. Show
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -33,8 +34,9 @@ from cxr.tracking.reading import Artifact, LoggedRun
 PICTURES = Path(__file__).parents[1] / "experiments" / "pictures"
 THEMES = ("light", "dark")
 LARGEST = 200_000  # bytes
-COLORS = 128  # enough for text and charts
-MLFLOW_THEME = "localStorage.setItem('_mlflow_dark_mode_toggle_enabled', {})"
+COLORS = 256
+# MLflow's settings in the browser: its theme, and its assistant closed.
+MLFLOW_SETTINGS = {"mlflow.assistant.panelOpen_v1": "false", "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true"}
 
 
 @contextmanager
@@ -63,7 +65,9 @@ def browser_page(theme: str, width: int, height: int) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)  # type: ignore[arg-type]
-        page.add_init_script(f"try {{ {MLFLOW_THEME.format(str(theme == 'dark').lower())} }} catch {{}}")
+        settings = {**MLFLOW_SETTINGS, "_mlflow_dark_mode_toggle_enabled": str(theme == "dark").lower()}
+        page.add_init_script(f"""if (location.protocol !== "file:")
+            for (const [name, value] of Object.entries({json.dumps(settings)})) localStorage.setItem(name, value);""")
         yield page
         browser.close()
 
@@ -88,8 +92,8 @@ def draw_mlflow(parent: LoggedRun) -> None:
             for name, more, size in (("runs", "", (1400, 620)), ("charts", "&compareRunsMode=CHART", (1400, 900))):
                 with browser_page(theme, *size) as page:
                     page.goto(experiment + more)
-                    page.wait_for_load_state("networkidle")
-                    page.wait_for_timeout(4000)  # its charts are animated
+                    page.get_by_text("test_roc_auc").first.wait_for()
+                    page.wait_for_timeout(6000)  # it draws piece by piece
                     save(f"mlflow_{name}", theme, page.screenshot())
 
 

@@ -2,11 +2,12 @@
 
     uv run python experiments/bench_overhead.py --data-dir KAGGLE --strategies frozen,partial --epochs 8
 
-Results by hand in LOG.md: "2026-11-26: what surrounds training, `frozen` with everything kept".
+Result in LOG.md: "2026-11-26: what surrounds training, again".
 
 Of each strategy the command `cxr train` runs `--repeats` times on one cache, after a first time that fills it (decoded
-images, audit, activations); then `cxr compare` with as many seeds, one after the other. Beyond training is the wall
-time of the command, or from start to end of the run in MLflow, less the seconds of its epochs and of their validation.
+images, audit, activations); then `cxr compare` with one seed more, one after the other. Beyond training is the wall
+time of the command, or, in a comparison, the time since the run before ended (so not of the first run), less the
+seconds of the run's epochs and of their validation.
 `--profile FILE` writes a profile of one more `cxr train` of the last strategy, for `python -m pstats FILE`.
 """
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -65,9 +67,9 @@ def measured(work: Path, strategy: str, repeats: int, options: list[str]) -> Ite
         seconds = run_cxr(work, "train", "--strategy", strategy, *options)
         way = f"train, {number}" if number else "train, first"
         yield row(way, strategy, newest_runs(1)[0], seconds)
-    run_cxr(work, "compare", "--strategies", strategy, "--seeds", str(repeats), "--jobs", "1", *options)
-    for run in newest_runs(repeats):
-        yield row("of a comparison", strategy, run, (run.info.end_time - run.info.start_time) / 1000)
+    run_cxr(work, "compare", "--strategies", strategy, "--seeds", str(repeats + 1), "--jobs", "1", *options)
+    for before, run in pairwise(sorted(newest_runs(repeats + 1), key=lambda run: run.info.end_time)):
+        yield row("of a comparison", strategy, run, (run.info.end_time - before.info.end_time) / 1000)
 
 
 @click.command()
@@ -75,6 +77,7 @@ def measured(work: Path, strategy: str, repeats: int, options: list[str]) -> Ite
 @click.option("--strategies", default="frozen,partial", show_default=True)
 @click.option("--repeats", type=AT_LEAST_1, default=3, show_default=True)
 @click.option("--epochs", type=AT_LEAST_1, default=8, show_default=True)
+@click.option("--views", type=AT_LEAST_1, default=6, show_default=True, help="fewer are sooner there for new seeds")
 @click.option("--weights", default="random", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--figures", default="all", show_default=True)

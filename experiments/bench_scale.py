@@ -2,7 +2,7 @@
 
     uv run python experiments/bench_scale.py --films 6000,24000,96000
 
-Result in LOG.md: "2026-11-26: from 6,000 to 96,000 films".
+Result in LOG.md: "2026-11-26: from 6,000 to 96,000 films, again".
 
 The films are made: smooth random fields as JPEG of 224 pixels, four for each patient, a tenth of them test. Each step
 is a process of its own on the same cache folder: index (digests of all files), decode, audit, open again (index and

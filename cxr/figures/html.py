@@ -121,24 +121,6 @@ class _Picture:
     width: int
 
 
-def html_report(
-    title: str,
-    verdict: str,
-    notes: Sequence[str],
-    tables: Mapping[str, pd.DataFrame],
-    figures: Mapping[str, Figure],
-    matrices: Mapping[str, Matrix] | None = None,
-) -> str:
-    """The page of a comparison: the verdict, notes, tables, confusion matrices and figures, as `html_page`."""
-    sections = [
-        Section("Notes", notes=notes),
-        Section("Tables", tables=tables),
-        Section("Decisions", matrices=matrices or {}),
-        Section("Figures", figures=figures),
-    ]
-    return html_page(Page(title, verdict, sections))
-
-
 def html_page(page: Page) -> str:
     """One self-contained page, for light and dark screens of any width and for paper.
 

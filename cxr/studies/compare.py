@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from cxr.config import NEUTRAL, CompareConfig, TrainConfig
 from cxr.errors import UserError
 from cxr.evaluation.metrics import Floats, Ints, counts_of
-from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.paired import (
     PRIMARY,
     RunData,
@@ -26,36 +25,23 @@ from cxr.evaluation.paired import (
     strategy_table,
 )
 from cxr.evaluation.predictions import arrays_of, decided, matrix_of
-from cxr.evaluation.report import format_interval
 from cxr.evaluation.verdict import Verdict, decide
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures import strategies as draw
-from cxr.figures.html import Matrix, html_report
+from cxr.figures.html import Matrix, html_page
 from cxr.runs.ensemble import ensemble_tracked
 from cxr.runs.messages import Say
 from cxr.strategies import STRATEGIES
+from cxr.studies.comparison_page import Results, comparison_page
 from cxr.studies.family import run_family
-from cxr.task import Task
 from cxr.tracking.nested import children, ending, join_parent, log_once, open_parent
 from cxr.tracking.reading import Artifact, LoggedRun, RunKind, Tag, plot_path
 from cxr.tracking.store import prepare
 from cxr.tracking.tracker import MlflowTracker
 
 COST = ("parameters_trained", "total_seconds", "peak_memory_mb")
-SHOWN = (
-    "roc_auc",
-    "pr_auc",
-    "accuracy",
-    "balanced_accuracy",
-    "recall",
-    "specificity",
-    "chosen_accuracy",
-    "brier",
-    "ece",
-)
 BARS = ("roc_auc", "accuracy", "recall", "specificity")
 RESAMPLES = 2000
-SIDE_BY_SIDE = 4  # columns of text that fit on a page
 
 
 def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
@@ -70,9 +56,9 @@ def compare_tracked(config: CompareConfig, say: Say = print) -> Verdict:
     tags: dict[str, str] = {Tag.KIND: RunKind.COMPARISON}
     with run_family(config, _members(config), name, tags, say) as (parent, run_ids):
         runs = [load_run(run_id, subject) for run_id in run_ids]
-        verdict = _publish(parent, runs, config.margin)
         if config.ensemble:
             _ensembles(config, parent.run_id, runs, say)
+        verdict = _publish(parent, runs, config.margin)
     say("\n" + "\n".join([*sentences(verdict), *_links(parent, run_ids, RunKind.COMPARISON)]))
     return verdict
 
@@ -184,70 +170,14 @@ def _publish(parent: MlflowTracker, runs: Sequence[RunData], margin: float) -> V
     parent.table(pairs, Artifact.PAIRS)
     for name, figure in figures.items():
         parent.figure(figure, plot_path(name, "comparison"))
-    tables = {
-        "Test metrics (mean over seeds)": _upright(_readable(table)),
-        **({} if runs[0].task.binary else {"Test metrics of each class": _of_each_class(table, runs[0].task)}),
-        "Pairs (test ROC-AUC)": pairs,
-        "Cost and stability": _upright(stability),
-    }
-    lines, remarks = sentences(verdict), notes(runs, margin)
-    heading = "Fine-tuning strategies compared" if subject is Subject.STRATEGY else "Backbones compared"
     decisions = {name: Matrix(counts, runs[0].task.classes) for name, counts in _mean_counts(runs).items()}
-    parent.text(_page(heading, lines, remarks, tables, decisions, figures), Artifact.COMPARISON_REPORT)
+    ensembles = [run for run in children(parent.run_id) if run.kind is RunKind.ENSEMBLE and run.finished]
+    results, remarks = Results(verdict, table, pairs, stability, decisions, ensembles), notes(runs, margin)
+    parent.text(html_page(comparison_page(runs, results, figures, remarks)), Artifact.COMPARISON_REPORT)
     log_once(parent, {f"{s}_{m}": float(table.loc[s, m]) for s in table.index for m in ("roc_auc", "accuracy")})
+    lines = sentences(verdict)
     parent.tags({Tag.VERDICT: lines[-1], Tag.DESCRIPTION: "\n\n".join([*lines, *remarks])})
     return verdict
-
-
-def _page(
-    heading: str,
-    lines: Sequence[str],
-    remarks: Sequence[str],
-    tables: Mapping[str, pd.DataFrame],
-    decisions: Mapping[str, Matrix],
-    figures: Mapping[str, Figure],
-) -> str:
-    """The HTML report: the first and last sentence of the verdict on top, the others before the notes."""
-    head = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
-    rule = "" if any(len(each.classes) > 2 for each in decisions.values()) else " at a threshold of 0.5"
-    matrices = {f"{name}: decisions on test{rule}, mean over seeds": each for name, each in decisions.items()}
-    captioned = {figure.get_suptitle(): figure for name, figure in figures.items() if name != "confusion"}
-    return html_report(heading, head, [*lines[1:-1], *remarks], tables, captioned, matrices)
-
-
-def _upright(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of few strategies on its side, so that it is not wider than a page."""
-    return table.T if len(table) <= SIDE_BY_SIDE else table
-
-
-def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The table's metrics as text, such as `0.9700 [0.9551, 0.9812], sd 0.0021`."""
-    return pd.DataFrame(
-        {
-            name: [
-                f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
-                + (f", sd {row[f'{name}_sd']:.4f}" if np.isfinite(row[f"{name}_sd"]) else "")
-                for _, row in table.iterrows()
-            ]
-            for name in SHOWN
-            if name in table
-        },
-        index=table.index,
-    )
-
-
-def _of_each_class(table: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """A row for each strategy and class, its metrics as text."""
-    rows = [
-        {"strategy": strategy, "class": name}
-        | {
-            metric: format_interval(tuple(row[f"{metric}_of_{slug}{end}"] for end in ("", "_low", "_high")))
-            for metric in PER_CLASS
-        }
-        for strategy, row in table.iterrows()
-        for name, slug in zip(task.classes, task.slugs, strict=True)
-    ]
-    return pd.DataFrame(rows).set_index("strategy")
 
 
 def notes(runs: Sequence[RunData], margin: float) -> list[str]:

@@ -23,6 +23,8 @@ from cxr.tracking.outage import waits
 from cxr.tracking.store import prepare, store_errors
 
 _TEXTS = ("path", "digest", "group", "subtype")  # columns that stay text, though a patient may be called 007 or NA
+# Before pandas 3, numbers lost their last bit unless this was asked for; it warns of it since.
+_EXACT: Any = {} if pd.__version__ >= "3" else {"float_precision": "round_trip"}
 _ENDS = ("_low", "_high")
 FINISHED = "finished"  # the value of `Tag.OUTCOME`
 
@@ -257,7 +259,8 @@ class LoggedRun:
 
         with store_errors():
             text = mlflow.artifacts.load_text(f"{self.artifact_uri}/{path}")
-        return pd.read_csv(StringIO(text), converters=dict.fromkeys(_TEXTS, str))
+        table: pd.DataFrame = pd.read_csv(StringIO(text), converters=dict.fromkeys(_TEXTS, str), **_EXACT)
+        return table
 
     def predictions(self, split: str) -> pd.DataFrame:
         """The predictions table of a split. Raises `UserError` when it is missing."""

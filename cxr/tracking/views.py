@@ -47,7 +47,8 @@ def name_of(kind: RunKind | None, parent: str = "") -> str:
 def state_of(kind: RunKind | None, parent: str = "", rates: Sequence[str] = ()) -> dict[str, Any]:
     """The state of the page: all runs, or the children of a comparison, a search (of `rates`) or a cross-validation.
 
-    A comparison groups its runs by strategy: the table shows means over seeds, and opens on a click.
+    A comparison groups its runs by strategy: the table shows means over seeds, and opens on a click. Its ensembles are
+    left out, as they would enter the means; its report has them.
     """
     if kind is None:
         params = ("train.strategy", "train.arch", "train.seed")
@@ -68,7 +69,8 @@ def state_of(kind: RunKind | None, parent: str = "", rates: Sequence[str] = ()) 
         return _page(columns, [_LOSSES, {"type": "BAR", "metricKey": "fold_roc_auc"}], "fold_roc_auc", inside)
     columns = _columns(("train.strategy", "train.arch", "train.seed"), _RUN)
     by_strategy = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "train.strategy"}]}
-    return _page(columns, [_QUALITY, _COST, _LOSSES], "test_roc_auc", inside, by_strategy)
+    members = f"{inside} AND tags.`{Tag.KIND}` = '{RunKind.MEMBER}'"
+    return _page(columns, [_QUALITY, _COST, _LOSSES], "test_roc_auc", members, by_strategy)
 
 
 def _columns(params: Sequence[str], metrics: Sequence[str]) -> list[str]:

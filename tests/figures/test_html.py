@@ -15,7 +15,7 @@ from PIL import Image
 from visit import needs_chromium
 
 from cxr.audit.checks import Finding
-from cxr.figures.html import Matrix, Number, Section, html_page, html_report
+from cxr.figures.html import Matrix, Number, Section, html_page
 from cxr.figures.html import Page as PageContent
 from cxr.figures.vector import VARIABLES
 
@@ -73,6 +73,19 @@ def picture() -> Figure:
     drawn = Figure(figsize=(2, 1), dpi=120)
     drawn.subplots().imshow(np.eye(3))
     return drawn
+
+
+def html_report(
+    title: str,
+    verdict: str,
+    notes: list[str],
+    tables: dict[str, pd.DataFrame],
+    figures: dict[str, Figure],
+    matrices: dict[str, Matrix] | None = None,
+) -> str:
+    first = [Section("Notes", notes=notes), Section("Tables", tables=tables)]
+    sections = [*first, Section("Decisions", matrices=matrices or {}), Section("Figures", figures=figures)]
+    return html_page(PageContent(title, verdict, sections))
 
 
 def cells(table: pd.DataFrame) -> list[str]:

@@ -151,6 +151,9 @@ def test_the_seeds_of_each_strategy_become_an_ensemble_that_is_registered(in_sto
     found = MlflowClient().search_model_versions("name = 'seeds-together'")
     assert sorted(version.tags["members"] for version in found) == ["1", "1", "2"]
     assert any("ensemble of 2 (frozen)" in line for line in said)
+    page = mlflow.artifacts.load_text(f"{parent.artifact_uri}/comparison/report.html")
+    assert "frozen, 2 runs" in page
+    assert f"{whole.metric('val_loss'):.4f}</td>" in page
     MlflowClient().update_run(parent.run_id, status="KILLED")  # as if stopped among the ensembles
     compare_tracked(small(CompareConfig, phantoms, **options), quiet)
     assert newest_parent("comparison").run_id == parent.run_id

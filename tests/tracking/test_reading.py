@@ -6,6 +6,7 @@ import math
 from io import StringIO
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -24,6 +25,15 @@ def test_a_table_of_metrics_is_read_back_as_they_were(metrics: dict[str, tuple[f
         flat |= {f"{name}_low": low, f"{name}_high": high} if bounded else {}
     text = metrics_table(flat).to_csv(index=False)
     assert _metrics_of(pd.read_csv(StringIO(text))) == pytest.approx(flat, rel=1e-14)
+
+
+def test_numbers_of_a_table_are_read_back_to_the_last_bit(in_store: str) -> None:
+    logits = np.random.default_rng(0).normal(size=5000)
+    table = pd.DataFrame({"path": ["007.png"] * len(logits), "logit": logits})
+    with mlflow.start_run() as run:
+        MlflowTracker(run).table(table, "tables/logits.csv")
+    found = LoggedRun.open(run.info.run_id).table("tables/logits.csv")
+    pd.testing.assert_frame_equal(found, table, check_exact=True)
 
 
 def test_metrics_that_are_only_in_a_table_are_read_from_it(in_store: str) -> None:

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from ui import mlflow_ui
 
 from cxr.tracking import views
-from cxr.tracking.reading import RunKind
+from cxr.tracking.reading import RunKind, Tag
 from cxr.tracking.tracker import MlflowTracker
 from cxr.tracking.views import LONGEST, MOST, TAG, key_of, name_of, saved_view, state_of
 
@@ -31,7 +31,9 @@ def test_a_view_fits_into_a_tag_and_shows_metrics_of_test_or_validation(kind: Ru
     assert any("roc_auc" in column for column in shown)
     assert state["orderByKey"] in shown
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == len(state["compareRunCharts"]) >= 2
-    assert (state["searchFilter"] == "tags.`mlflow.parentRunId` = '" + "0" * 32 + "'") == (kind is not None)
+    inside = "tags.`mlflow.parentRunId` = '" + "0" * 32 + "'"
+    own = f"{inside} AND tags.`cxr.kind` = 'member'" if kind is RunKind.COMPARISON else inside
+    assert state["searchFilter"] == (own if kind else "")
     assert bool(state["groupBy"]) == (kind is RunKind.COMPARISON)
     assert not kind or all(rate in str(state["compareRunCharts"]) for rate in RATES) == (kind is RunKind.SEARCH)
 
@@ -88,8 +90,13 @@ def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
             [("frozen", 0.25), ("frozen", 0.75), ("full", 0.875), ("full", 0.625)]
         ):
             with mlflow.start_run(run_name=f"{strategy}-s{number}", nested=True):
+                mlflow.set_tag(Tag.KIND, RunKind.MEMBER)
                 mlflow.log_params({"train.strategy": strategy, "train.seed": number})
                 mlflow.log_metrics({"test_roc_auc": auc, "val_loss": 0.5, "total_seconds": 3.0})
+        with mlflow.start_run(run_name="ensemble-2", nested=True):
+            mlflow.set_tag(Tag.KIND, RunKind.ENSEMBLE)
+            mlflow.log_params({"train.strategy": "full"})
+            mlflow.log_metrics({"test_roc_auc": 0.15})
     with mlflow_ui(store) as address:
         yield address, parent.info.run_id
 
@@ -111,4 +118,5 @@ def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str
     assert "0.5" in page  # the mean of frozen
     assert "0.75" in page  # that of full, too
     assert "compare-2x2" not in page
+    assert "ensemble-2" not in page  # it would enter the means
     assert f"cxr: comparison {parent[:8]}" in page  # the name of the open view, on the button of the menu
