@@ -1,10 +1,12 @@
-"""Colour for lines that are printed to a terminal. Without it they are the same text."""
+"""Colour and line breaks for what is printed to a terminal. Elsewhere it is the same text, plain."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import TextIO
 
@@ -39,6 +41,20 @@ def _in(style: str, text: str) -> str:
     return f"\033[{style}m{text}\033[0m"
 
 
+def wrapped(text: str, width: int) -> str:
+    """The lines of a text, those wider than `width` broken between words; links stay whole, to be clicked or copied."""
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width or _LINK.search(line):
+        return line
+    lines = textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 def show(text: str) -> None:
-    """Print a text to standard output, in colour where that is a terminal."""
+    """Print a text to standard output; where that is a terminal, in colour and broken between words."""
+    if sys.stdout.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
     print(styled(text, has_colour(sys.stdout)), flush=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr.terminal import CYAN, DIM, GREEN, RED, YELLOW, has_colour, show, styled
+from cxr.terminal import CYAN, DIM, GREEN, RED, YELLOW, has_colour, show, styled, wrapped
 
 ESCAPES = re.compile("\033\\[\\d+m")
 
@@ -40,6 +40,20 @@ def test_a_line_has_the_colour_of_its_kind(line: str, style: str) -> None:
 def test_colour_changes_no_text(text: str) -> None:
     assert styled(text, coloured=False) == text
     assert ESCAPES.sub("", styled(text, coloured=True)) == ESCAPES.sub("", text)
+
+
+@given(st.text(st.sampled_from("ab :/\n")), st.integers(10, 40))
+def test_lines_are_broken_between_words_only(text: str, width: int) -> None:
+    shown = wrapped(text, width)
+    assert shown.split() == text.split()
+    assert all(len(line) <= width or " " not in line.strip() for line in shown.split("\n"))
+
+
+def test_a_link_is_not_broken_and_a_short_line_stays_as_it_is() -> None:
+    link = "look: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=cxr-runs"
+    table = "roc_auc       0.9286 [0.8691, 0.9767]"
+    assert wrapped(f"{link}\n{table}", 40) == f"{link}\n{table}"
+    assert wrapped("audit: warnings for class balance", 20) == "audit: warnings for\n  class balance"
 
 
 def test_only_a_terminal_that_allows_it_has_colour() -> None:

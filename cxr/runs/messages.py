@@ -24,14 +24,14 @@ SATURATED = 0.99  # ROC-AUC on validation above which it hardly distinguishes mo
 
 
 def epoch_line(record: EpochRecord) -> str:
-    """An epoch as one line; the star marks the best so far."""
+    """An epoch as one line for a terminal of 100 columns; the star marks the best so far."""
     m = record.metrics
     line = (
         f"epoch {record.epoch:2} {record.phase:4}  loss {m['train_loss']:.4f} / val {m['val_loss']:.4f}  "
-        f"accuracy {m['train_accuracy']:.3f} / val {m['val_accuracy']:.3f}  val AUC {m['val_roc_auc']:.4f}  "
-        f"{m['images_per_second']:5.0f} img/s {m['epoch_seconds'] + m['eval_seconds']:6.1f} s"
+        f"accuracy {m['train_accuracy']:.3f} / val {m['val_accuracy']:.3f} AUC {m['val_roc_auc']:.4f} "
+        f"{m['images_per_second']:5.0f} img/s {m['epoch_seconds'] + m['eval_seconds']:5.1f} s"
     )
-    return line + ("  *" if record.improved else "")
+    return line + (" *" if record.improved else "")
 
 
 def reuse_lines(plan: ReusePlan) -> list[str]:
