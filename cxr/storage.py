@@ -208,7 +208,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     removed. Raises `OSError` when it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
+    remove_abandoned(folder.parent)
     work = _work_folder(folder.parent)
     try:
         yield work
@@ -227,7 +227,7 @@ def remove_folder(folder: Path) -> None:
 
     Renamed first, so that nobody finds half of it. What killed processes of this machine left of theirs is removed.
     """
-    _remove_abandoned(folder.parent)
+    remove_abandoned(folder.parent)
     work = _work_folder(folder.parent)
     with suppress(FileNotFoundError):
         folder.rename(work / "removed")
@@ -244,7 +244,7 @@ def own_temporary_files() -> Iterator[None]:
     # Compiled kernels are kept there for later processes.
     user = getpass.getuser() if "USER" in os.environ else str(os.getuid())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / f"torchinductor_{user}"))
-    _remove_abandoned(parent, "cxr")
+    remove_abandoned(parent, "cxr")
     try:
         work = _work_folder(parent, "cxr")
     except OSError as error:
@@ -265,8 +265,8 @@ def _work_folder(parent: Path, kind: str = ".building") -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_owned(kind)}-{os.getpid()}-", dir=parent))
 
 
-def _remove_abandoned(parent: Path, kind: str = ".building") -> None:
-    """Remove the folders of this kind whose processes were of this machine and have ended."""
+def remove_abandoned(parent: Path, kind: str = ".building") -> None:
+    """Remove the temporary folders of this kind whose processes were of this machine and have ended."""
     for work in parent.glob(f"{_owned(kind)}-*"):
         start, _, pid = work.name.rpartition("-")[0].rpartition("-")
         # Not a host whose name merely starts like this one's.
@@ -282,6 +282,11 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether there is nothing in a run's folder but its lock."""
+    return all(path.name == _LOCK for path in folder.iterdir())
 
 
 @contextmanager
@@ -304,7 +309,7 @@ def _locked(path: Path) -> FileLock:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=False)  # makes the folder again if another process removes it in between
     except Timeout as error:
         name = path.parent.name
         raise InUseError(f"--resume {name}: another process is running it; wait for it or stop it") from error

@@ -40,6 +40,7 @@ from faults import (
     Outcome,
     Process,
     counting,
+    has_ended,
     left_over,
     outcome,
     run_to_resume,
@@ -169,7 +170,8 @@ class Laboratory:
         code = process.wait()
         reasons = [] if code in (0, *codes) else [f"exit code {code}"]
         # It may have been ending already, and is then not given again.
-        reasons += judged(folder, whole) if code == 0 else self.continued(folder, whole)
+        ended = code == 0 or has_ended(folder)
+        reasons += judged(folder, whole) if ended else self.continued(folder, whole)
         return self._row(attempt, what, code in codes or None, reasons, folder)
 
     def _fault(self, attempt: Attempt, whole: Undisturbed, rng: random.Random) -> Fault:

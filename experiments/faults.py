@@ -262,4 +262,20 @@ def run_to_resume(folder: Path) -> str | None:
     return str(found[0]) if found else None
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether the comparison or cross-validation is finished: given again, its command would begin another one."""
+    database = folder / "mlflow.db"
+    if not database.is_file() or not database.stat().st_size:
+        return False
+    query = (
+        "select count(*) from runs join tags using (run_uuid) "
+        "where key = 'cxr.kind' and value in ('comparison', 'crossval') and status = 'FINISHED'"
+    )
+    with closing(sqlite3.connect(database)) as store:
+        try:
+            return bool(store.execute(query).fetchone()[0])
+        except sqlite3.OperationalError:  # killed while the tables were made
+            return False
+
+
 SIGNALS = {signal.SIGKILL: "kill -9", signal.SIGTERM: "kill -15", signal.SIGINT: "Ctrl-C"}

@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,6 +124,21 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with exclusive(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Path.mkdir
+
+    def removed_at_once(self: Path, *options: Any, **more: Any) -> None:
+        made(self, *options, **more)
+        monkeypatch.undo()
+        self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_once)
+    with exclusive(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:

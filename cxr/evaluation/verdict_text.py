@@ -52,7 +52,8 @@ def _pair(pair: PairVerdict, verdict: Verdict) -> str:
     interval = f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]"
     p = "below 0.001" if each.p_holm < 0.001 else f"{each.p_holm:.3f}"
     shown = "non-inferior" if pair.non_inferior else "not shown to be non-inferior"
-    return f"{own} is {PAIRS[pair.outcome]} {best}: {interval}, Holm p {p}, {shown} within {verdict.margin:g}"
+    tail = f", {shown} within {verdict.margin:g}" if pair.non_inferior or pair.outcome is not PairOutcome.WORSE else ""
+    return f"{own} is {PAIRS[pair.outcome]} {best}: {interval}, Holm p {p}{tail}"
 
 
 def _summed_up(verdict: Verdict) -> str:

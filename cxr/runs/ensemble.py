@@ -76,7 +76,7 @@ def ensemble_tracked(
     predictors = [registry.load(f"models:/{registry.model_of(run)}") for run in runs]
     _require_familiar(runs[0], predictors[0])
     whole = _whole(config, data, runs, predictors)
-    with open_run(f"ensemble-{len(runs)}", parent=parent, again="the same command") as tracker:
+    with open_run(f"{whole.card.strategy}-ensemble-{len(runs)}", parent=parent, again="the same command") as tracker:
         say("\n".join(_log(config, data, runs, whole, tracker, name)))
     return str(tracker.run_id)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from cxr.config import TrainConfig
 from cxr.evaluation.metrics import Interval
 from cxr.evaluation.multiclass import PER_CLASS
-from cxr.evaluation.predictions import HALF
+from cxr.evaluation.predictions import HALF, matrix_of
 from cxr.evaluation.report import Report, format_interval
 from cxr.figures.html import Matrix, Number, Page, Section
 from cxr.figures.strategies import NAMES
@@ -33,6 +33,7 @@ CAPTIONS = {
     "confidently wrong and narrowly",
 }
 CHANCE = 0.5  # ROC-AUC
+MISSES = 10  # wrong decisions that are listed
 LOCAL = ("resume", "cache_dir", "register")  # parameters that say nothing of how a model was made
 DOUBTS = "WARNING: "  # how the lines that a person must read begin
 
@@ -96,6 +97,7 @@ def report_sections(report: Report, figures: Mapping[str, Figure], title: str = 
     return [
         Section(f"{title}: the numbers", tables=_tables(report)),
         Section(f"{title}: decisions", matrices=_matrices(report)),
+        Section(f"{title}: what it misses", tables=_misses(report)),
         Section(f"{title}: curves", figures=shown),
     ]
 
@@ -118,6 +120,19 @@ def _tables(report: Report) -> dict[str, pd.DataFrame]:
         recalls = pd.DataFrame({"recall at 0.5": report.subtypes})
         found[f"Recall of each kind of {report.task.positive}"] = recalls
     return found
+
+
+def _misses(report: Report) -> dict[str, pd.DataFrame]:
+    """The wrong decisions that it was most certain of, with the probability of the class that was decided for."""
+    table, classes = report.table, np.array(report.task.classes)
+    wrong = table[table["decision"] != table["label"]]
+    if wrong.empty:
+        return {}
+    labels, decisions = wrong["label"].to_numpy(np.int64), wrong["decision"].to_numpy(np.int64)
+    certain = matrix_of(wrong)[np.arange(len(wrong)), decisions]
+    rows = {"image": wrong["path"], "true class": classes[labels], "decision": classes[decisions]}
+    found = pd.DataFrame({**rows, "probability": certain}).sort_values("probability", ascending=False).head(MISSES)
+    return {f"The {len(found)} most certain of {len(wrong)} wrong decisions": found.set_index("image")}
 
 
 def _has_threshold(report: Report) -> bool:

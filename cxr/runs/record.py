@@ -241,6 +241,7 @@ def version_tags(
         "val_fingerprint": fingerprint(data.part("val")),
         **{name: repr(loss) for name, loss in losses.items()},
         "selected_by": config.select,
+        "augment": config.augment if config.views else "none",
         "stresses": config.stresses,
         "val_roc_auc": repr(val.values["roc_auc"]),
         "threshold": repr(card.threshold),

@@ -8,7 +8,7 @@ from pathlib import Path
 from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_result, unflatten
 from cxr.errors import UserError
 from cxr.parameters import types_of
-from cxr.storage import Cache, exclusive, remove_folder
+from cxr.storage import Cache, exclusive, holds_nothing, remove_abandoned, remove_folder
 from cxr.tracking.outage import is_outage
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
@@ -23,6 +23,8 @@ NO_TRAINING_RUNS = {
     RunKind.ENSEMBLE: "run its `cxr models ensemble` command again",
 }
 
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
 
 def checkpoints_of(config: TrainConfig, run_id: str) -> Path:
     """The folder with the checkpoints of a run that has this configuration."""
@@ -35,15 +37,25 @@ def outbox_of(config: TrainConfig) -> Callable[[str], Path]:
 
 
 def remove_finished(config: TrainConfig) -> None:
-    """Remove the checkpoints of finished runs, which were killed before they could do so."""
-    for folder in checkpoints_of(config, "any").parent.glob("*"):
+    """Remove what runs left that were killed before they could do so: checkpoints of finished ones, empty folders."""
+    runs = checkpoints_of(config, "any").parent
+    remove_abandoned(runs)
+    for folder in runs.glob("*"):
         try:
-            if LoggedRun.open(folder.name).finished:
-                with exclusive(folder):
-                    remove_folder(folder)
+            _remove_unneeded(folder)
+        except OSError:  # another process was faster
+            continue
         except UserError as error:  # a run of another store, or at work
             if is_outage(error):  # whoever begins a run says so, once
                 return
+
+
+def _remove_unneeded(folder: Path) -> None:
+    run = LoggedRun.open(folder.name)
+    if run.finished or (run.status in ENDED and holds_nothing(folder)):
+        with exclusive(folder):  # which leaves no empty folder
+            if run.finished:
+                remove_folder(folder)
 
 
 def can_continue(run: LoggedRun, config: TrainConfig) -> bool:

@@ -139,6 +139,7 @@ def _cost(run: LoggedRun, history: pd.DataFrame) -> dict[str, float]:
         "images_per_second": float(history["images_per_second"].median()),
         "training_seconds": float((history["epoch_seconds"] + history["eval_seconds"]).sum()),
         "epochs": float(len(history)),
+        "best_val_loss": float(history["val_loss"].min()),
         "test_uses_before": run.metrics.get("test_uses_before", 0.0),
     }
 

@@ -33,6 +33,7 @@ SHOWN = (
 OWN_NAMES = {"chosen_accuracy": "accuracy at the chosen threshold"}
 OF_ENSEMBLES = ("roc_auc", "accuracy", "recall", "specificity")
 COST_NAMES = {
+    "best_val_loss": "lowest validation loss",
     "val_roc_auc": "validation ROC-AUC",
     "val_test_gap": "ROC-AUC, validation minus test",
     "overfitting_gap": "loss of the last epoch, validation minus training",
@@ -43,7 +44,6 @@ COST_NAMES = {
     "images_per_second": "images/s",
     "training_seconds": "seconds of all epochs",
     "epochs": "epochs",
-    "test_uses_before": "earlier uses of the test split",
 }
 PAIR_NAMES = {"p": "p", "p_holm": "p (Holm)", "p_mcnemar": "McNemar's p", "p_holm_mcnemar": "McNemar's p (Holm)"}
 BESIDE = {PairOutcome.WORSE: "worse", PairOutcome.NOT_DISTINGUISHABLE: "not distinguishable from it"}
@@ -140,7 +140,8 @@ def _sections(
     yield Section("What they miss", matrices=decisions)
     yield Section("At what cost", figures=drawn("cost", "curves"))
     yield Section("Curves", figures=drawn("roc", "classes"))
-    stability = _upright(results.stability.rename(columns=COST_NAMES))
+    shown = [name for name in COST_NAMES if name in results.stability]
+    stability = _upright(results.stability[shown].rename(columns=COST_NAMES))
     spreads = _spreads(results.metrics)
     details = {"Pairs: difference of test ROC-AUC": _readable_pairs(results.pairs)} if len(results.pairs) else {}
     details |= {"Standard deviation over seeds": _upright(spreads)} if spreads.size else {}
@@ -162,11 +163,11 @@ def _upright(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The table's metrics as text, such as `0.970 [0.955, 0.981]`."""
+    """The table's metrics as text, such as `0.970` and below it `[0.955, 0.981]`."""
     return pd.DataFrame(
         {
             _name(name): [
-                f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for _, row in table.iterrows()
+                f"{row[name]:.3f}\n[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for _, row in table.iterrows()
             ]
             for name in SHOWN
             if name in table

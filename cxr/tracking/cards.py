@@ -135,6 +135,7 @@ def _facts(subject: Subject, rows: int) -> dict[str, Any]:
     split = next((name for name in _HELD_OUT if not isnan(run.metric(f"{name}_roc_auc"))), None)
     facts |= {
         "data": data_sets(run.run_id),
+        "views": run.train_params().get("augment", ""),
         "phantoms": run.tags.get(Tag.DATA) == DataKind.PHANTOMS,
         "limits": _limits(run),
         "split": split,

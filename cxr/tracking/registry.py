@@ -164,7 +164,7 @@ def register(model_id: str, name: str, tags: Mapping[str, str]) -> Registration:
     """Register a logged model as a version of `name`, and make it champion if it is better.
 
     `tags` must hold `val_fingerprint` and the metric that `selected_by` names (default `val_loss`): only versions
-    validated on the same images are compared.
+    validated on the same images, and trained on views of the same recipe if both say so (`augment`), are compared.
     """
     import mlflow
 
@@ -210,6 +210,13 @@ def _is_better(tags: Mapping[str, str], champion: Any | None) -> tuple[bool, str
         return True, f"champion: {before} was trained on phantoms only"
     if champion.tags.get("val_fingerprint") != tags["val_fingerprint"]:
         return False, f"{before} remains champion: validated on different images, so they cannot be compared"
+    views = [each.get("augment") for each in (champion.tags, tags)]
+    if None not in views and views[0] != views[1]:
+        return (
+            False,
+            f"{before} remains champion: it was trained with augment={views[0]}, not {views[1]}, and validation, which "
+            "shares the cues of training, prefers weaker views; see `cxr models promote`",
+        )
     name = tags.get("selected_by", "val_loss")
     under = [each.get("stresses", "stresses-1") for each in (champion.tags, tags)]
     if name == "stressed_val_loss" and under[0] != under[1]:

@@ -67,7 +67,8 @@ def state_of(kind: RunKind | None, parent: str = "", rates: Sequence[str] = ()) 
         names = tuple(f"fold_{name}" for name in ("roc_auc", "accuracy", "recall", "specificity"))
         columns = _columns(("train.fold",), (*names, "total_seconds"))
         return _page(columns, [_LOSSES, {"type": "BAR", "metricKey": "fold_roc_auc"}], "fold_roc_auc", inside)
-    columns = _columns(("train.strategy", "train.arch", "train.seed"), _RUN)
+    own = [name for name in _RUN if not name.endswith(("_low", "_high"))]  # means of bounds would bound nothing
+    columns = _columns(("train.strategy", "train.arch", "train.seed"), own)
     by_strategy = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "train.strategy"}]}
     members = f"{inside} AND tags.`{Tag.KIND}` = '{RunKind.MEMBER}'"
     return _page(columns, [_QUALITY, _COST, _LOSSES], "test_roc_auc", members, by_strategy)

@@ -76,14 +76,12 @@ SENTENCES = {
     ],
     "few seeds": [
         "test roc_auc, 1 to 2 seeds: full has the highest mean, 0.9550 [0.9000, 0.9900]",
-        "the one run of partial is worse than full: -0.0550 [-0.0600, -0.0100], "
-        "Holm p 0.010, not shown to be non-inferior within 0.01",
+        "the one run of partial is worse than full: -0.0550 [-0.0600, -0.0100], Holm p 0.010",
         f"{HEAD} is not decided: that takes 3 seeds of each strategy",
     ],
     "worse": [
         "test roc_auc, 5 seed(s) each: gradual has the highest mean, 1.0000 [0.9000, 0.9900]",
-        "partial is worse than gradual: -0.0300 [-0.0400, -0.0200], "
-        "Holm p 0.002, not shown to be non-inferior within 0.01",
+        "partial is worse than gradual: -0.0300 [-0.0400, -0.0200], Holm p 0.002",
         "full is not distinguishable from gradual: -0.0020 [-0.0105, +0.0062], "
         "Holm p 0.350, not shown to be non-inferior within 0.01",
         f"{HEAD} is not supported: partial is worse than full, gradual",
@@ -112,8 +110,7 @@ SENTENCES = {
     ],
     "supported": [
         "test roc_auc, 5 seed(s) each: partial has the highest mean, 0.9702 [0.9000, 0.9900]",
-        "frozen is worse than partial: -0.0300 [-0.0400, -0.0200], "
-        "Holm p below 0.001, not shown to be non-inferior within 0.01",
+        "frozen is worse than partial: -0.0300 [-0.0400, -0.0200], Holm p below 0.001",
         "full is not distinguishable from partial: -0.0000 [-0.0050, +0.0050], Holm p 1.000, non-inferior within 0.01",
         "gradual is not distinguishable from partial: -0.0000 [-0.0050, +0.0050], "
         "Holm p 1.000, non-inferior within 0.01",

@@ -48,3 +48,28 @@ def test_a_run_may_end_and_remove_its_checkpoints_while_another_begins(
     remove_finished(config)
     remove_folder(folder)
     assert list(folder.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", ["KILLED", "FAILED", "RUNNING"])
+@pytest.mark.parametrize("file", [None, ".lock", "last.pt"])
+def test_only_an_empty_folder_of_a_run_that_has_ended_is_removed(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, status: str, file: str | None
+) -> None:
+    config = TrainConfig()
+    folder = checkpoints_of(config, "killed")
+    folder.mkdir(parents=True)
+    if file:
+        (folder / file).touch()
+    monkeypatch.setattr(LoggedRun, "open", lambda run_id: SimpleNamespace(finished=False, status=status))
+    remove_finished(config)
+    assert folder.exists() == (status == "RUNNING" or file == "last.pt")
+
+
+def test_what_a_process_left_that_was_killed_while_it_removed_a_folder_is_removed(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    runs = checkpoints_of(TrainConfig(), "any").parent
+    (runs / ".building-here-999999999-ended" / "removed").mkdir(parents=True)
+    remove_finished(TrainConfig())
+    assert list(runs.iterdir()) == []

@@ -52,7 +52,8 @@ def test_a_finished_run_becomes_a_complete_version(finished: Finished, in_store:
     assert version.run_id == result.run_id
     assert json.loads(version.tags["class_to_index"]) == {"NORMAL": 0, "PNEUMONIA": 1}
     assert float(version.tags["val_loss"]) == result.best.metrics["val_loss"]
-    assert {"strategy", "threshold", "preprocessing", "data_fingerprint", "val_fingerprint"} <= version.tags.keys()
+    wanted = {"strategy", "threshold", "preprocessing", "data_fingerprint", "val_fingerprint", "augment"}
+    assert wanted <= version.tags.keys()
 
 
 @pytest.mark.parametrize("shape", ["bytes", "base64", "array", "list of bytes", "list of base64"])
@@ -193,6 +194,18 @@ def test_a_model_of_other_classes_does_not_become_champion(finished: Finished, i
         outcomes.append(registry.register(model.model_id, "classes", tags))
     assert [outcome.champion for outcome in outcomes] == [True, False, True]
     assert "has other classes" in outcomes[1].why
+
+
+def test_a_model_trained_on_views_of_another_recipe_does_not_become_champion(finished: Finished, in_store: str) -> None:
+    outcomes = []
+    recipes = [None, "crops-2", "mild-1", "crops-2", None]  # None: of a version that did not say
+    for number, recipe in enumerate(recipes):
+        model = mlflow.initialize_logged_model(name="empty", experiment_id=finished[2].info.experiment_id)
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        tags = {"run_id": str(number), "val_loss": f"0.{9 - number}", "val_fingerprint": "x"}
+        outcomes.append(registry.register(model.model_id, "views", tags | ({"augment": recipe} if recipe else {})))
+    assert [outcome.champion for outcome in outcomes] == [True, True, False, True, True]
+    assert "version 2 remains champion: it was trained with augment=crops-2, not mild-1" in outcomes[2].why
 
 
 PHANTOMS = "synthetic phantoms (NOT real X-rays)"  # as version 0.1 wrote it
