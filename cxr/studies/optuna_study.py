@@ -34,7 +34,7 @@ from cxr.config import (
     search_range,
     without_password,
 )
-from cxr.errors import UserError
+from cxr.errors import MachineError, UserError
 from cxr.studies.patient_storage import STORAGE, PatientStorage
 from cxr.tracking.outage import reason_of
 
@@ -121,6 +121,7 @@ def open_study(
         study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         study.sampler, study.pruner = _sampler(config, len(study.trials)), _pruner(config)
         _require_same(study, config, origin)
+        _requeue_of_the_machine(study)
         if PARENT not in study.user_attrs:
             study.set_user_attr(PARENT, make_parent(_parent_key(study)))
         _fill_queue(study, config)
@@ -166,6 +167,13 @@ def slots(study: optuna.Study) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     return [trial for trial in trials if trial.number not in retried]
+
+
+def _requeue_of_the_machine(study: optuna.Study) -> None:
+    """Queue again what failed for a reason that is not in its parameters, and could not be queued then: a full disk."""
+    for trial in slots(study):
+        if trial.state == TrialState.FAIL and trial.user_attrs.get(ERROR, "").startswith(f"{MachineError.__name__}: "):
+            requeue(study, trial)
 
 
 def _fill_queue(study: optuna.Study, config: TuneConfig) -> None:

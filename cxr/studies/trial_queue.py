@@ -47,9 +47,10 @@ class TrialQueue:
 
     def requeue_interrupted(self) -> None:
         """Queue the last trial again if it failed because this worker was stopped."""
-        interrupted = [trial for trial in slots(self.study) if trial.number == self.current]
-        if interrupted and interrupted[0].state == TrialState.FAIL:
-            requeue(self.study, interrupted[0])
+        with locked(self.storage):  # a worker that begins may do so, too
+            interrupted = [trial for trial in slots(self.study) if trial.number == self.current]
+            if interrupted and interrupted[0].state == TrialState.FAIL:
+                requeue(self.study, interrupted[0])
 
     def _take_one(self, objective: Objective, finished: Finished) -> bool:
         """Take a waiting trial and run it; False if none is waiting."""

@@ -28,7 +28,7 @@ from cxr.config import TuneConfig
 from cxr.errors import MachineError, UserError
 from cxr.runs import train as pipeline
 from cxr.studies import optuna_study as study
-from cxr.studies import patient_storage, search
+from cxr.studies import patient_storage, search, trial_queue
 from cxr.studies import trial as trial_module
 from cxr.studies.optuna_study import slots
 from cxr.studies.patient_storage import PatientStorage
@@ -267,6 +267,21 @@ def test_a_lost_store_or_a_full_disk_ends_the_search_without_losing_a_trial(
     tune_tracked(config, quiet)
     assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 3
     assert "cxr.error" not in family(config)[0].tags
+
+
+def test_a_trial_that_could_not_be_queued_again_on_a_full_disk_is_when_there_is_space(
+    config: TuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise MachineError("disk full")
+
+    with monkeypatch.context() as broken, pytest.raises(MachineError, match="disk full"):
+        broken.setattr(trial_module, "train_model", full)
+        broken.setattr(trial_queue, "requeue", full)
+        tune_tracked(config.replace(trials=2), quiet)
+    assert states(config)[0] == "FAIL"
+    tune_tracked(config.replace(trials=2), quiet)
+    assert [trial.state.name for trial in slots(load(config))] == ["COMPLETE"] * 2
 
 
 def test_a_study_is_not_continued_on_other_data_or_weights(config: TuneConfig, phantoms: Path, tmp_path: Path) -> None:
