@@ -47,6 +47,7 @@ from faults import (
     with_fault,
 )
 
+LEFT = "left over"
 SQL = "sqlalchemy.engine.default:DefaultDialect"
 STORE = "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore"
 MODELS = "mlflow.store.model_registry.sqlalchemy_store:SqlAlchemyStore"
@@ -170,8 +171,10 @@ class Laboratory:
         code = process.wait()
         reasons = [] if code in (0, *codes) else [f"exit code {code}"]
         # It may have been ending already, and is then not given again.
-        ended = code == 0 or has_ended(folder)
-        reasons += judged(folder, whole) if ended else self.continued(folder, whole)
+        if code == 0 or not has_ended(folder):
+            reasons += judged(folder, whole) if code == 0 else self.continued(folder, whole)
+        else:  # what it has left, the next command removes
+            reasons += [reason for reason in judged(folder, whole) if not reason.startswith(LEFT)]
         return self._row(attempt, what, code in codes or None, reasons, folder)
 
     def _fault(self, attempt: Attempt, whole: Undisturbed, rng: random.Random) -> Fault:
@@ -249,7 +252,7 @@ def judged(folder: Path, whole: Undisturbed) -> list[str]:
         or not alias.items() <= expected.aliases.items()
     ):
         reasons.append(f"versions {found.versions} {found.aliases}")
-    reasons += [f"left over: {name}" for name in left_over(folder)]
+    reasons += [f"{LEFT}: {name}" for name in left_over(folder)]
     if search:
         return reasons + _judged_search(found, expected)
     if found.numbers != expected.numbers:

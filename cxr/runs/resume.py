@@ -9,6 +9,7 @@ from cxr.config import NEUTRAL, TrainConfig, before_they_existed, flatten, same_
 from cxr.errors import UserError
 from cxr.parameters import types_of
 from cxr.storage import Cache, exclusive, holds_nothing, remove_abandoned, remove_folder
+from cxr.tracking.lifecycle import was_killed
 from cxr.tracking.outage import is_outage
 from cxr.tracking.reading import LoggedRun, RunKind, unfinished_run
 from cxr.training.checkpoint import LAST
@@ -52,7 +53,7 @@ def remove_finished(config: TrainConfig) -> None:
 
 def _remove_unneeded(folder: Path) -> None:
     run = LoggedRun.open(folder.name)
-    if run.finished or (run.status in ENDED and holds_nothing(folder)):
+    if run.finished or ((run.status in ENDED or was_killed(run.tags)) and holds_nothing(folder)):
         with exclusive(folder):  # which leaves no empty folder
             if run.finished:
                 remove_folder(folder)

@@ -136,6 +136,7 @@ def _sections(
         tables["Each class on the test split"] = _of_each_class(results.metrics, task.classes, task.slugs)
     yield Section("Which is best", figures=drawn("metrics", "differences"))
     yield Section("The numbers", tables=tables | _of_ensembles(results.ensembles))
+    yield Section("Which model", texts=[_which_model(runs, results.ensembles)])
     decisions = {f"{name}: decisions on test{rule}, mean over seeds": each for name, each in results.decisions.items()}
     yield Section("What they miss", matrices=decisions)
     yield Section("At what cost", figures=drawn("cost", "curves"))
@@ -155,6 +156,16 @@ def _sections(
             "Compare any finished runs": "uv run cxr compare --runs " + " ".join(run.run_id for run in runs[:2]),
         },
     )
+
+
+def _which_model(runs: Sequence[RunData], ensembles: Sequence[LoggedRun]) -> str:
+    """The run or ensemble with the lowest validation loss, by which champions are chosen, and what became of it."""
+    losses = {run.run_id: run.cost["best_val_loss"] for run in runs if "best_val_loss" in run.cost}
+    losses |= {run.run_id: run.metric("val_loss") for run in ensembles}
+    best = LoggedRun.open(min(losses, key=lambda run_id: losses[run_id]))
+    outcome = best.tags.get(Tag.REGISTERED, "not registered")
+    lowest = f"{losses[best.run_id]:.4f}"
+    return f"The lowest validation loss, by which a champion is chosen, is {lowest}, that of {best.name}: {outcome}."
 
 
 def _upright(table: pd.DataFrame) -> pd.DataFrame:
@@ -215,7 +226,7 @@ def _of_ensembles(ensembles: Sequence[LoggedRun]) -> dict[str, pd.DataFrame]:
         f"{run.tags[Tag.STRATEGY]}, {len(run.params['ensemble.runs'].split())} runs": _texts(run) for run in ensembles
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return {"Its seeds as one model: an ensemble, registered and evaluated as a whole": table} if rows else {}
+    return {"The seeds of each as one model: an ensemble, registered and evaluated as a whole": table} if rows else {}
 
 
 def _texts(run: LoggedRun) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,11 @@ def _is_gone(process: str) -> bool:
     return False
 
 
+def was_killed(tags: Mapping[str, str]) -> bool:
+    """Whether the process that a run with these tags was at work in has ended; it was one of this machine."""
+    return tags.get(Tag.HOST) == socket.gethostname() and _is_gone(tags.get(Tag.PROCESS, ""))
+
+
 def end_killed(experiment_id: str) -> None:
     """End the runs of the experiment that the store shows RUNNING though their process on this machine was killed.
 
@@ -176,7 +181,7 @@ def end_killed(experiment_id: str) -> None:
     chosen = f"attributes.status = 'RUNNING' and tags.`{Tag.HOST}` = '{socket.gethostname()}'"
     client = mlflow.MlflowClient()
     for run in client.search_runs([experiment_id], chosen):
-        if _is_gone(run.data.tags.get(Tag.PROCESS, "")):
+        if was_killed(run.data.tags):
             client.set_tag(run.info.run_id, Tag.ERROR, "its process was killed")
             client.set_terminated(run.info.run_id, "KILLED")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from cxr.config import TrainConfig
 from cxr.errors import MachineError, UserError
 from cxr.runs.resume import checkpoints_of, remove_finished
 from cxr.storage import remove_folder
+from cxr.tracking.lifecycle import this_process
 from cxr.tracking.reading import LoggedRun
 
 
@@ -50,19 +52,33 @@ def test_a_run_may_end_and_remove_its_checkpoints_while_another_begins(
     assert list(folder.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("status", ["KILLED", "FAILED", "RUNNING"])
+GONE = {"cxr.host": "here", "cxr.process": this_process().replace(str(os.getpid()), "999999999", 1)}
+AT_WORK = {"cxr.host": "here", "cxr.process": this_process()}
+
+
+@pytest.mark.parametrize(
+    ("status", "tags", "over"),
+    [
+        ("KILLED", {}, True),
+        ("FAILED", {}, True),
+        ("RUNNING", GONE, True),
+        ("RUNNING", GONE | {"cxr.host": "elsewhere"}, False),
+        ("RUNNING", AT_WORK, False),
+    ],
+)
 @pytest.mark.parametrize("file", [None, ".lock", "last.pt"])
-def test_only_an_empty_folder_of_a_run_that_has_ended_is_removed(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch, status: str, file: str | None
+def test_only_an_empty_folder_of_a_run_that_is_over_is_removed(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, status: str, tags: dict[str, str], over: bool, file: str | None
 ) -> None:
     config = TrainConfig()
     folder = checkpoints_of(config, "killed")
     folder.mkdir(parents=True)
     if file:
         (folder / file).touch()
-    monkeypatch.setattr(LoggedRun, "open", lambda run_id: SimpleNamespace(finished=False, status=status))
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr(LoggedRun, "open", lambda run_id: SimpleNamespace(finished=False, status=status, tags=tags))
     remove_finished(config)
-    assert folder.exists() == (status == "RUNNING" or file == "last.pt")
+    assert folder.exists() == (not over or file == "last.pt")
 
 
 def test_what_a_process_left_that_was_killed_while_it_removed_a_folder_is_removed(
