@@ -189,7 +189,8 @@ def _log(
     tracker.params({"ensemble.runs": " ".join(run.run_id for run in runs), **flatten(config), **own})
     held_out: dict[str, str] = {Tag.TEST_SPLIT: fingerprint(data.part(data.held_out))}
     uses = tracker.count(held_out)
-    tracker.tags(held_out | _tags(data, card) | {Tag.DEVICE: whole.device})
+    of_images = {name: runs[0].tags[name] for name in (Tag.AUDIT, Tag.IMAGES_SKIPPED) if name in runs[0].tags}
+    tracker.tags(held_out | of_images | _tags(data, card) | {Tag.DEVICE: whole.device})
     val, test = whole.reports.val, whole.reports.test
     tracker.table(data.manifest, Artifact.MANIFEST)
     note_data(tracker, data)

@@ -63,6 +63,9 @@ def test_it_is_a_version_that_answers_as_it_was_evaluated(whole: LoggedRun, in_s
     assert (version.tags["members"], version.tags["strategy"]) == ("2", "frozen+partial")
     assert float(version.tags["val_loss"]) == pytest.approx(whole.metric("val_loss"))
     assert "an ensemble of 2" in version.description
+    audit = LoggedRun.open(whole.params["ensemble.runs"].split()[0]).tags["audit"]
+    assert whole.tags["audit"] == audit
+    assert (f"The audit of the images found: {audit}" in version.description) == (audit != "nothing found")
     assert "chest\\_xray-train" in version.description
     table = whole.predictions("test").head(5)
     predictor = registry.load(f"models:/{NAME}@champion")
