@@ -167,7 +167,7 @@ def test_strategies_are_compared_and_become_ensembles(config: TrainConfig, in_st
     table = whole.table(Artifact.STRATEGIES)
     assert {"recall_of_virus", "roc_auc_of_bacteria_low", "roc_auc_seeds"} <= set(table.columns)
     report = mlflow.artifacts.load_text(f"{whole.artifact_uri}/{Artifact.COMPARISON_REPORT}")
-    assert "Test metrics of each class" in report
+    assert "Each class on the test split" in report
     children = mlflow.search_runs(
         search_all_experiments=True,
         output_format="list",
