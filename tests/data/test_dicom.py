@@ -184,6 +184,7 @@ def test_what_is_no_single_grey_image_is_refused_by_name(make: Callable[[], Data
 @pytest.mark.parametrize(
     ("data", "says"),
     [(b"", "zero bytes"), (dicomdir(), "a DICOMDIR"), (b"a text, no image\n" * 50, "not a DICOM file")],
+    ids=["empty", "directory", "text"],  # each process makes other bytes
 )
 def test_other_files_named_as_dicom(data: bytes, says: str) -> None:
     assert says in reason(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from ui import mlflow_ui
+from visit import needs_chromium, opened
 
 from cxr.tracking import views
 from cxr.tracking.reading import RunKind, Tag
@@ -102,7 +102,7 @@ def ui(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+@needs_chromium
 def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str], tmp_path: Path) -> None:
     address, parent = ui
     kind = RunKind.COMPARISON
@@ -120,3 +120,18 @@ def test_a_browser_shows_the_runs_of_a_comparison_by_strategy(ui: tuple[str, str
     assert "compare-2x2" not in page
     assert "ensemble-2" not in page  # it would enter the means
     assert f"cxr: comparison {parent[:8]}" in page  # the name of the open view, on the button of the menu
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_the_chosen_columns_and_charts_of_all_runs(ui: tuple[str, str]) -> None:
+    address, _ = ui
+    view = f"{address}/#/experiments/1/{saved_view('1', key_of(None), state_of(None), name_of(None))}"
+    with opened(view, 1800) as (page, _):
+        for column in ("test_roc_auc", "total_seconds", "train.strategy", "train.seed"):
+            page.get_by_text(column, exact=True).first.wait_for()
+        for run in ("frozen-s0", "frozen-s1", "full-s2", "full-s3"):
+            page.get_by_text(run, exact=True).first.wait_for()
+    with opened(f"{view}&compareRunsMode=CHART", 1800) as (page, _):
+        page.locator(".js-plotly-plot").nth(2).wait_for()  # losses, ROC-AUC, quality against cost
+        assert page.get_by_text("total_seconds vs. test_roc_auc").first.is_visible()
