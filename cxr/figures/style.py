@@ -58,7 +58,9 @@ def save_png(figure: Figure, file: Path | BinaryIO) -> None:
 def drawn(figure: Figure) -> FigureCanvasAgg:
     """The canvas on which the figure is drawn in pixels. It is drawn once, however often it is saved."""
     if not isinstance(figure.canvas, FigureCanvasAgg):
-        FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+        FigureCanvasAgg(figure)
+    if not hasattr(figure.canvas, "renderer"):  # one of pyplot's has a canvas on which nothing is drawn yet
+        figure.canvas.draw()
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     return canvas

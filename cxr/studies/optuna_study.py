@@ -260,7 +260,8 @@ def study_figures(study: optuna.Study, objective: str) -> dict[str, Figure]:
         kinds["intermediate_values"] = lambda: draw.plot_intermediate_values(study)
         kinds["slice"] = lambda: draw.plot_slice(study, target_name=objective)
     if len(complete) > 1 and len(names) > 1:
-        kinds["importances"] = lambda: draw.plot_param_importances(study, target_name=objective)
+        if len({trial.value for trial in complete}) > 1:  # where nothing varies, older versions of Optuna raise
+            kinds["importances"] = lambda: draw.plot_param_importances(study, target_name=objective)
         kinds["parallel_coordinate"] = lambda: draw.plot_parallel_coordinate(study, target_name=objective)
         kinds["contour"] = lambda: draw.plot_contour(study, params=names[:2], target_name=objective)
     with warnings.catch_warnings(action="ignore"), plt.style.context("default"):

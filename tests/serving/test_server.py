@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -185,6 +186,8 @@ def test_a_bug_is_answered_and_logged_without_the_request(
         raise RuntimeError("Planted^Penelope")
 
     monkeypatch.setattr(Predictor, "predict", fail)
+    # Older versions of MLflow turn loggers off that were there before a store was made.
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
     status, content = answer(predictor, request(text(picture())))
     assert status == 500
     assert "RuntimeError at " in caplog.text

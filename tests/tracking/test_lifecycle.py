@@ -171,7 +171,7 @@ def test_sigterm_ends_the_run_killed(store: str, phantoms: Path, tmp_path: Path)
     assert newest.info.status == "KILLED"
 
 
-def test_probabilities_survive_csv(finished: tuple[TrainConfig, RunResult, Run]) -> None:
+def test_probabilities_survive_csv(finished: tuple[TrainConfig, RunResult, Run], in_store: str) -> None:
     _, result, _ = finished
     file = mlflow.artifacts.download_artifacts(run_id=result.run_id, artifact_path="tables/test_predictions.csv")
     assert np.array_equal(pd.read_csv(file)["probability"].to_numpy(), result.test.probabilities)
