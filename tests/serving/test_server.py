@@ -186,8 +186,9 @@ def test_a_bug_is_answered_and_logged_without_the_request(
         raise RuntimeError("Planted^Penelope")
 
     monkeypatch.setattr(Predictor, "predict", fail)
-    # Older versions of MLflow turn loggers off that were there before a store was made.
+    # Older versions of MLflow turn loggers off that were there before a store was made; a server keeps to its own.
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
     status, content = answer(predictor, request(text(picture())))
     assert status == 500
     assert "RuntimeError at " in caplog.text
