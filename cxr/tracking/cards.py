@@ -8,7 +8,7 @@ is the description of a registered version, and goes with an exported model.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isnan
@@ -135,7 +135,7 @@ def _facts(subject: Subject, rows: int) -> dict[str, Any]:
     split = next((name for name in _HELD_OUT if not isnan(run.metric(f"{name}_roc_auc"))), None)
     facts |= {
         "data": data_sets(run.run_id),
-        "views": run.train_params().get("augment", ""),
+        "views": _recipe(run.train_params()),
         "phantoms": run.tags.get(Tag.DATA) == DataKind.PHANTOMS,
         "limits": _limits(run),
         "split": split,
@@ -190,6 +190,11 @@ def _is_kaggle(run: LoggedRun, task: Task, table: pd.DataFrame) -> bool:
     """Whether the images are named as those of the Kaggle set, and are no phantoms."""
     named = {"bacteria", "virus"} <= set(table["subtype"])
     return named and task in (KAGGLE, SUBTYPES) and run.tags.get(Tag.DATA) != DataKind.PHANTOMS
+
+
+def _recipe(params: Mapping[str, str]) -> str:
+    """That of the augmented views which a run trained on; empty if there were none, or it does not say."""
+    return "" if params.get("views") == "0" else params.get("augment", "")
 
 
 def _limits(run: LoggedRun) -> list[str]:

@@ -63,6 +63,14 @@ def test_a_registered_model_is_described_by_the_card_of_its_champion(finished: F
     assert len(text) <= LONGEST
 
 
+@pytest.mark.parametrize(
+    ("params", "recipe"),
+    [({"augment": "crops-2", "views": "6"}, "crops-2"), ({"augment": "crops-2", "views": "0"}, ""), ({}, "")],
+)
+def test_a_card_names_the_recipe_of_views_only_if_there_were_any(params: dict[str, str], recipe: str) -> None:
+    assert cards._recipe(params) == recipe
+
+
 def test_data_sets_are_noted_by_name_and_fingerprint(finished: Finished, in_store: str) -> None:
     _, result, _ = finished
     found = data_sets(result.run_id)
