@@ -14,22 +14,23 @@ import io
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
 
 import click
 import mlflow
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from cxr.tracking.reading import Artifact, LoggedRun
+from cxr.tracking.reading import Artifact, LoggedRun, RunKind
+from cxr.tracking.views import OPENS, key_of
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
+
+from ui import mlflow_ui, served  # noqa: E402
 
 PICTURES = Path(__file__).parents[1] / "experiments" / "pictures"
 THEMES = ("light", "dark")
@@ -37,26 +38,6 @@ LARGEST = 200_000  # bytes
 COLORS = 256
 # MLflow's settings in the browser: its theme, and its assistant closed.
 MLFLOW_SETTINGS = {"mlflow.assistant.panelOpen_v1": "false", "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true"}
-
-
-@contextmanager
-def served(*command: str) -> Iterator[str]:
-    """The address of a server of this environment, started on a free port and stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([sys.executable, "-m", *command, "--port", str(port)], stdout=subprocess.DEVNULL) as server:
-        try:
-            for _ in range(240):
-                try:
-                    urlopen(address, timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield address
-        finally:
-            server.terminate()
 
 
 @contextmanager
@@ -84,9 +65,8 @@ def save(name: str, theme: str, drawn: bytes) -> None:
 
 def draw_mlflow(parent: LoggedRun) -> None:
     """The comparison as MLflow opens it: its table, and its charts."""
-    store = mlflow.get_tracking_uri()
-    with served("mlflow", "ui", "--backend-store-uri", store, "--workers", "1") as address:
-        shared = f"viewStateShareKey=cxr-comparison-{parent.run_id[:12]}&workflowType=machine_learning"
+    with mlflow_ui(mlflow.get_tracking_uri()) as address:
+        shared = f"viewStateShareKey={key_of(RunKind.COMPARISON, parent.run_id)}&{OPENS}"
         experiment = f"{address}/#/experiments/{parent.experiment_id}/runs?{shared}"
         for theme in THEMES:
             for name, more, size in (("runs", "", (1400, 620)), ("charts", "&compareRunsMode=CHART", (1400, 900))):

@@ -170,11 +170,12 @@ class Laboratory:
             what = f"{'after' if fault.after else 'before'} call {fault.call} of {fault.target}"
         code = process.wait()
         reasons = [] if code in (0, *codes) else [f"exit code {code}"]
-        # It may have been ending already, and is then not given again.
-        if code == 0 or not has_ended(folder):
-            reasons += judged(folder, whole) if code == 0 else self.continued(folder, whole)
-        else:  # what it has left, the next command removes
+        if code == 0:  # it was ending already
+            reasons += judged(folder, whole)
+        elif has_ended(folder):  # what it has left, the next command removes
             reasons += [reason for reason in judged(folder, whole) if not reason.startswith(LEFT)]
+        else:
+            reasons += self.continued(folder, whole)
         return self._row(attempt, what, code in codes or None, reasons, folder)
 
     def _fault(self, attempt: Attempt, whole: Undisturbed, rng: random.Random) -> Fault:

@@ -253,29 +253,23 @@ def left_over(folder: Path) -> list[str]:
 
 def run_to_resume(folder: Path) -> str | None:
     """The run that has begun, if it has recorded its parameters."""
-    database = folder / "mlflow.db"
-    if not database.is_file() or not database.stat().st_size:
-        return None
-    query = "select run_uuid from runs join params using (run_uuid) where key = 'train.seed' order by start_time desc"
-    with closing(sqlite3.connect(database)) as store:
-        found = store.execute(query).fetchone()
-    return str(found[0]) if found else None
+    return _found(folder, "join params using (run_uuid) where key = 'train.seed' order by start_time desc")
 
 
 def has_ended(folder: Path) -> bool:
     """Whether the comparison or cross-validation is finished: given again, its command would begin another one."""
+    ended = "join tags using (run_uuid) where key = 'cxr.kind' and value in ('comparison', 'crossval')"
+    return _found(folder, f"{ended} and status = 'FINISHED'") is not None
+
+
+def _found(folder: Path, which: str) -> str | None:
+    """The ID of the first run in the store of a folder, if there is one, of which the end of a query holds."""
     database = folder / "mlflow.db"
     if not database.is_file() or not database.stat().st_size:
-        return False
-    query = (
-        "select count(*) from runs join tags using (run_uuid) "
-        "where key = 'cxr.kind' and value in ('comparison', 'crossval') and status = 'FINISHED'"
-    )
+        return None
     with closing(sqlite3.connect(database)) as store:
-        try:
-            return bool(store.execute(query).fetchone()[0])
-        except sqlite3.OperationalError:  # killed while the tables were made
-            return False
+        found = store.execute(f"select run_uuid from runs {which}").fetchone()
+    return str(found[0]) if found else None
 
 
 SIGNALS = {signal.SIGKILL: "kill -9", signal.SIGTERM: "kill -15", signal.SIGINT: "Ctrl-C"}

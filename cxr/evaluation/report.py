@@ -207,6 +207,12 @@ def format_interval(interval: Interval) -> str:
     return f"{value:.4f} [{low:.4f}, {high:.4f}]" if np.isfinite(low) else f"{value:.4f}"
 
 
+def interval_words(interval: Interval) -> str:
+    """`0.870 (95% interval 0.842 to 0.896)`; only the value if there is no interval."""
+    value, low, high = interval
+    return f"{value:.3f} (95% interval {low:.3f} to {high:.3f})" if np.isfinite(low) else f"{value:.3f}"
+
+
 def implied_prevalence(calibration: Calibration, validation: float) -> float:
     """The prevalence of the positive class that the probabilities assume.
 

@@ -57,12 +57,9 @@ def save_png(figure: Figure, file: Path | BinaryIO) -> None:
 
 def drawn(figure: Figure) -> FigureCanvasAgg:
     """The canvas on which the figure is drawn in pixels. It is drawn once, however often it is saved."""
-    if not isinstance(figure.canvas, FigureCanvasAgg):
-        FigureCanvasAgg(figure)
-    if not hasattr(figure.canvas, "renderer"):  # one of pyplot's has a canvas on which nothing is drawn yet
-        figure.canvas.draw()
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
+    if not hasattr(canvas, "renderer"):  # nothing is drawn yet, as on pyplot's own
+        canvas.draw()  # type: ignore[no-untyped-call]
     return canvas
 
 

@@ -14,7 +14,7 @@ from cxr.config import TrainConfig
 from cxr.evaluation.metrics import Interval
 from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.predictions import HALF, matrix_of
-from cxr.evaluation.report import Report, format_interval
+from cxr.evaluation.report import Report, format_interval, interval_words
 from cxr.figures.html import Matrix, Number, Page, Section
 from cxr.figures.strategies import NAMES
 from cxr.parameters import option_name, text_of
@@ -43,24 +43,19 @@ def verdict_of(report: Report, name: str) -> str:
     table, auc = report.table, report.interval("roc_auc")
     where = f"On {len(table):,} {_images(report)} of {table['group'].nunique():,} patients, {name}"
     if auc[1] <= CHANCE:
-        return f"{where} is not shown to be better than chance: ROC-AUC {_words(auc)}."
+        return f"{where} is not shown to be better than chance: ROC-AUC {interval_words(auc)}."
     if not report.binary:
         return f"{where} decides {_percent(report.interval('accuracy'))} of them right; {_weakest(report)}."
     ill, healthy = report.task.classes[1], report.task.classes[0]
     recall, specificity = report.chosen_values["recall"], report.chosen_values["specificity"]
     return (
-        f"{where} tells {ill} from {healthy} with a ROC-AUC of {_words(auc)}; at its threshold of "
+        f"{where} tells {ill} from {healthy} with a ROC-AUC of {interval_words(auc)}; at its threshold of "
         f"{report.threshold:.3f} it finds {recall:.1%} of {ill} and clears {specificity:.1%} of {healthy}."
     )
 
 
 def _images(report: Report) -> str:
     return {"external": "other images", "fold": "out-of-fold images"}.get(report.split, f"{report.split} images")
-
-
-def _words(interval: Interval) -> str:
-    value, low, high = interval
-    return f"{value:.3f} (95% interval {low:.3f} to {high:.3f})" if np.isfinite(low) else f"{value:.3f}"
 
 
 def _percent(interval: Interval) -> str:
@@ -221,7 +216,7 @@ def crossval_page(name: str, table: pd.DataFrame, pooled: Report, figures: Mappi
     auc, spread = table["roc_auc"].mean(), table["roc_auc"].std(ddof=1)
     verdict = (
         f"Over {len(table)} folds by patient, without the test split, {name} reaches a ROC-AUC of {auc:.3f} "
-        f"± {spread:.3f} (mean and standard deviation); pooled {_words(pooled.interval('roc_auc'))}."
+        f"± {spread:.3f} (mean and standard deviation); pooled {interval_words(pooled.interval('roc_auc'))}."
     )
     about = "The pooled predictions are those of all the models, each on its own fold; intervals cover patients only."
     folds = Section(

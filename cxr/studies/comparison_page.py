@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from cxr.evaluation.multiclass import PER_CLASS
 from cxr.evaluation.paired import RunData, Subject
 from cxr.evaluation.predictions import HALF
-from cxr.evaluation.report import format_interval
+from cxr.evaluation.report import format_interval, interval_words
 from cxr.evaluation.verdict import PairOutcome, Verdict
 from cxr.evaluation.verdict_text import sentences
 from cxr.figures.html import Matrix, Number, Page, Section
 from cxr.figures.strategies import NAMES
+from cxr.runs.page import DOUBTS
 from cxr.tracking.reading import LoggedRun, Tag
 
 SHOWN = (
@@ -77,7 +77,7 @@ def comparison_page(
     """The page; `figures` by the names of their files, `remarks` on what a reader needs to know of the numbers."""
     subject, lines = runs[0].subject, sentences(results.verdict)
     title = "Fine-tuning strategies compared" if subject is Subject.STRATEGY else "Backbones compared"
-    warnings = [remark for remark in remarks if remark.startswith("WARNING")]
+    warnings = [remark for remark in remarks if remark.startswith(DOUBTS)]
     notes = [remark for remark in remarks if remark not in warnings]
     return Page(
         title,
@@ -95,13 +95,9 @@ def in_words(verdict: Verdict, runs: Sequence[RunData]) -> str:
     seeds = sorted(set(verdict.seeds.values()))
     over = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     highest = "has the highest mean ROC-AUC" if verdict.pairs else "has a mean ROC-AUC"
-    found = f"{verdict.mean:.3f}"
-    if np.isfinite(verdict.low):
-        found += f" (95% interval {verdict.low:.3f} to {verdict.high:.3f})"
-    text = (
-        f"On {len(test):,} test images of {test['group'].nunique():,} patients, {verdict.best} {highest} over {over}: "
-        f"{found}."
-    )
+    found = interval_words((verdict.mean, verdict.low, verdict.high))
+    where = f"On {len(test):,} test images of {test['group'].nunique():,} patients"
+    text = f"{where}, {verdict.best} {highest} over {over}: {found}."
     if not verdict.pairs:
         return f"{text} Nothing else was run."
     groups = [(words, [p.strategy for p in verdict.pairs if p.outcome is outcome]) for outcome, words in BESIDE.items()]
@@ -160,7 +156,7 @@ def _sections(
 
 def _which_model(runs: Sequence[RunData], ensembles: Sequence[LoggedRun]) -> str:
     """The run or ensemble with the lowest validation loss, by which champions are chosen, and what became of it."""
-    losses = {run.run_id: run.cost["best_val_loss"] for run in runs if "best_val_loss" in run.cost}
+    losses = {run.run_id: run.cost["best_val_loss"] for run in runs}
     losses |= {run.run_id: run.metric("val_loss") for run in ensembles}
     best = LoggedRun.open(min(losses, key=lambda run_id: losses[run_id]))
     outcome = best.tags.get(Tag.REGISTERED, "not registered")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
+from verdicts import pairs_of, table_of
 
 from cxr.evaluation.paired import Subject
 from cxr.evaluation.verdict import ClaimOutcome, PairOutcome, Reason, decide
@@ -11,23 +11,6 @@ from cxr.evaluation.verdict_text import REASONS, sentences
 
 # ROC-AUC of five seeds that vary little, and of five that vary much.
 STEADY, LOOSE = [0.9700, 0.9701, 0.9702, 0.9703, 0.9704], [0.94, 0.95, 0.97, 0.99, 1.0]
-
-
-def table_of(**seeds: list[float]) -> pd.DataFrame:
-    """A table of strategies, each with the ROC-AUC of its seeds."""
-    rows = {
-        name: {"seeds": len(each), "roc_auc": sum(each) / len(each), "roc_auc_low": 0.9, "roc_auc_high": 0.99}
-        | {"roc_auc_seeds": each}
-        for name, each in seeds.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def pairs_of(*rows: tuple[str, str, float, float, float, float]) -> pd.DataFrame:
-    """Pairs of strategies as (a, b, a - b, low, high, Holm's p)."""
-    return pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p_holm"])
-
-
 EQUAL = (0.0, -0.005, 0.005, 1.0)  # non-inferior either way
 WORSE = (-0.03, -0.04, -0.02, 0.0004)
 OPEN = (-0.002, -0.0105, 0.0062, 0.35)

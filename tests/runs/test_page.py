@@ -97,6 +97,17 @@ def test_a_threshold_of_one_half_is_shown_once() -> None:
     assert not any("at 0.500" in column for column in half[0].tables["Metrics with their 95% intervals"])
 
 
+@pytest.mark.parametrize("task", [KAGGLE, SUBTYPES])
+def test_the_wrong_decisions_that_it_was_most_certain_of_are_listed(task: Task) -> None:
+    one = report(task)
+    wrong = one.table[one.table["decision"] != one.table["label"]]
+    ((caption, shown),) = report_sections(one, {})[2].tables.items()
+    assert caption == f"The {len(shown)} most certain of {len(wrong)} wrong decisions"
+    assert set(shown.index) <= set(wrong["path"])
+    assert (shown["true class"] != shown["decision"]).all()
+    assert list(shown["probability"]) == sorted(shown["probability"], reverse=True)
+
+
 def test_a_cross_validation_has_its_folds_and_their_pool() -> None:
     table = pd.DataFrame({"fold": [1, 2, 3], "roc_auc": [0.7, 0.8, 0.9], "run": ["a", "b", "c"]})
     page = html_page(crossval_page("frozen", table, report(threshold=0.5), {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from verdicts import pairs_of, table_of
 
 from cxr.evaluation.paired import RunData, Subject
 from cxr.evaluation.verdict import decide
@@ -14,19 +15,13 @@ EQUAL, WORSE = (0.0, -0.005, 0.005, 1.0), (-0.08, -0.09, -0.07, 0.0004)
 WHERE = "On 4 test images of 2 patients, "
 
 
-def table_of(names: list[str]) -> pd.DataFrame:
-    columns = ("roc_auc", "roc_auc_low", "roc_auc_high", "roc_auc_seeds", "seeds")
-    rows = {name: (SEEDS[name][0], 0.96, 0.99, SEEDS[name], len(SEEDS[name])) for name in names}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-def pairs_of(*rows: tuple[str, str, float, float, float, float]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "p_holm"])
+def table(*names: str) -> pd.DataFrame:
+    return table_of(**{name: SEEDS[name] for name in names}).assign(roc_auc_low=0.96)
 
 
 def runs() -> list[RunData]:
-    table = pd.DataFrame({"group": ["a", "a", "b", "b"]})
-    return [RunData("id", "full", 0, 0.5, table, table, pd.DataFrame(), {})]
+    images = pd.DataFrame({"group": ["a", "a", "b", "b"]})
+    return [RunData("id", "full", 0, 0.5, images, images, pd.DataFrame(), {})]
 
 
 def test_the_best_and_those_that_are_worse_or_not_distinguishable_are_named() -> None:
@@ -38,7 +33,7 @@ def test_the_best_and_those_that_are_worse_or_not_distinguishable_are_named() ->
         ("frozen", "gradual", *WORSE),
         ("partial", "gradual", *EQUAL),
     )
-    text = in_words(decide(table_of(list(SEEDS)), pairs, 0.01), runs())
+    text = in_words(decide(table(*SEEDS), pairs, 0.01), runs())
     assert text.startswith(
         f"{WHERE}full has the highest mean ROC-AUC over 3 seeds: 0.980 (95% interval 0.960 to 0.990). Of the others, "
         "frozen is worse; partial and gradual are not distinguishable from it. The claim that partial fine-tuning"
@@ -48,7 +43,7 @@ def test_the_best_and_those_that_are_worse_or_not_distinguishable_are_named() ->
 
 @pytest.mark.parametrize("subject", Subject)
 def test_a_single_strategy_is_not_compared(subject: Subject) -> None:
-    text = in_words(decide(table_of(["full"]), pairs_of(), 0.01, subject), runs())
+    text = in_words(decide(table("full"), pairs_of(), 0.01, subject), runs())
     assert (
         text
         == f"{WHERE}full has a mean ROC-AUC over 3 seeds: 0.980 (95% interval 0.960 to 0.990). Nothing else was run."
@@ -56,5 +51,5 @@ def test_a_single_strategy_is_not_compared(subject: Subject) -> None:
 
 
 def test_backbones_have_no_claim() -> None:
-    verdict = decide(table_of(["full", "frozen"]), pairs_of(("frozen", "full", *WORSE)), 0.01, Subject.BACKBONE)
+    verdict = decide(table("full", "frozen"), pairs_of(("frozen", "full", *WORSE)), 0.01, Subject.BACKBONE)
     assert in_words(verdict, runs()).endswith("0.990). Of the others, frozen is worse.")

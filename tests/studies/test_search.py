@@ -233,14 +233,15 @@ def test_a_trial_that_raises_is_marked_failed_and_the_search_continues(
     assert says in load(config).trials[1].user_attrs["error"]
 
 
+def full_disk(*arguments: Any) -> Any:
+    raise MachineError("disk full")
+
+
 def test_the_trial_with_the_defaults_is_named_when_it_was_tried_again(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> Any:
-        raise MachineError("disk full")
-
     with monkeypatch.context() as broken, pytest.raises(MachineError, match="disk full"):
-        broken.setattr(trial_module, "train_model", full)
+        broken.setattr(trial_module, "train_model", full_disk)
         tune_tracked(config.replace(trials=1), quiet)
     lines: list[str] = []
     tune_tracked(config.replace(trials=2), lines.append)
@@ -272,12 +273,9 @@ def test_a_lost_store_or_a_full_disk_ends_the_search_without_losing_a_trial(
 def test_a_trial_that_could_not_be_queued_again_on_a_full_disk_is_when_there_is_space(
     config: TuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> Any:
-        raise MachineError("disk full")
-
     with monkeypatch.context() as broken, pytest.raises(MachineError, match="disk full"):
-        broken.setattr(trial_module, "train_model", full)
-        broken.setattr(trial_queue, "requeue", full)
+        broken.setattr(trial_module, "train_model", full_disk)
+        broken.setattr(trial_queue, "requeue", full_disk)
         tune_tracked(config.replace(trials=2), quiet)
     assert states(config)[0] == "FAIL"
     tune_tracked(config.replace(trials=2), quiet)

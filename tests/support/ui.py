@@ -1,4 +1,4 @@
-"""MLflow's pages, served for a test."""
+"""Servers of pages, for a test or a picture."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ def free_port() -> int:
 
 
 @contextmanager
+def served(*command: str) -> Iterator[str]:
+    """The address of a server of this environment (`python -m …`), started on a free port and stopped at the end."""
+    port = str(free_port())
+    address = f"http://127.0.0.1:{port}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-m", *command, "--port", port], env=os.environ, **quiet) as server:
+        try:
+            for _ in range(240):
+                try:
+                    urlopen(address, timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield address
+        finally:
+            server.terminate()
+
+
+@contextmanager
 def mlflow_ui(store: str) -> Iterator[str]:
     """The address of `mlflow ui` on that store."""
-    port = str(free_port())
-    options = ["--backend-store-uri", store, "--port", port, "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "ui", *options]
-    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        for _ in range(120):
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
+    with served("mlflow", "ui", "--backend-store-uri", store, "--workers", "1") as address:
+        yield address
