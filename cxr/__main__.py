@@ -1,7 +1,16 @@
-"""`python -m cxr`."""
+"""`cxr` and `python -m cxr`."""
 
 from __future__ import annotations
 
-from cxr.cli import main
+from cxr import cli
+from cxr.process import lean_process
 
-main()
+
+def main() -> None:
+    """Run the command line as the process's only work."""
+    with lean_process():
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -38,6 +38,7 @@ from cxr.figures.style import (
     _draw_matrix,
     _epoch_axis,
     _figure,
+    _fix,
     _grid,
     _interval,
     _legend_below,
@@ -99,7 +100,8 @@ def confusion_matrix(counts: Counts, class_names: Sequence[str], title: str) -> 
 
     ``counts`` is [k, k]. A row without images has no rates and shows "n/a".
     """
-    figure = _figure(title, 4.1 if len(counts) < 5 else 4.6)
+    many = len(class_names) > 3 or len(class_names) * max(map(len, class_names)) > 36
+    figure = _figure(title, 4.6 if many else 4.1)
     left, right = figure.subplots(1, 2)
     totals = counts.sum(axis=1, keepdims=True)
     rates = np.where(totals > 0, 100.0 * counts / np.maximum(totals, 1), np.nan)
@@ -110,9 +112,10 @@ def confusion_matrix(counts: Counts, class_names: Sequence[str], title: str) -> 
     for axes in (left, right):
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
-        many = len(class_names) > 3
         axes.set_xticks(range(len(class_names)), class_names, rotation=90 if many else 0)
         axes.set_yticks(range(len(class_names)), class_names, rotation=0 if many else 90, va="center")
+    if not many:  # else the margins depend on the names
+        _fix(figure, 0.65, 0.2, 0.6, 0.35, wspace=0.28)
     return figure
 
 
@@ -137,6 +140,7 @@ def roc_curve(
     axes.set_xlabel("false positive rate (1 - specificity)")
     axes.set_ylabel("true positive rate (sensitivity)")
     _legend_below(figure)
+    _fix(figure, 0.75, 0.2, 1.3)
     return figure
 
 
@@ -159,6 +163,7 @@ def pr_curve(labels: Labels, probabilities: Floats, auc: Interval | None, title:
     axes.set_xlabel("recall (sensitivity)")
     axes.set_ylabel("precision (positive predictive value)")
     _legend_below(figure)
+    _fix(figure, 0.75, 0.2, 1.3)
     return figure
 
 
@@ -224,6 +229,7 @@ def selective_accuracy(coverages: Floats, curve: Mapping[str, Floats], abstained
     axes.set_ylabel("accuracy (0 to 1)")
     _grid(axes)
     _legend_below(figure)
+    _fix(figure, 0.85, 0.2, 1.3)
     return figure
 
 
@@ -232,20 +238,28 @@ def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, c
 
     Black is 0 and white 255 in every image, so that brightness is comparable between them.
     """
+    return _image_grid(images, captions, title, columns)
+
+
+def _image_grid(
+    images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int, below: float = 0.1
+) -> Figure:
+    """As `image_grid`, with a margin ``below`` in inches."""
     if len(images) == 0 or len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions: need equal numbers, at least one")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     cell = min(WIDTH / columns, 2.4)
     lines = [textwrap.fill(caption, max(int(cell * 13), 8)) for caption in captions]
-    text = 0.15 * (1 + max(line.count("\n") for line in lines))
+    text = 0.08 + 0.13 * (1 + max(line.count("\n") for line in lines))
     tall = cell * images.shape[1] / images.shape[2]
-    figure = _figure(title, 0.6 + rows * (tall + text), max(cell * columns, 4.0))
+    figure = _figure(title, 0.5 + rows * (tall + text) + below, max(cell * columns, 4.0))
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, image, line in zip(figure.axes, images, lines, strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(line, fontsize=8, pad=3)
+    _fix(figure, 0.1, 0.1, below, text, wspace=0.05, hspace=text / tall)
     return figure
 
 
@@ -259,12 +273,11 @@ def explanation_panel(
     """
     if len(heats) != len(images):
         raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need equal numbers")
-    figure = image_grid(images, captions, title, columns)
-    cells = list(figure.axes)
-    for axes, heat in zip(cells, heats, strict=False):
+    figure = _image_grid(images, captions, title, columns, below=0.85)
+    for axes, heat in zip(list(figure.axes), heats, strict=False):
         layer = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1)
-    figure.set_figheight(figure.get_figheight() + 0.65)
-    bar = figure.colorbar(layer, ax=cells, location="bottom", aspect=40, shrink=0.8)
+    height = float(figure.get_figheight())
+    bar = figure.colorbar(layer, cax=figure.add_axes((0.1, 0.6 / height, 0.8, 0.13 / height)), orientation="horizontal")
     bar.ax.set_facecolor(GREY)  # so that the colours match those over the X-rays
     bar.ax.tick_params(labelsize=8)
     bar.set_label(textwrap.fill(_HEAT_LABEL, int(figure.get_figwidth() * 13)), fontsize=8.5)
@@ -381,11 +394,12 @@ def calibration_pair(
         ece = expected_calibration_error(labels.astype(np.int64), probabilities.astype(np.float64), bins)
         panels[0, column].set_title(f"{name} calibration: ECE {ece:.4f}", fontsize=11)
         _draw_reliability(panels[0, column], panels[1, column], labels, probabilities, bins)
-        panels[1, column].set_xlabel(f"predicted probability of {event}")
-    panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel=f"observed frequency of {event}")
+    figure.supxlabel(f"predicted probability of {event}", y=0.08, fontsize="medium")
+    panels[0, 0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="observed frequency")
     panels[1, 0].set_ylabel("images")
     panels[1, 0].margins(y=0.45)  # room for the rotated counts
     _legend(figure, panels[0, 0].get_legend_handles_labels()[0], columns=3)
+    _fix(figure, 0.85, 0.25, 0.95, 0.35, wspace=0.08, hspace=0.08)
     figure.align_ylabels()
     return figure
 

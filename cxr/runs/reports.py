@@ -48,7 +48,7 @@ from cxr.training.batch_source import evaluation_batches, pooled_features
 from cxr.training.loop import class_weights
 
 Float32 = npt.NDArray[np.float32]
-SAMPLE, AGREEMENT = 16, 1e-4  # images that are checked, and by how much their probabilities may differ
+SAMPLE, AGREEMENT = 8, 1e-4  # images that are checked, and by how much their probabilities may differ
 
 
 @dataclass(frozen=True, slots=True)

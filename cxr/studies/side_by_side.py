@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,12 +14,11 @@ from typing import Any
 import psutil
 
 from cxr.config import TrainConfig
-from cxr.errors import MachineError, Stopped
+from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
-from cxr.storage import own_temporary_files
-from cxr.studies.child import Child, end_lost, stores_in_use, use_stores
-from cxr.tracking.signals import stops_once
+from cxr.studies.child import Child, end_lost, stores_in_use
+from cxr.studies.worker import serve
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
 PATIENCE = 60.0  # seconds that a run has to end when it is stopped
@@ -84,7 +81,7 @@ class _Worker:
         import torch
 
         self.connection, other = CONTEXT.Pipe()
-        self.process: BaseProcess = CONTEXT.Process(target=_serve, args=(other, stores_in_use()), daemon=True)
+        self.process: BaseProcess = CONTEXT.Process(target=serve, args=(other, stores_in_use()), daemon=True)
         limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
         with _environment(SETTINGS | limits | _one_gpu(number, torch.cuda.device_count())):
             self.process.start()
@@ -159,38 +156,3 @@ def _one_gpu(number: int, gpus: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(gpus)]
     return {"CUDA_VISIBLE_DEVICES": names[number % gpus]}
-
-
-def _serve(connection: Connection, stores: tuple[str, str]) -> None:
-    """What the process does: train what it is given, until there is no more or a run fails."""
-    with suppress(KeyboardInterrupt, Stopped), stops_once(), own_temporary_files():
-        _train_all(connection, stores)
-
-
-def _train_all(connection: Connection, stores: tuple[str, str]) -> None:
-    use_stores(stores)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while (child := _next(connection)) is not None:
-        message = child.trained(lambda line: connection.send(("said", line)))
-        try:
-            connection.send(message)
-        except OSError:  # nobody is there to be told any more; the run has ended as it should
-            return
-        if message[0] != "finished":
-            return
-
-
-def _end_with_parent() -> None:
-    """Have the run end, which can be continued, as soon as the process that handed it out is gone."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _next(connection: Connection) -> Child | None:
-    try:
-        child: Child = connection.recv()
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return child

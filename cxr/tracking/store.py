@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from weakref import WeakSet
 
 import psutil
 from filelock import FileLock
@@ -45,11 +48,34 @@ def prepare() -> None:
         os.environ.setdefault(variable, value)
     for logger, level in _LOG_LEVELS.items():
         logging.getLogger(logger).setLevel(level)
+    _close_databases_at_exit()
     database = _sqlite_file()
     if database and not _has_content(database):
         with store_errors(), one_at_a_time():
             if not _has_content(database):  # another process may have made it meanwhile
                 _make_store(database)
+
+
+@cache
+def _close_databases_at_exit() -> None:
+    """What Python does with objects that nobody refers to any more, which `process` does without.
+
+    The last to close a SQLite file merges the write-ahead log into it.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Connection, Engine
+
+    engines: WeakSet[Engine] = WeakSet()
+
+    def remember(connection: Connection) -> None:
+        engines.add(connection.engine)
+
+    def close() -> None:
+        for engine in list(engines):
+            engine.dispose()
+
+    event.listen(Engine, "engine_connect", remember)
+    atexit.register(close)
 
 
 def _sqlite_file() -> Path | None:

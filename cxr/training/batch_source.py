@@ -32,7 +32,6 @@ from cxr.data.batches import (
 from cxr.data.load import Data
 from cxr.data.views import PLAIN, Batch, View, to_input
 from cxr.machine import eval_batch_size
-from cxr.network.freezing import checksum
 from cxr.network.stages import classifier_of, family_of
 from cxr.storage import Cache
 from cxr.strategies import HEAD, Phase
@@ -93,7 +92,7 @@ class BatchSource:
 
     def _cost(self, phase: Phase, work: Workload) -> PrefixCost:
         """Of one output; timed only where the decision depends on it."""
-        prefix = Prefix(self.model, phase, self.passes)
+        prefix = self.prefixes[phase.name] = Prefix(self.model, phase, self.passes)
         row = prefix.row(self.val_split)
         size, begun = row.numel() * row.element_size(), prefix.begun(self.val_split)
         if work.epochs is None or begun or not self.passes.folder:
@@ -120,11 +119,10 @@ class BatchSource:
 
     def _prefix(self, phase: Phase) -> Prefix:
         """The prefix of a phase, with that of the later phase from whose outputs it starts, if the plan names one."""
-        known = self.prefixes.get(phase.name)
-        if known and known.checksum == checksum(self.model, phase.frozen):
-            return known
-        base = self.plan.of(phase).base
+        known, base = self.prefixes.get(phase.name), self.plan.of(phase).base
         start = next((self._prefix(each) for each in self.settings.phases if each.name == base), None)
+        if known and known.base is start and known.is_of(self.model):
+            return known
         self.prefixes[phase.name] = Prefix(self.model, phase, self.passes, start)
         return self.prefixes[phase.name]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cxr.data.batches import Split, straight_order, to_device, view_batches
 from cxr.data.views import PLAIN, Batch, View
 from cxr.families import RESNET
-from cxr.network.freezing import checksum
+from cxr.network.freezing import bit_sums, checksum
 from cxr.network.inference import autocast, folded
 from cxr.network.stages import family_of, pool, run_stages
 from cxr.strategies import Phase
@@ -62,11 +62,15 @@ class Prefix:
     def __init__(self, model: nn.Module, phase: Phase, settings: PassSettings, base: Prefix | None = None):
         self.phase, self.settings, self.base = phase, settings, base
         self.stages = phase.frozen[len(base.phase.frozen) if base else 0 :]
-        self.checksum = checksum(model, phase.frozen)
+        self.checksum, self._bits = checksum(model, phase.frozen), bit_sums(model, phase.frozen)
         self.network = folded(model, self.stages) if settings.fold else model
         self.values: dict[tuple[int, View], Tensor] = {}  # of a split, in memory
         self._files: dict[View, RowFile] = {}
         self._row = torch.empty(0)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model's frozen stages are still as they were."""
+        return self._bits == bit_sums(model, self.phase.frozen)
 
     def row(self, split: Split) -> Tensor:
         """What the stages give for one image of the split [1, c, h, w]."""

@@ -234,3 +234,38 @@ def test_saved_pictures_have_the_pixels_that_matplotlib_saves() -> None:
     figures[1].savefig(files[1])
     ours, theirs = (np.asarray(Image.open(file).convert("RGB")) for file in files)
     np.testing.assert_array_equal(ours, theirs)
+
+
+LONG = "Reliability of the probabilities on the held-out images of another hospital, threshold 0.429 (624 images)"
+
+
+def fixed_figures(title: str) -> dict[str, Figure]:
+    """Those whose margins are not measured."""
+    grid, captions = np.zeros((7, 32, 32), np.uint8), ["confident wrong: PNEUMONIA, p = 0.998"] * 7
+    counts, shares = np.array([[25_000, 58], [18, 372]]), np.linspace(0.05, 1, 20)
+    curve = dict.fromkeys(("accuracy", "low", "high"), shares * 0.001 + 0.995)
+    many = np.repeat(LABELS, 3000), np.repeat(PROBABILITIES, 3000)
+    interval = (0.945, 0.928, 0.962)
+    return {
+        "confusion matrix": plots.confusion_matrix(counts, ["NORMAL", "PNEUMONIA"], title),
+        "long names": plots.confusion_matrix(np.eye(3, dtype=int), ["normal", "bacterial pneumonia", "other"], title),
+        "roc": plots.roc_curve(LABELS, PROBABILITIES, interval, title),
+        "pr": plots.pr_curve(LABELS, PROBABILITIES, interval, title),
+        "selective": plots.selective_accuracy(shares, curve, 0.176, title),
+        "calibration": plots.calibration_pair(*many, many[1] * 0.9, title, event="the decision being right"),
+        "views": plots.image_grid(grid, captions, title),
+        "grad-cam": plots.explanation_panel(grid, np.ones((7, 32, 32)), captions, title),
+    }
+
+
+@pytest.mark.parametrize("title", ["ROC curve", LONG])
+def test_nothing_overlaps_or_is_cut_off_where_margins_are_fixed(title: str) -> None:
+    for name, figure in fixed_figures(title).items():
+        save(figure)
+        boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
+        boxes += [text.get_window_extent() for text in figure.texts]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes), name
+        assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes), name
+        shrunk = [box.padded(-1) for box in boxes]
+        assert not any(a.overlaps(b) for i, a in enumerate(shrunk) for b in shrunk[:i]), name

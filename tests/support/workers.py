@@ -11,8 +11,7 @@ from as_tests_run import fail_where, run_as_tests_do
 from started import CONTEXT, one_thread
 
 from cxr.studies import side_by_side
-
-_serve = side_by_side._serve
+from cxr.studies.worker import serve
 
 
 def _serve_narrow(
@@ -22,11 +21,11 @@ def _serve_narrow(
     os.environ.clear()
     os.environ.update(environment)
     run_as_tests_do()
-    _serve(connection, stores)
+    serve(connection, stores)
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception] | None = None) -> None:
     """From now on, the processes of `side_by_side` are such workers; runs of a strategy may raise an error."""
     one_thread(monkeypatch)
     monkeypatch.setattr(side_by_side, "CONTEXT", CONTEXT)
-    monkeypatch.setattr(side_by_side, "_serve", partial(_serve_narrow, dict(os.environ), errors or {}))
+    monkeypatch.setattr(side_by_side, "serve", partial(_serve_narrow, dict(os.environ), errors or {}))
