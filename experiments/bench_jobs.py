@@ -40,6 +40,7 @@ def seconds(work: Path, arguments: list[str]) -> float:
 @click.option("--strategies", default="all", show_default=True)
 @click.option("--seeds", type=AT_LEAST_1, default=2, show_default=True)
 @click.option("--epochs", type=AT_LEAST_1, default=4, show_default=True)
+@click.option("--image-size", type=AT_LEAST_1, default=224, show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--weights", default="random", show_default=True)
 @click.option("--jobs", type=AT_LEAST_1, default=os.cpu_count(), show_default=True)
@@ -47,7 +48,7 @@ def seconds(work: Path, arguments: list[str]) -> float:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="also write the table there as CSV")
 def main(data_dir: str, jobs: int, ways: str, out: Path | None, **options: object) -> None:
     """Run all ways and print the table."""
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     known = {
         "all": ("one after the other, all cores each", ["--jobs", "1", "--threads", str(os.cpu_count())]),
         "one": ("one after the other, one thread each", ["--jobs", "1", "--threads", "1"]),

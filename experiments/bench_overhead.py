@@ -5,9 +5,10 @@
 Result in LOG.md: "2026-11-26: what surrounds training, again".
 
 Of each strategy the command `cxr train` runs `--repeats` times on one cache, after a first time that fills it (decoded
-images, audit, activations); then `cxr compare` with one seed more, one after the other. Beyond training is the wall
-time of the command, or, in a comparison, the time since the run before ended (so not of the first run), less the
-seconds of the run's epochs and of their validation.
+images, audit, activations); then `cxr compare` with twice as many seeds, once to fill the cache, and once for each of
+`--jobs`: how many go side by side. Beyond training is the wall time of the command, or, in a comparison, the time from
+the end of the first runs to that of the last, for each run that ended in it, less the seconds of the run's epochs and
+of their validation (of which as many pass at once as runs go side by side).
 `--profile FILE` writes a profile of one more `cxr train` of the last strategy, for `python -m pstats FILE`.
 """
 
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -61,21 +61,35 @@ def row(way: str, strategy: str, run: mlflow.entities.Run, seconds: float) -> di
     return {"way": way, "strategy": strategy, "s": seconds, "training s": training, "beyond s": seconds - training}
 
 
-def measured(work: Path, strategy: str, repeats: int, options: list[str]) -> Iterator[dict[str, object]]:
+def measured(
+    work: Path, strategy: str, repeats: int, side_by_side: list[int], options: list[str]
+) -> Iterator[dict[str, object]]:
     """The lines of one strategy."""
     for number in range(repeats + 1):
         seconds = run_cxr(work, "train", "--strategy", strategy, *options)
         way = f"train, {number}" if number else "train, first"
         yield row(way, strategy, newest_runs(1)[0], seconds)
-    run_cxr(work, "compare", "--strategies", strategy, "--seeds", str(repeats + 1), "--jobs", "1", *options)
-    for before, run in pairwise(sorted(newest_runs(repeats + 1), key=lambda run: run.info.end_time)):
-        yield row("of a comparison", strategy, run, (run.info.end_time - before.info.end_time) / 1000)
+    for number, jobs in enumerate([1, *side_by_side] if side_by_side else []):
+        own = ["--seeds", str(2 * repeats), "--jobs", str(jobs)]
+        run_cxr(work, "compare", "--strategies", strategy, *own, *options)
+        if number:
+            yield of_a_comparison(strategy, newest_runs(2 * repeats), jobs)
+
+
+def of_a_comparison(strategy: str, runs: list[mlflow.entities.Run], jobs: int) -> dict[str, object]:
+    """The line of a comparison, for each of its runs."""
+    ends = sorted(run.info.end_time / 1000 for run in runs)
+    seconds = (ends[-1] - ends[jobs - 1]) / (len(runs) - jobs)
+    training = sum(training_seconds(run.info.run_id) for run in runs) / len(runs) / jobs
+    way = f"of a comparison, {jobs} at once"
+    return {"way": way, "strategy": strategy, "s": seconds, "training s": training, "beyond s": seconds - training}
 
 
 @click.command()
 @click.option("--data-dir", required=True, help="Kaggle-shaped folder")
 @click.option("--strategies", default="frozen,partial", show_default=True)
 @click.option("--repeats", type=AT_LEAST_1, default=3, show_default=True)
+@click.option("--jobs", default="1,2", show_default=True, help="none: no comparison")
 @click.option("--epochs", type=AT_LEAST_1, default=8, show_default=True)
 @click.option("--views", type=AT_LEAST_1, default=6, show_default=True, help="fewer are sooner there for new seeds")
 @click.option("--weights", default="random", show_default=True)
@@ -85,16 +99,17 @@ def measured(work: Path, strategy: str, repeats: int, options: list[str]) -> Ite
 @click.option("--profile", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="also write the table there as CSV")
 def main(
-    strategies: str, repeats: int, profile: Path | None, out: Path | None, data_dir: str, **options: object
+    strategies: str, repeats: int, jobs: str, profile: Path | None, out: Path | None, data_dir: str, **options: object
 ) -> None:
     """Measure every strategy and print the table."""
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     given += ["--data-dir", str(Path(data_dir).absolute())]
+    side_by_side = [] if jobs == "none" else [int(number) for number in jobs.split(",")]
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as work:
         mlflow.set_tracking_uri(f"sqlite:///{work}/mlflow.db")
         for strategy in strategies.split(","):
-            for line in measured(Path(work), strategy, repeats, given):
+            for line in measured(Path(work), strategy, repeats, side_by_side, given):
                 rows.append(line)
                 click.echo(line, err=True)
         if profile:

@@ -110,8 +110,7 @@ def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[
             say(f"{child.name}: run {child.run_id}")
             child.train(say)
         return
-    _audit(family[0].config, data, machine)
-    train_side_by_side(family, processes, say)
+    train_side_by_side(family, processes, say, lambda: _audit(family[0].config, data, machine))
 
 
 def _audit(config: TrainConfig, data: Data, machine: Machine) -> None:

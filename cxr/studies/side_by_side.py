@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -44,10 +44,12 @@ def at_once(jobs: str, runs: int, machine: Machine, threads: int) -> tuple[int, 
     return min(fit, runs), f"{cores()} core(s) of {threads} thread(s) a run, memory for {room}"
 
 
-def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> None:
+def train_side_by_side(
+    children: Iterable[Child], processes: int, say: Say, first: Callable[[], object] = lambda: None
+) -> None:
     """Train all children, `processes` at once, the costly ones of a seed first, so that none is left alone at the end.
 
-    What one says is said after its name.
+    `first` is done while the processes start. What one says is said after its name.
 
     The first that fails stops the others, which end KILLED and can be continued. Raises what it raised: `UserError`, or
     `ChildError` with its traceback; `MachineError` when its process was killed; `Stopped` when it was stopped.
@@ -56,6 +58,7 @@ def train_side_by_side(children: Iterable[Child], processes: int, say: Say) -> N
     threads = max(child.config.threads for child in waiting)
     workers = [_Worker(number, threads) for number in range(min(processes, len(waiting)))]
     try:
+        first()
         for worker in workers:
             worker.take(waiting)
         while busy := {worker.connection: worker for worker in workers if worker.child}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections import deque
@@ -18,7 +19,7 @@ from workers import fork_workers
 from cxr.config import CompareConfig, TrainConfig, configure
 from cxr.errors import ChildError, MachineError, UserError
 from cxr.machine import Machine, ready_machine
-from cxr.studies import side_by_side
+from cxr.studies import family, side_by_side
 from cxr.studies.child import Child
 from cxr.studies.compare import compare_tracked
 from cxr.studies.side_by_side import _one_gpu, _Worker, at_once
@@ -103,6 +104,22 @@ def test_the_first_failure_stops_the_others_and_is_raised_once(
     assert parent.status == "FAILED"
     assert str(error) in parent.tags["cxr.error"]
     assert "RUNNING" not in {run.status for run in children(parent.run_id)}
+
+
+def test_the_audit_is_made_while_the_processes_start_and_its_failure_ends_them(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        assert len(multiprocessing.active_children()) == 2
+        raise UserError("leaks across splits")
+
+    monkeypatch.setattr(family, "_audit", fail)
+    with pytest.raises(UserError, match="leaks across splits"):
+        compare_tracked(config.replace(seed=50), quiet)
+    assert not multiprocessing.active_children()
+    parent = newest_parent()
+    assert parent.status == "FAILED"
+    assert {run.status for run in children(parent.run_id)} == {"SCHEDULED"}
 
 
 @pytest.mark.parametrize(
