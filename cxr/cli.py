@@ -17,6 +17,7 @@ from cxr.config import (
     SYNTHETIC,
     CompareConfig,
     CrossvalConfig,
+    FamilyConfig,
     ServeConfig,
     TrainCommand,
     TrainConfig,
@@ -47,6 +48,14 @@ def cli() -> None:
 def _one_process(command: str) -> None:
     if processes() > 1:
         raise UserError(f"torchrun: not supported by {command}, only by train; start {command} without torchrun")
+
+
+def _warm_up(config: FamilyConfig) -> None:
+    """Have the libraries loaded for other processes, if there will be any, while they are loaded here."""
+    if config.engine == "local" and config.jobs not in ("auto", "1"):
+        from cxr.studies.worker import warm_up
+
+        warm_up(config.train.threads)
 
 
 @cli.command()
@@ -80,6 +89,8 @@ def compare(first: str | None, more: tuple[str, ...], **parameters: Any) -> None
         raise click.UsageError(f"{' '.join(more)}: run ids must follow --runs")
     config = configure(CompareConfig, parameters)
     _one_process("compare")
+    if not first:
+        _warm_up(config)
     from cxr.studies.compare import compare_runs, compare_tracked
 
     if first:
@@ -94,6 +105,7 @@ def crossval(**parameters: Any) -> None:
     """Cross-validate a strategy on the training and validation images, by patient. The test split is not used."""
     config = configure(CrossvalConfig, parameters)
     _one_process("crossval")
+    _warm_up(config)
     from cxr.studies.crossval import crossval_tracked
 
     crossval_tracked(config, say=show)

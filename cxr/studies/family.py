@@ -20,6 +20,7 @@ from cxr.storage import exclusive
 from cxr.studies.child import Child
 from cxr.studies.on_ray import train_on_ray
 from cxr.studies.side_by_side import at_once, train_side_by_side
+from cxr.studies.worker import warm_up
 from cxr.tracking.nested import (
     children,
     ending,
@@ -51,6 +52,9 @@ def run_family(
     invalid input before a run is created.
     """
     data, machine = read_data(next(iter(members.values()))), ready_machine(config.train)
+    threads = config.train.threads or _share(len(members))
+    if config.engine == "local" and at_once(config.jobs, len(members), machine, threads)[0] > 1:
+        warm_up(threads)
     kind = RunKind(tags[Tag.KIND])
     key = _family_key(members.values(), data.fingerprint, *_weights(config.train, members.values(), data))
     params = flatten(config.train) | own_parameters(config)
@@ -82,16 +86,19 @@ def _children(
 ) -> Iterator[Child]:
     """All children, in order: the `existing` ones (by name) that are finished or continue, else new ones, SCHEDULED
     until they begin."""
-    # Not by how many are at work side by side, which must not change a number.
-    share = max(1, cores() // len(members))
     for name, member in members.items():
-        config, child = replace(member, threads=member.threads or share), existing.get(name)
+        config, child = replace(member, threads=member.threads or _share(len(members))), existing.get(name)
         if child is not None and (child.finished or continues(child, config)):
             yield Child(name, config, child.run_id, parent)
             continue
         if child is not None:
             retire(child)
         yield Child(name, config, _new_child(parent, name, config), parent)
+
+
+def _share(members: int) -> int:
+    """The threads of each, whose number may change the last bits of a result: how many are at work must not."""
+    return max(1, cores() // members)
 
 
 def _train(config: FamilyConfig, data: Data, machine: Machine, family: Sequence[Child], say: Say) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import psutil
 
@@ -18,14 +15,10 @@ from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
 from cxr.studies.child import Child, end_lost, stores_in_use
-from cxr.studies.worker import serve
+from cxr.studies.worker import CONTEXT, serve, settings_for, warm_up
 
-CONTEXT: Any = multiprocessing.get_context("spawn")
 PATIENCE = 60.0  # seconds that a run has to end when it is stopped
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
-# Of the processes. Threads that spin while they wait keep the others from working.
-SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def at_once(jobs: str, runs: int, machine: Machine, threads: int) -> tuple[int, str]:
@@ -56,6 +49,7 @@ def train_side_by_side(
     """
     waiting = deque(sorted(children, key=lambda child: (child.config.seed, -_cost(child.config))))
     threads = max(child.config.threads for child in waiting)
+    warm_up(threads)
     workers = [_Worker(number, threads) for number in range(min(processes, len(waiting)))]
     try:
         first()
@@ -84,10 +78,10 @@ class _Worker:
         import torch
 
         self.connection, other = CONTEXT.Pipe()
-        self.process: BaseProcess = CONTEXT.Process(target=serve, args=(other, stores_in_use()), daemon=True)
-        limits = dict.fromkeys(THREADS, str(threads)) if threads else {}
-        with _environment(SETTINGS | limits | _one_gpu(number, torch.cuda.device_count())):
-            self.process.start()
+        environment = {**os.environ, **settings_for(threads), **_one_gpu(number, torch.cuda.device_count())}
+        about = (other, stores_in_use(), environment)
+        self.process: BaseProcess = CONTEXT.Process(target=serve, args=about, daemon=True)
+        self.process.start()
         other.close()
         self.child: Child | None = None
 
@@ -138,18 +132,6 @@ class _Worker:
             self.process.join()
             if self.child:
                 end_lost(self.child, "its process did not stop")
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """For processes started within the block, whose libraries read these variables when they are loaded."""
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _one_gpu(number: int, gpus: int) -> dict[str, str]:

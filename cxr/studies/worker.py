@@ -1,6 +1,7 @@
 """A process that trains one run after the other for the one that started it.
 
-It imports what it needs when it is set up, not before: see `cxr.process`.
+On Linux, such processes are forked from one that has loaded the libraries (`preload`) and done nothing else. Elsewhere
+each loads them itself, once it is set up (see `cxr.process`), which takes several seconds of a core.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cxr.errors import Stopped
 from cxr.process import lean_process
@@ -22,8 +26,38 @@ if TYPE_CHECKING:
     from cxr.studies.child import Child
 
 
-def serve(connection: Connection, stores: tuple[str, str]) -> None:
-    """Train what the connection gives, logging to `stores`, until there is no more or a run fails."""
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+# Threads that spin while they wait keep the others from working.
+SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def settings_for(threads: int) -> dict[str, str]:
+    """Environment variables of a process with so many threads (0: all)."""
+    return SETTINGS | (dict.fromkeys(THREADS, str(threads)) if threads else {})
+
+
+def warm_up(threads: int) -> None:
+    """Begin to load the libraries for the processes that will be started. Does not wait."""
+    if CONTEXT.get_start_method() != "forkserver":
+        return
+    CONTEXT.set_forkserver_preload(["cxr.studies.preload"])
+    before = dict(os.environ)
+    os.environ.update(settings_for(threads))  # which libraries read when they are loaded
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def serve(connection: Connection, stores: tuple[str, str], environment: Mapping[str, str]) -> None:
+    """Train what the connection gives, logging to `stores`, until there is no more or a run fails.
+
+    `environment` takes the place of the process's own, which may be that of the process it was forked from.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     with lean_process(), suppress(KeyboardInterrupt, Stopped), stops_once(), own_temporary_files():
         _train_all(connection, stores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -10,22 +11,23 @@ import pytest
 from as_tests_run import fail_where, run_as_tests_do
 from started import CONTEXT, one_thread
 
-from cxr.studies import side_by_side
+from cxr.studies import family, side_by_side
 from cxr.studies.worker import serve
 
 
 def _serve_narrow(
-    environment: dict[str, str], errors: dict[str, Exception], connection: Connection, stores: tuple[str, str]
+    errors: dict[str, Exception], connection: Connection, stores: tuple[str, str], environment: Mapping[str, str]
 ) -> None:
     fail_where(lambda child: errors.get(child.config.strategy))
-    os.environ.clear()
     os.environ.update(environment)
     run_as_tests_do()
-    serve(connection, stores)
+    serve(connection, stores, environment)
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception] | None = None) -> None:
     """From now on, the processes of `side_by_side` are such workers; runs of a strategy may raise an error."""
     one_thread(monkeypatch)
     monkeypatch.setattr(side_by_side, "CONTEXT", CONTEXT)
-    monkeypatch.setattr(side_by_side, "serve", partial(_serve_narrow, dict(os.environ), errors or {}))
+    for module in (side_by_side, family):  # the server of the tests is there
+        monkeypatch.setattr(module, "warm_up", lambda threads: None)
+    monkeypatch.setattr(side_by_side, "serve", partial(_serve_narrow, errors or {}))
