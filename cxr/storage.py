@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -254,7 +255,10 @@ def own_temporary_files() -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
-        shutil.rmtree(work, ignore_errors=True)
+        if any(work.glob("pymp-*")):  # of multiprocessing, which removes it last of all, and complains if it is gone
+            Finalize(None, shutil.rmtree, (work, True), exitpriority=-200)
+        else:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _owned(kind: str) -> str:

@@ -15,7 +15,7 @@ from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
 from cxr.studies.child import Child, end_lost, stores_in_use
-from cxr.studies.worker import CONTEXT, serve, settings_for, warm_up
+from cxr.studies.worker import context, serve, settings_for, warm_up
 
 PATIENCE = 60.0  # seconds that a run has to end when it is stopped
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
@@ -77,10 +77,10 @@ class _Worker:
     def __init__(self, number: int, threads: int):
         import torch
 
-        self.connection, other = CONTEXT.Pipe()
+        self.connection, other = context().Pipe()
         environment = {**os.environ, **settings_for(threads), **_one_gpu(number, torch.cuda.device_count())}
         about = (other, stores_in_use(), environment)
-        self.process: BaseProcess = CONTEXT.Process(target=serve, args=about, daemon=True)
+        self.process: BaseProcess = context().Process(target=serve, args=about, daemon=True)
         self.process.start()
         other.close()
         self.child: Child | None = None

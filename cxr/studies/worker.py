@@ -1,7 +1,8 @@
 """A process that trains one run after the other for the one that started it.
 
-On Linux, such processes are forked from one that has loaded the libraries (`preload`) and done nothing else. Elsewhere
-each loads them itself, once it is set up (see `cxr.process`), which takes several seconds of a core.
+On Linux, such processes are forked from one that has loaded the libraries (`preload`) and done nothing else. Elsewhere,
+and where the folder for temporary files has a very long name, each loads them itself, once it is set up (see
+`cxr.process`), which takes several seconds of a core.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,10 +28,16 @@ if TYPE_CHECKING:
     from cxr.studies.child import Child
 
 
-CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+LONGEST = 70  # bytes of the folder for temporary files, so that a socket in it has a name that Linux allows
 # Threads that spin while they wait keep the others from working.
 SETTINGS = {"TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def context() -> Any:
+    """How processes are started and what connects them, as in `multiprocessing`."""
+    forks = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= LONGEST
+    return multiprocessing.get_context("forkserver" if forks else "spawn")
 
 
 def settings_for(threads: int) -> dict[str, str]:
@@ -39,9 +47,9 @@ def settings_for(threads: int) -> dict[str, str]:
 
 def warm_up(threads: int) -> None:
     """Begin to load the libraries for the processes that will be started. Does not wait."""
-    if CONTEXT.get_start_method() != "forkserver":
+    if context().get_start_method() != "forkserver":
         return
-    CONTEXT.set_forkserver_preload(["cxr.studies.preload"])
+    context().set_forkserver_preload(["cxr.studies.preload"])
     before = dict(os.environ)
     os.environ.update(settings_for(threads))  # which libraries read when they are loaded
     try:
