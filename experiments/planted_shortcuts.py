@@ -2,14 +2,14 @@
 
     uv run python experiments/planted_shortcuts.py --weights auto --seeds 5 --out shortcuts.csv
 
-Result in LOG.md: "2026-11-25: planted shortcuts".
+Results in LOG.md: "2026-11-25: planted shortcuts", "2026-11-26: planted shortcuts, by the worst stress".
 
 Phantoms, in which a cue marks every PNEUMONIA image of train and validation, and none of test: `aspect` (stretched
 sideways by 1.25), `marker` (a bright square in the corner) or `border` (a black frame). Three models are validated on
-the planted validation images: `shortcut` (planted training images, views `mild-1`), `crops` (planted, views `crops-1`)
-and `clean` (training images without the cue, `mild-1`). The table holds, for each, the plain validation loss, its mean
-over the stresses, its worst among them, and the balanced accuracy on test. A rule is right if the model that it picks
-is at most 0.02 worse on test than the best of the three.
+the planted validation images: `shortcut` (planted training images, default views), `crops` (planted, views `crops-1`)
+and `clean` (training images without the cue, default views). The table holds, for each, the plain validation loss, its
+mean over the stresses, its worst among them, and the balanced accuracy on test. A rule is right if the model that it
+picks is at most 0.02 worse on test than the best of the three.
 """
 
 from __future__ import annotations
