@@ -47,6 +47,7 @@ def lean_process() -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        end.status = stop.code if isinstance(stop.code, int) else None if stop.code else 0
+        status = stop.code or 0
+        end.status = status if isinstance(status, int) else None  # a text, which Python prints
         raise
     end.status = 0

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -256,6 +255,8 @@ def own_temporary_files() -> Iterator[None]:
     finally:
         tempfile.tempdir = before
         if any(work.glob("pymp-*")):  # of multiprocessing, which removes it last of all, and complains if it is gone
+            from multiprocessing.util import Finalize
+
             Finalize(None, shutil.rmtree, (work, True), exitpriority=-200)
         else:
             shutil.rmtree(work, ignore_errors=True)

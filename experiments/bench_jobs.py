@@ -2,7 +2,7 @@
 
     uv run python experiments/bench_jobs.py --data-dir FOLDER --epochs 4
 
-Result in LOG.md: "2026-11-26: runs side by side on two cores".
+Results in LOG.md: "2026-11-26: runs side by side on two cores", and again.
 
 The same comparison, `--strategies` with `--seeds`, one after the other with all cores for each run, then with `--jobs`,
 then on Ray on this machine: each as a command of its own, start-up and decoding included, with an empty cache and an

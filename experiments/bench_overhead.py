@@ -2,13 +2,13 @@
 
     uv run python experiments/bench_overhead.py --data-dir KAGGLE --strategies frozen,partial --epochs 8
 
-Result in LOG.md: "2026-11-26: what surrounds training, again".
+Results in LOG.md: "2026-11-26: what surrounds training, again" and "…, for the third time".
 
 Of each strategy the command `cxr train` runs `--repeats` times on one cache, after a first time that fills it (decoded
-images, audit, activations); then `cxr compare` with twice as many seeds, once to fill the cache, and once for each of
-`--jobs`: how many go side by side. Beyond training is the wall time of the command, or, in a comparison, the time from
-the end of the first runs to that of the last, for each run that ended in it, less the seconds of the run's epochs and
-of their validation (of which as many pass at once as runs go side by side).
+images, audit, activations); then `cxr compare`, once to fill the cache, and once for each of `--jobs`: how many go side
+by side, with `--repeats` seeds and one more for each of them. Beyond training is the wall time of the command, or, in a
+comparison, the time from the end of the first runs to that of the last, for each run that ended in it, less the seconds
+of the run's epochs and of their validation (of which as many pass at once as runs go side by side).
 `--profile FILE` writes a profile of one more `cxr train` of the last strategy, for `python -m pstats FILE`.
 """
 
@@ -55,9 +55,8 @@ def training_seconds(run_id: str) -> float:
     return float((history["epoch_seconds"] + history["eval_seconds"]).sum())
 
 
-def row(way: str, strategy: str, run: mlflow.entities.Run, seconds: float) -> dict[str, object]:
+def row(way: str, strategy: str, seconds: float, training: float) -> dict[str, object]:
     """A line of the table."""
-    training = training_seconds(run.info.run_id)
     return {"way": way, "strategy": strategy, "s": seconds, "training s": training, "beyond s": seconds - training}
 
 
@@ -68,12 +67,14 @@ def measured(
     for number in range(repeats + 1):
         seconds = run_cxr(work, "train", "--strategy", strategy, *options)
         way = f"train, {number}" if number else "train, first"
-        yield row(way, strategy, newest_runs(1)[0], seconds)
-    for number, jobs in enumerate([1, *side_by_side] if side_by_side else []):
-        own = ["--seeds", str(2 * repeats), "--jobs", str(jobs)]
-        run_cxr(work, "compare", "--strategies", strategy, *own, *options)
-        if number:
-            yield of_a_comparison(strategy, newest_runs(2 * repeats), jobs)
+        yield row(way, strategy, seconds, training_seconds(newest_runs(1)[0].info.run_id))
+    seeds = max(side_by_side, default=0) * (repeats + 1)
+    comparison = ("compare", "--strategies", strategy, "--seeds", str(seeds), *options)
+    if seeds:
+        run_cxr(work, *comparison, "--jobs", "1")
+    for jobs in side_by_side:
+        run_cxr(work, *comparison, "--jobs", str(jobs))
+        yield of_a_comparison(strategy, newest_runs(seeds), jobs)
 
 
 def of_a_comparison(strategy: str, runs: list[mlflow.entities.Run], jobs: int) -> dict[str, object]:
@@ -81,8 +82,7 @@ def of_a_comparison(strategy: str, runs: list[mlflow.entities.Run], jobs: int) -
     ends = sorted(run.info.end_time / 1000 for run in runs)
     seconds = (ends[-1] - ends[jobs - 1]) / (len(runs) - jobs)
     training = sum(training_seconds(run.info.run_id) for run in runs) / len(runs) / jobs
-    way = f"of a comparison, {jobs} at once"
-    return {"way": way, "strategy": strategy, "s": seconds, "training s": training, "beyond s": seconds - training}
+    return row(f"of a comparison, {jobs} at once", strategy, seconds, training)
 
 
 @click.command()

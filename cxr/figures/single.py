@@ -233,18 +233,14 @@ def selective_accuracy(coverages: Floats, curve: Mapping[str, Floats], abstained
     return figure
 
 
-def image_grid(images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int = 6) -> Figure:
-    """Grey ``images`` [n, height, width] in rows of ``columns``, each under its caption.
+def image_grid(
+    images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int = 6, below: float = 0.1
+) -> Figure:
+    """Grey ``images`` [n, height, width] in rows of ``columns``, each under its caption, with a margin ``below`` in
+    inches.
 
     Black is 0 and white 255 in every image, so that brightness is comparable between them.
     """
-    return _image_grid(images, captions, title, columns)
-
-
-def _image_grid(
-    images: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int, below: float = 0.1
-) -> Figure:
-    """As `image_grid`, with a margin ``below`` in inches."""
     if len(images) == 0 or len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions: need equal numbers, at least one")
     columns = min(columns, len(images))
@@ -273,8 +269,8 @@ def explanation_panel(
     """
     if len(heats) != len(images):
         raise ValueError(f"{len(images)} images and {len(heats)} heat maps: need equal numbers")
-    figure = _image_grid(images, captions, title, columns, below=0.85)
-    for axes, heat in zip(list(figure.axes), heats, strict=False):
+    figure = image_grid(images, captions, title, columns, below=0.85)
+    for axes, heat in zip(figure.axes, heats, strict=False):
         layer = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1)
     height = float(figure.get_figheight())
     bar = figure.colorbar(layer, cax=figure.add_axes((0.1, 0.6 / height, 0.8, 0.13 / height)), orientation="horizontal")

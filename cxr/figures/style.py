@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
@@ -63,16 +64,21 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     return canvas
 
 
+def title_of(figure: Figure) -> Text | None:
+    """The title of a figure, if it has one."""
+    return next((text for text in figure.texts if text.get_text() == figure.get_suptitle()), None)
+
+
 def _fix(figure: Figure, left: float, right: float, bottom: float, top: float = 0.1, **spaces: float) -> None:
     """Place the axes by margins in inches, `top` below the title, where the texts beside them are of known sizes.
 
     Measuring all texts, as the layout engine does, takes as long as drawing them.
     """
     width, height = map(float, figure.get_size_inches())
-    title = 0.1 + 0.21 * figure.get_suptitle().count("\n") + 0.21
-    for text in figure.texts:
-        if text.get_text() == figure.get_suptitle():
-            text.set_y(1 - 0.1 / height)
+    heading = title_of(figure)
+    assert heading is not None  # `_figure` has made it
+    title = 0.1 + 0.21 * (1 + heading.get_text().count("\n"))
+    heading.set_y(1 - 0.1 / height)
     figure.set_layout_engine(None)
     edges = (left / width, bottom / height, 1 - right / width, 1 - (title + top) / height)
     figure.subplots_adjust(*edges, **spaces)

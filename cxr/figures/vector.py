@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from cxr.figures.style import BLACK, BLUE, GREEN, VERMILLION, drawn
+from cxr.figures.style import BLACK, BLUE, GREEN, VERMILLION, drawn, title_of
 
 # Colour in a figure -> the page's variable for it. Other colours are readable on light and on dark.
 VARIABLES = {
@@ -78,7 +78,7 @@ def _variable(color: str) -> str:
 
 def _title_height(figure: Figure) -> float:
     """Hide the title, which the page has as a caption; returns the height in points that it leaves empty."""
-    title = next((text for text in figure.texts if text.get_text() == figure.get_suptitle()), None)
+    title = title_of(figure)
     if title is None or not title.get_text():
         return 0.0
     bottom = figure.bbox.height - title.get_window_extent().y0

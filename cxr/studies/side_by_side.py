@@ -15,7 +15,7 @@ from cxr.errors import MachineError
 from cxr.machine import Machine, cores
 from cxr.runs.messages import Say
 from cxr.studies.child import Child, end_lost, stores_in_use
-from cxr.studies.worker import context, serve, settings_for, warm_up
+from cxr.studies.worker import context, serve, settings_for
 
 PATIENCE = 60.0  # seconds that a run has to end when it is stopped
 MEMORY = 3e9  # bytes that a run is taken to need on a CPU, mostly for views or activations
@@ -49,7 +49,6 @@ def train_side_by_side(
     """
     waiting = deque(sorted(children, key=lambda child: (child.config.seed, -_cost(child.config))))
     threads = max(child.config.threads for child in waiting)
-    warm_up(threads)
     workers = [_Worker(number, threads) for number in range(min(processes, len(waiting)))]
     try:
         first()

@@ -47,9 +47,10 @@ def settings_for(threads: int) -> dict[str, str]:
 
 def warm_up(threads: int) -> None:
     """Begin to load the libraries for the processes that will be started. Does not wait."""
-    if context().get_start_method() != "forkserver":
+    processes = context()
+    if processes.get_start_method() != "forkserver":
         return
-    context().set_forkserver_preload(["cxr.studies.preload"])
+    processes.set_forkserver_preload(["cxr.studies.preload"])
     before = dict(os.environ)
     os.environ.update(settings_for(threads))  # which libraries read when they are loaded
     try:

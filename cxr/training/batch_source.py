@@ -91,7 +91,7 @@ class BatchSource:
         return plan_reuse(settings.phases, costs, work, settings.budget, self.passes.folder is not None)
 
     def _cost(self, phase: Phase, work: Workload) -> PrefixCost:
-        """Of one output; timed only where the decision depends on it."""
+        """Of one output; timed only where the decision depends on it. The prefix is kept for the phase."""
         prefix = self.prefixes[phase.name] = Prefix(self.model, phase, self.passes)
         row = prefix.row(self.val_split)
         size, begun = row.numel() * row.element_size(), prefix.begun(self.val_split)

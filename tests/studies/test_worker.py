@@ -19,7 +19,7 @@ LOADED = """
 import os, sys
 from cxr.studies import worker
 
-def tell(before):
+def tell():
     modules = [name for name in ("torch", "mlflow.pyfunc", "captum", "cxr.runs.train") if name in sys.modules]
     print(len(modules), os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"], flush=True)
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     os.environ.pop("OMP_WAIT_POLICY", None)
     worker.warm_up(3)
     assert "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ
-    process = worker.context().Process(target=tell, args=(0,))
+    process = worker.context().Process(target=tell)
     process.start()
     process.join()
     sys.exit(process.exitcode)

@@ -28,6 +28,5 @@ def fork_workers(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception] |
     """From now on, the processes of `side_by_side` are such workers; runs of a strategy may raise an error."""
     one_thread(monkeypatch)
     monkeypatch.setattr(side_by_side, "context", lambda: CONTEXT)
-    for module in (side_by_side, family):  # the server of the tests is there
-        monkeypatch.setattr(module, "warm_up", lambda threads: None)
+    monkeypatch.setattr(family, "warm_up", lambda threads: None)  # the server of the tests is there
     monkeypatch.setattr(side_by_side, "serve", partial(_serve_narrow, errors or {}))
